@@ -1,0 +1,36 @@
+"""Infini-attention for Hugging Face transformers."""
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache import InfiniCache
+from .configuration_infini import InfiniConfig
+from .modeling_infini import (
+    InfiniForCausalLM,
+    InfiniForQuestionAnswering,
+    InfiniForSequenceClassification,
+    InfiniForTokenClassification,
+    InfiniModel,
+    InfiniPreTrainedModel,
+)
+
+
+AutoModelForCausalLM.register(InfiniConfig, InfiniForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(InfiniConfig, InfiniForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(InfiniConfig, InfiniForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(InfiniConfig, InfiniForQuestionAnswering, exist_ok=True)
+
+__all__ = [
+    "InfiniCache",
+    "InfiniConfig",
+    "InfiniForCausalLM",
+    "InfiniForQuestionAnswering",
+    "InfiniForSequenceClassification",
+    "InfiniForTokenClassification",
+    "InfiniModel",
+    "InfiniPreTrainedModel",
+]

