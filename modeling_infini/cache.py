@@ -71,8 +71,8 @@ class StreamCounters:
                 written = torch.where(layout.tokens.unsqueeze(1), written, self.slot_columns.gather(1, slots))
             self.slot_columns.scatter_(1, slots, written)
         else:
-            sinks = layout.last_states(self.sink_columns(layout, columns))
-            self.slot_columns = torch.cat([sinks, layout.update_ring(columns, self.ring_columns())], 1)
+            self.slot_columns[:, : self.num_sink_tokens] = layout.last_states(self.sink_columns(layout, columns))
+            layout.write_ring(columns, self.ring_columns())
         self.tokens_read.copy_(layout.tokens_read)
         self.columns.add_(length)
 
@@ -82,8 +82,7 @@ class InfiniCache(Cache):
     The memories of an [`InfiniForCausalLM`] model: what it keeps of all that it has read, in constant size.
 
     Pass it as `past_key_values` to the model or to `generate()`, one call after the other, for a text of any length.
-    Without grad, a call changes the cache's tensors in place; with grad they are replaced, so that back-propagation
-    goes through the cache. Copy it with `copy.deepcopy`.
+    Back-propagation goes through the cache. Copy it with `copy.deepcopy`.
 
     Args:
         config ([`InfiniConfig`]): configuration of the model that will use the cache.
@@ -141,6 +140,15 @@ class InfiniCache(Cache):
                 "continue each row several times (beams, num_return_sequences), first call "
                 "`cache.batch_repeat_interleave(n)`, on a copy.deepcopy of the cache if you need it again."
             )
+        # Tensors made in inference mode cannot be changed or saved for autograd outside of it.
+        if (
+            not torch.compiler.is_compiling()
+            and self.counters.columns.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
+            self.counters, self.angle_table = self.counters.fork(), None
+            for layer in self.layers:
+                layer.map_states(torch.clone)
         return self.counters
 
     def finish_call(

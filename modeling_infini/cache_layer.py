@@ -114,7 +114,9 @@ def scan_memory(
         start = MemoryState(*(torch.zeros_like(write[:, 0]) for write in writes))
     else:
         start = MemoryState(*map(layout.first_states, (layer.memory, layer.normaliser)))
-        pending = map(layout.first_states, (layer.pending_memory, layer.pending_normaliser))
+        pending = MemoryState(*map(layout.first_states, (layer.pending_memory, layer.pending_normaliser)))
+        if not layout.ends_segment:
+            return _extend_pending(features, writes, start, pending, layout, config)
         writes = MemoryState(*(torch.cat([(w[:, 0] + p).unsqueeze(1), w[:, 1:]], 1) for w, p in zip(writes, pending)))
 
     def keep(states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
@@ -129,7 +131,8 @@ def scan_memory(
     else:
         memories = exclusive_cumsum(start.memory, folded.memory)
     before = MemoryState(layout.by_segment(memories[:, :-1]), normaliser_before)
-    after = MemoryState(memories[:, -1], normalisers[:, -1])
+    # Clones, lest a slice keeps the states of all segments alive.
+    after = MemoryState(memories[:, -1].clone(), normalisers[:, -1].clone())
 
     if layout.complete is None:
         return MemoryScan(before, after, MemoryState(*(torch.zeros_like(state) for state in after)))
@@ -139,6 +142,24 @@ def scan_memory(
         pending_memory = pending_memory - layout.last_segments(corrections) @ last_memory
     is_open = ~layout.last_segments(layout.complete.expand(pending_memory.shape[0], -1))
     return MemoryScan(before, after, MemoryState(keep(pending_memory, is_open), keep(pending_normaliser, is_open)))
+
+
+def _extend_pending(
+    features: torch.Tensor,
+    writes: MemoryState,
+    start: MemoryState,
+    pending: MemoryState,
+    layout: SegmentLayout,
+    config: InfiniConfig,
+) -> MemoryScan:
+    """A call in which no segment ends leaves the memory as it is; only what its open segments will add grows."""
+    before = MemoryState(*map(layout.of_segment, start))
+    added = writes.memory.squeeze(1)
+    if config.use_mem_delta_rule:
+        corrections = layout.by_stream(delta_correction(features, before.normaliser, config.memory_eps))
+        added = added - corrections.squeeze(1) @ start.memory
+    pending = MemoryState(pending.memory + added, pending.normaliser + writes.normaliser.squeeze(1))
+    return MemoryScan(before, start, pending)
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -167,7 +188,8 @@ class InfiniCacheLayer(CacheLayerMixin):
     is_sliding = False
 
     MEMORY_STATES = ("memory", "normaliser", "pending_memory", "pending_normaliser")
-    STATES = ("keys", "next_keys", "values", *MEMORY_STATES)
+    RING_STATES = ("keys", "next_keys", "values")
+    STATES = (*RING_STATES, *MEMORY_STATES)
 
     def __init__(self, config: InfiniConfig):
         super().__init__()
@@ -236,10 +258,11 @@ class InfiniCacheLayer(CacheLayerMixin):
                 f"The cache holds {self.keys.dtype} keys, but the model computes in {key_states.dtype}. Load the "
                 "model with the dtype that the cache was made with."
             )
-        # Tensors that autograd may have saved, and those made in inference mode, must not change under their users.
-        was_inference = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if was_inference or (self._is_shared_with_graph and not torch.is_grad_enabled()):
-            self.map_states(torch.clone)
+        # What stands in the ring is overwritten in place, except where autograd may have saved it.
+        if torch.is_grad_enabled() or self._is_shared_with_graph:
+            for name in self.RING_STATES:
+                ring = getattr(self, name)
+                setattr(self, name, None if ring is None else ring.clone())
         self._is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
             self.record.append((key_states, value_states))
@@ -271,23 +294,17 @@ class InfiniCacheLayer(CacheLayerMixin):
         window = local_window(key_states, value_states, layout, self)
         scan = scan_memory(key_states.plain, value_states, layout, self, self.config)
 
-        ring_keys, ring_next_keys, ring_values = self.rings()
-        keys = layout.update_ring(key_states.own, ring_keys)
-        values = layout.update_ring(value_states, ring_values)
-        next_keys = None if key_states.next is None else layout.update_ring(key_states.next, ring_next_keys)
         if key_states.sinks is not None:
-            sinks = stream_sinks(key_states, value_states, layout, self)
-            sink_keys, sink_values = map(layout.last_states, sinks)
-            keys = torch.cat([torch.zeros_like(sink_keys), keys], 1)
-            next_keys = torch.cat([sink_keys, next_keys], 1)
-            values = torch.cat([sink_values, values], 1)
-        self.keys = keys.transpose(1, 2).contiguous()
-        self.next_keys = None if next_keys is None else next_keys.transpose(1, 2).contiguous()
-        self.values = values.transpose(1, 2).contiguous()
+            old_sinks = self.sinks()
+            new_sinks = stream_sinks(key_states, value_states, layout, self)
+            for old, new in zip(old_sinks, new_sinks):
+                old.copy_(layout.last_states(new))
+        for ring, states in zip(self.rings(), (key_states.own, key_states.next, value_states)):
+            if ring is not None:
+                layout.write_ring(states, ring)
 
-        # Clones, lest a slice keeps the states of all segments alive.
-        self.memory, self.normaliser = (layout.last_states(state).clone() for state in scan.after)
-        self.pending_memory, self.pending_normaliser = (layout.last_states(state).clone() for state in scan.pending)
+        self.memory, self.normaliser = map(layout.last_states, scan.after)
+        self.pending_memory, self.pending_normaliser = map(layout.last_states, scan.pending)
         return window, scan.before
 
     def decode_window(self, key_states: KeyStates, value_states: torch.Tensor, layout: DecodeLayout) -> Window:
@@ -301,16 +318,14 @@ class InfiniCacheLayer(CacheLayerMixin):
             All slots of the cache, `(batch, slots, kv_heads, head_dim)`, for a mask to choose from.
         """
         self._prepare_update(key_states.plain, value_states)
-        in_place = not torch.is_grad_enabled()
         if layout.restarts is not None:
             for name in self.MEMORY_STATES:
                 state = getattr(self, name)
-                restarts = layout.restarts.view(-1, *(1,) * (state.dim() - 1))
-                setattr(self, name, state.masked_fill_(restarts, 0) if in_place else state.masked_fill(restarts, 0))
+                setattr(self, name, state.masked_fill(layout.restarts.view(-1, *(1,) * (state.dim() - 1)), 0))
 
         sinks = self.config.num_sink_tokens
         slots = (sinks + layout.offset).unsqueeze(1)
-        self.keys = _write_slots(self.keys, slots, key_states.own, layout.tokens, in_place)
+        _write_slots(self.keys, slots, key_states.own, layout.tokens)
         next_keys = key_states.next
         if key_states.sinks is not None:
             # A token that is no sink is written to its slot in the ring twice.
@@ -318,10 +333,10 @@ class InfiniCacheLayer(CacheLayerMixin):
             slots = torch.cat([torch.where(is_sink, layout.position.unsqueeze(1), slots), slots], 1)
             next_keys = torch.cat([torch.where(is_sink[..., None, None], key_states.sinks, next_keys), next_keys], 1)
             value_states = value_states.expand(-1, 2, -1, -1)
-        self.values = _write_slots(self.values, slots, value_states, layout.tokens, in_place)
+        _write_slots(self.values, slots, value_states, layout.tokens)
         if next_keys is None:
             return Window(self.keys.transpose(1, 2), self.values.transpose(1, 2))
-        self.next_keys = _write_slots(self.next_keys, slots, next_keys, layout.tokens, in_place)
+        _write_slots(self.next_keys, slots, next_keys, layout.tokens)
         ring_slots = torch.arange(-sinks, self.config.segment_length, device=self.keys.device)
         is_own = (ring_slots >= 0) & (ring_slots <= layout.offset.unsqueeze(1))
         keys = torch.where(is_own[:, None, :, None], self.keys, self.next_keys)
@@ -346,14 +361,8 @@ class InfiniCacheLayer(CacheLayerMixin):
         )
         for name, added in zip(("memory", "normaliser"), pending):
             ends = layout.is_last_of_segment.view(-1, *(1,) * (added.dim() - 1))
-            written = getattr(self, name) + torch.where(ends, added, 0)
-            still_pending = torch.where(ends, 0, added)
-            if torch.is_grad_enabled():
-                setattr(self, name, written)
-                setattr(self, f"pending_{name}", still_pending)
-            else:
-                getattr(self, name).copy_(written)
-                getattr(self, f"pending_{name}").copy_(still_pending)
+            setattr(self, name, getattr(self, name) + torch.where(ends, added, 0))
+            setattr(self, f"pending_{name}", torch.where(ends, 0, added))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.config.num_sink_tokens + self.config.segment_length, 0
@@ -383,12 +392,10 @@ class InfiniCacheLayer(CacheLayerMixin):
         raise NotImplementedError("An InfiniCache is of constant size and is not offloaded.")
 
 
-def _write_slots(
-    ring: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor | None, in_place: bool
-) -> torch.Tensor:
+def _write_slots(ring: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor | None) -> None:
     """Writes `states` `(B, K, heads, dim)` into `slots` `(B, K)` of `ring` `(B, heads, slots, dim)` where `tokens`."""
     states = states.transpose(1, 2)
     index = slots[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
     if tokens is not None:
         states = torch.where(tokens[:, None, None, None], states, ring.gather(2, index))
-    return ring.scatter_(2, index, states) if in_place else ring.scatter(2, index, states)
+    ring.scatter_(2, index, states)

@@ -105,6 +105,7 @@ class SegmentLayout:
         query_length, key_length: number of query slots and key slots of a segment.
         written: `(G or 1, query_length)` bool, the slots that hold a token of this call; `None`: all.
         complete: `(R or 1, S)` bool, the segments that end in this call; `None`: all.
+        ends_segment: whether any segment ends in this call; if none does, each stream has one segment at most.
         sink_is_new: `(R or 1, num_sink_tokens)` bool, the sinks that are in this call.
         tokens_read: `(B,)`, tokens of each row's last stream after this call.
     """
@@ -119,6 +120,7 @@ class SegmentLayout:
     key_length: int
     written: torch.Tensor | None
     complete: torch.Tensor | None
+    ends_segment: bool
     sink_is_new: torch.Tensor
     tokens_read: torch.Tensor
 
@@ -138,8 +140,8 @@ class SegmentLayout:
         """The tokens of the segment before each segment: `(G, N, ...)`; arbitrary where there is none."""
         raise NotImplementedError
 
-    def update_ring(self, states: torch.Tensor, ring: torch.Tensor) -> torch.Tensor:
-        """The ring `(B, N, ...)` after this call, from its states `(B, T, ...)`."""
+    def write_ring(self, states: torch.Tensor, ring: torch.Tensor) -> None:
+        """Writes the call's states `(B, T, ...)` into the ring `(B, N, ...)`, in place."""
         raise NotImplementedError
 
     def sinks(self, states: torch.Tensor) -> torch.Tensor:
@@ -205,6 +207,7 @@ class AlignedLayout(SegmentLayout):
             self.segment_index = self.segment_index.repeat(batch_size)
 
         self.written = self.complete = None
+        self.ends_segment = not (self.is_single and self.padding)
         if not self.is_single and (self.offset or self.padding):
             slots = torch.arange(self.segments * segment_length, device=device)
             written = (slots >= self.offset) & (slots < self.offset + length)
@@ -214,8 +217,7 @@ class AlignedLayout(SegmentLayout):
 
         self.tokens_read = torch.full((batch_size,), end, device=device)
 
-        slots = torch.arange(segment_length, device=device)
-        self._newest = end - 1 - (end - 1 - slots) % segment_length
+        self._newest_slots = torch.arange(end - min(length, segment_length), end, device=device) % segment_length
         self._sink_columns = (torch.arange(num_sink_tokens, device=device) - start).unsqueeze(0)
         self.sink_is_new = (self._sink_columns >= 0) & (self._sink_columns < length)
 
@@ -251,13 +253,8 @@ class AlignedLayout(SegmentLayout):
         own = self.own(states, ring).unflatten(0, (self.batch_size, self.segments))
         return torch.cat([ring.unsqueeze(1), own[:, :-1]], 1).flatten(0, 1)
 
-    def update_ring(self, states, ring):
-        if self.length >= self.segment_length:
-            return states.index_select(1, self._newest - self.start)
-        is_new = self._newest >= self.start
-        slots = torch.arange(self.segment_length, device=states.device)
-        source = torch.where(is_new, self.segment_length + self._newest - self.start, slots)
-        return torch.cat([ring, states], 1).index_select(1, source)
+    def write_ring(self, states, ring):
+        ring.index_copy_(1, self._newest_slots, states[:, -self._newest_slots.shape[0] :])
 
     def sinks(self, states):
         return take(states, self._sink_columns.clamp(0, self.length - 1))
@@ -367,6 +364,7 @@ class RaggedLayout(SegmentLayout):
         order_of_stream = torch.arange(self._segments, device=device)
         segment_of_stream = stream_start.unsqueeze(1) // segment_length + order_of_stream
         self.complete = (segment_of_stream + 1) * segment_length <= stream_end.unsqueeze(1)
+        self.ends_segment = bool(self.complete.any())
         last = (stream_end - 1).clamp(min=0) // segment_length - stream_start // segment_length
         self._last_order = torch.where(tokens_of_stream > 0, last, 0)
 
@@ -415,8 +413,8 @@ class RaggedLayout(SegmentLayout):
     def previous(self, states, ring):
         return self._gather(self._with_ring(states, ring), self._previous_source)
 
-    def update_ring(self, states, ring):
-        return take(self._with_ring(states, ring), self._ring_source)
+    def write_ring(self, states, ring):
+        ring.copy_(take(self._with_ring(states, ring), self._ring_source))
 
     def sinks(self, states):
         return states[self._row_of_stream.unsqueeze(1), self._sink_columns]
