@@ -63,13 +63,11 @@ class StreamCounters:
         """Counts a call of `length` columns."""
         columns = self.call_columns(length)
         if isinstance(layout, DecodeLayout):
-            ring_slot = self.num_sink_tokens + layout.offset
-            is_sink = layout.position < self.num_sink_tokens
-            slots = torch.stack([torch.where(is_sink, layout.position, ring_slot), ring_slot], 1)
-            written = columns.expand(-1, 2)
-            if layout.tokens is not None:
-                written = torch.where(layout.tokens.unsqueeze(1), written, self.slot_columns.gather(1, slots))
-            self.slot_columns.scatter_(1, slots, written)
+            slots, written = layout.slots_with_sink(self.num_sink_tokens)
+            if self.num_sink_tokens == 0:
+                slots, written = slots[:, 1:], written[:, 1:]
+            columns = torch.where(written, columns, self.slot_columns.gather(1, slots))
+            self.slot_columns.scatter_(1, slots, columns)
         else:
             self.slot_columns[:, : self.num_sink_tokens] = layout.last_states(self.sink_columns(layout, columns))
             layout.write_ring(columns, self.ring_columns())

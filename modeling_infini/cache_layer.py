@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .configuration_infini import InfiniConfig
 from .memory import affine_scan, delta_correction, exclusive_cumsum, feature_map, read_memory, segment_write
 from .rotary import RotaryAngles, rotate
-from .streams import DecodeLayout, SegmentLayout
+from .streams import DecodeLayout, SegmentLayout, take
 
 
 class KeyStates(NamedTuple):
@@ -325,18 +325,17 @@ class InfiniCacheLayer(CacheLayerMixin):
 
         sinks = self.config.num_sink_tokens
         slots = (sinks + layout.offset).unsqueeze(1)
-        _write_slots(self.keys, slots, key_states.own, layout.tokens)
+        written = None if layout.tokens is None else layout.tokens.unsqueeze(1)
+        _write_slots(self.keys, slots, key_states.own, written)
         next_keys = key_states.next
         if key_states.sinks is not None:
-            # A token that is no sink is written to its slot in the ring twice.
-            is_sink = (layout.position < sinks).unsqueeze(1)
-            slots = torch.cat([torch.where(is_sink, layout.position.unsqueeze(1), slots), slots], 1)
-            next_keys = torch.cat([torch.where(is_sink[..., None, None], key_states.sinks, next_keys), next_keys], 1)
+            slots, written = layout.slots_with_sink(sinks)
+            next_keys = torch.cat([key_states.sinks, next_keys], 1)
             value_states = value_states.expand(-1, 2, -1, -1)
-        _write_slots(self.values, slots, value_states, layout.tokens)
+        _write_slots(self.values, slots, value_states, written)
         if next_keys is None:
             return Window(self.keys.transpose(1, 2), self.values.transpose(1, 2))
-        _write_slots(self.next_keys, slots, next_keys, layout.tokens)
+        _write_slots(self.next_keys, slots, next_keys, written)
         ring_slots = torch.arange(-sinks, self.config.segment_length, device=self.keys.device)
         is_own = (ring_slots >= 0) & (ring_slots <= layout.offset.unsqueeze(1))
         keys = torch.where(is_own[:, None, :, None], self.keys, self.next_keys)
@@ -392,10 +391,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         raise NotImplementedError("An InfiniCache is of constant size and is not offloaded.")
 
 
-def _write_slots(ring: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor | None) -> None:
-    """Writes `states` `(B, K, heads, dim)` into `slots` `(B, K)` of `ring` `(B, heads, slots, dim)` where `tokens`."""
-    states = states.transpose(1, 2)
+def _write_slots(ring: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, written: torch.Tensor | None) -> None:
+    """Writes `states` `(B, K, heads, dim)` into `slots` `(B, K)` of `ring` `(B, heads, S, dim)` where `written`."""
+    if written is not None:
+        states = torch.where(written[..., None, None], states, take(ring.transpose(1, 2), slots))
     index = slots[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
-    if tokens is not None:
-        states = torch.where(tokens[:, None, None, None], states, ring.gather(2, index))
-    ring.scatter_(2, index, states)
+    ring.scatter_(2, index, states.transpose(1, 2))

@@ -89,6 +89,17 @@ class DecodeLayout:
             self.is_last_of_segment = self.is_last_of_segment & tokens
         self.tokens_read = position + 1 if tokens is None else position + tokens.long()
 
+    def slots_with_sink(self, num_sink_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The slots of a layer's cache that each row's token may be written to, its sink's and its ring's, `(B, 2)`; and
+        whether it is, `(B, 2)` bool. The two slots differ, so that a scatter has one gradient for each.
+        """
+        sink_slot = self.position.clamp(max=max(num_sink_tokens - 1, 0))
+        slots = torch.stack([sink_slot, num_sink_tokens + self.offset], 1)
+        is_sink = self.position < num_sink_tokens
+        written = torch.stack([is_sink, torch.ones_like(is_sink)], 1)
+        return slots, written if self.tokens is None else written & self.tokens.unsqueeze(1)
+
     def to(self, *args, **kwargs) -> "DecodeLayout":
         return _move(self, *args, **kwargs)
 
