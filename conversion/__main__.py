@@ -24,9 +24,7 @@ def main():
 
 @app.command()
 def to_infini(
-    source: Annotated[
-        str, typer.Argument(help="A checkpoint's folder, a .gguf file, or the id of a model on the Hub.")
-    ],
+    source: Annotated[str, typer.Argument(help="A checkpoint's folder, a .gguf file, or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="The folder to make.")],
     segment_length: Annotated[int, typer.Option(help="Tokens per segment.")],
     local_attention: Annotated[

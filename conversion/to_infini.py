@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,6 @@ SOURCE_ONLY_FIELDS = (
     "model_type",
     "quantization_config",
     "transformers_version",
-    "_name_or_path",
 )
 
 
@@ -92,12 +90,11 @@ def convert_to_infini(
     tokenizer = _load_tokenizer(location, options)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     try:
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
         unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -127,7 +124,11 @@ def _infini_config(source: PreTrainedConfig, **fields) -> InfiniConfig:
         raise ValueError(
             f'Cannot convert a model of type "{source.model_type}"; supported: {", ".join(SUPPORTED_MODEL_TYPES)}.'
         )
-    architecture = {name: value for name, value in source.to_dict().items() if name not in SOURCE_ONLY_FIELDS}
+    architecture = {
+        name: value
+        for name, value in source.to_dict().items()
+        if name not in SOURCE_ONLY_FIELDS and not name.startswith("_")
+    }
     config = InfiniConfig(**architecture, **fields)
     if config.longest_distance > source.max_position_embeddings:
         reach = "2 * segment_length + num_sink_tokens" if config.is_sliding else "segment_length"
@@ -147,6 +148,10 @@ def _load_weights(source: PreTrainedModel, config: InfiniConfig) -> InfiniForCau
     unexpected += result.unexpected_keys
     if unexpected:
         raise ValueError(f"The source's weights are not those of a Llama: {', '.join(sorted(unexpected)[:5])} ...")
+    for layer in model.model.layers:
+        # Gates stay in float32 whatever the dtype; made in bfloat16, they would have been rounded.
+        gates = layer.self_attn.head_gates.float()
+        torch.nn.init.constant_(gates.weight, config.head_gate_init_value / config.head_gate_scale)
     model.generation_config = source.generation_config
     return model
 

@@ -1,0 +1,171 @@
+"""P6: a memory is a file, which continues bit for bit in another process, and is refused where it does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import MODES, random_ids, tiny_config, tiny_model
+
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
+
+
+def read(model, *lengths):
+    cache = InfiniCache(model.config)
+    with torch.no_grad():
+        for seed, length in enumerate(lengths):
+            mask = torch.ones(2, length)
+            mask[1, : length // 2] = 0
+            model(random_ids(2, length, seed=seed), attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+CONTINUE = """
+import sys, torch
+from modeling_infini import InfiniCache, InfiniForCausalLM
+torch.set_num_threads(1)
+folder = sys.argv[1]
+model = InfiniForCausalLM.from_pretrained(folder + "/model", dtype=getattr(torch, sys.argv[2]))
+cache = InfiniCache.from_pretrained(folder + "/memory", model.config)
+ids = torch.load(folder + "/ids.pt")
+with torch.no_grad():
+    first = model(ids[:, :7], past_key_values=cache).logits
+    logits = [first] + [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(7, 12)]
+torch.save(torch.cat(logits, 1), folder + "/logits.pt")
+"""
+
+
+@pytest.mark.parametrize("fields", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_process_continues_bit_for_bit(tmp_path, fields, dtype):
+    tiny_model(**fields).save_pretrained(tmp_path / "model")
+    model = InfiniForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    ids = random_ids(2, 12, seed=5)
+    cache = read(model, 13, 1, 4)
+    cache.save_pretrained(tmp_path / "memory")
+    torch.save(ids, tmp_path / "ids.pt")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", CONTINUE, str(tmp_path), str(dtype).removeprefix("torch.")]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    with torch.no_grad():
+        first = model(ids[:, :7], past_key_values=cache).logits
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(7, 12)]
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), torch.cat([first, *steps], 1))
+
+
+def test_a_loaded_cache_can_be_forked_and_cropped(tmp_path):
+    model = tiny_model(local_attention="sliding", num_sink_tokens=2)
+    cache = read(model, 13)
+    cache.save_pretrained(tmp_path)
+    loaded = InfiniCache.from_pretrained(tmp_path, model.config)
+    assert loaded.get_seq_length() == 13
+    assert loaded.tokens_read.tolist() == [13, 7]
+    assert loaded.state_dict().keys() == cache.state_dict().keys()
+    assert all(torch.equal(state, loaded.state_dict()[name]) for name, state in cache.state_dict().items())
+    loaded.activate_past_recording()
+    with torch.no_grad():
+        model(random_ids(2, 3), past_key_values=loaded)
+    loaded.crop(-3)
+    assert loaded.get_seq_length() == 13
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"segment_length": 6}, "segment_length=5, and this model has segment_length=6"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers=2, and this model has num_hidden_layers=3"),
+        ({"use_mem_delta_rule": True}, "use_mem_delta_rule=False"),
+        ({"local_attention": "sliding"}, "local_attention='segment'"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads=2"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_parameters="),
+        ({"vocab_size": 32}, "vocab_size=31"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(tmp_path, fields, message):
+    read(tiny_model(), 9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        InfiniCache.from_pretrained(tmp_path, tiny_config(**fields))
+
+
+def edit(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_what_is_damaged_is_refused(tmp_path):
+    model = tiny_model()
+    with pytest.raises(FileNotFoundError, match="holds no saved cache"):
+        InfiniCache.from_pretrained(tmp_path, model.config)
+    with pytest.raises(ValueError, match="The cache is empty"):
+        InfiniCache(model.config).save_pretrained(tmp_path)
+
+    def saved():
+        read(model, 9).save_pretrained(tmp_path)
+        return tmp_path / "infini_cache.json", next(tmp_path.glob("*.safetensors"))
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            InfiniCache.from_pretrained(tmp_path, model.config)
+
+    metadata, tensors = saved()
+    edit(metadata, format_version=99)
+    refused("format version 99; this code reads version 1")
+    metadata, tensors = saved()
+    edit(metadata, format="something")
+    refused("does not describe a cache")
+    metadata, tensors = saved()
+    metadata.write_text("{")
+    refused("is not JSON")
+    metadata, tensors = saved()
+    edit(metadata, tensor_file="../elsewhere.safetensors")
+    refused("must be a file name")
+    metadata, tensors = saved()
+    edit(metadata, tokens_read=None)
+    refused("has no valid tokens_read")
+    metadata, tensors = saved()
+    edit(metadata, tokens_read=[9])
+    refused(r"layers.0.keys is float32 \(2, 2, 5, 6\), not float32 \(1, 2, 5, 6\)")
+    metadata, tensors = saved()
+    edit(metadata, dtype="int64")
+    refused("dtype int64 is none of")
+    metadata, tensors = saved()
+    payload = bytearray(tensors.read_bytes())
+    payload[-1] ^= 1
+    tensors.write_bytes(payload)
+    refused("is not what was saved")
+    metadata, tensors = saved()
+    states = load_file(tensors)
+    del states["layers.1.memory"]
+    save_file(states, tensors)
+    refused("is not what was saved")
+    metadata, tensors = saved()
+    tensors.unlink()
+    refused("is missing")
+    saved()
+    assert InfiniCache.from_pretrained(tmp_path, model.config).get_seq_length() == 9
+
+
+def test_an_interrupted_save_leaves_the_old_cache(tmp_path, monkeypatch):
+    model = tiny_model()
+    read(model, 9).save_pretrained(tmp_path)
+    replace = Path.replace
+    for survives in (0, 1):
+        calls = []
+
+        def fail(self, target, calls=calls, survives=survives):
+            calls.append(target)
+            if len(calls) > survives:
+                raise KeyboardInterrupt
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            read(model, 11).save_pretrained(tmp_path)
+        monkeypatch.setattr(Path, "replace", replace)
+        assert InfiniCache.from_pretrained(tmp_path, model.config).get_seq_length() == 9
+    read(model, 12).save_pretrained(tmp_path)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert InfiniCache.from_pretrained(tmp_path, InfiniConfig.from_dict(model.config.to_dict())).get_seq_length() == 12

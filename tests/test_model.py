@@ -1,0 +1,229 @@
+"""Attention backends, attention weights, initialization, heads, compilation, and the Auto classes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import reference_stream
+from tiny import MODES, config_fields, float64_weights, hurting_lengths, random_ids, tiny_config, tiny_model
+from torch._dynamo.testing import CompileCounter
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, InfiniModel
+
+
+@given(st.data())
+def test_eager_and_sdpa_agree(data):
+    fields = data.draw(config_fields())
+    model, ids = tiny_model(**fields), random_ids(2, data.draw(hurting_lengths(fields["segment_length"])))
+    mask = torch.ones_like(ids)
+    mask[1, : data.draw(st.integers(0, ids.shape[1] - 1))] = 0
+    logits = {}
+    with torch.no_grad():
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            cache = InfiniCache(model.config)
+            calls = [model(ids, attention_mask=mask, past_key_values=cache).logits]
+            calls += [model(random_ids(2, 1, seed=t), past_key_values=cache).logits for t in range(3)]
+            logits[implementation] = torch.cat(calls, 1)
+    mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1).bool()
+    torch.testing.assert_close(logits["eager"][mask], logits["sdpa"][mask], atol=1e-4, rtol=1e-4)
+
+
+@given(st.data())
+def test_attentions_are_the_local_weights_by_column(float64_norm_and_rope, data):
+    fields = data.draw(config_fields())
+    model = tiny_model(torch.float64, **fields)
+    model.set_attn_implementation("eager")
+    ids = random_ids(2, data.draw(hurting_lengths(fields["segment_length"])) + 1)
+    length = ids.shape[1]
+    mask = torch.ones_like(ids)
+    mask[1, data.draw(st.lists(st.integers(0, length - 1), max_size=3))] = 0
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1))))
+    cache, found = InfiniCache(model.config), []
+    with torch.no_grad():
+        for start, end in zip([0, *cuts], [*cuts, length]):
+            call = {"attention_mask": mask[:, start:end], "past_key_values": cache, "output_attentions": True}
+            attentions = model(ids[:, start:end], **call).attentions
+            assert {a.shape for a in attentions} == {(2, 4, end - start, end)}
+            found.append([torch.nn.functional.pad(a, (0, length - end)) for a in attentions])
+    found = [torch.cat(layer, 2) for layer in zip(*found)]
+    for row in range(2):
+        columns = mask[row].nonzero().squeeze(1).tolist()
+        _, attentions = reference_stream(ids[row, columns].tolist(), float64_weights(model), model.config)
+        for layer, heads in enumerate(attentions):
+            expected = torch.zeros(4, length, length, dtype=torch.float64)
+            for head, tokens in enumerate(heads):
+                for column, seen in zip(columns, tokens):
+                    for position, weight in seen:
+                        expected[head, column, columns[position]] = weight
+            # The stock eager attention takes its softmax in float32.
+            torch.testing.assert_close(found[layer][row][:, columns], expected[:, columns], atol=1e-6, rtol=1e-6)
+
+
+def test_flash_attention_gets_what_its_interface_documents(monkeypatch):
+    """No CUDA here: a stand-in with flash-attention's semantics checks the masks and arguments it is called with."""
+
+    def flash(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+        queries, keys = query.shape[2], key.shape[2]
+        at = torch.arange(queries).unsqueeze(1) + keys - queries
+        visible = torch.arange(keys) <= at
+        if sliding_window is not None:
+            visible &= torch.arange(keys) > at - sliding_window
+        visible = visible.expand(query.shape[0], 1, -1, -1)
+        if attention_mask is not None:
+            assert attention_mask.shape == (query.shape[0], keys)
+            visible = visible & attention_mask[:, None, None, :].bool()
+        groups = module.num_key_value_groups
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), visible, scale=scaling
+        )
+        return output.transpose(1, 2), None
+
+    AttentionInterface.register("flash_attention_2", flash)
+    try:
+        for fields in MODES[:2]:
+            model, ids = tiny_model(**fields), random_ids(2, 19)
+            mask = torch.ones_like(ids)
+            mask[1, :3] = 0
+            outputs = {}
+            for implementation in ("sdpa", "flash_attention_2"):
+                model.config._attn_implementation = implementation
+                cache = InfiniCache(model.config)
+                with torch.no_grad():
+                    calls = [model(ids[:, :13], attention_mask=mask[:, :13], past_key_values=cache).logits[:, 3:]]
+                    calls += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(13, 16)]
+                    calls += [model(ids[:, 16:], past_key_values=cache).logits, model(ids).logits]
+                outputs[implementation] = torch.cat(calls, 1)
+            torch.testing.assert_close(outputs["flash_attention_2"], outputs["sdpa"], atol=1e-4, rtol=1e-4)
+        model = tiny_model(**MODES[2])
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="cannot express attention sinks"):
+            model(random_ids(1, 3))
+    finally:
+        del AttentionInterface._global_mapping["flash_attention_2"]
+        from transformers.integrations.flash_attention import flash_attention_forward
+
+        AttentionInterface.register("flash_attention_2", flash_attention_forward)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("fields", MODES)
+def test_a_decode_step_compiles_once_whatever_was_read(fields, delta):
+    torch._dynamo.reset()
+    model, ids = tiny_model(use_mem_delta_rule=delta, **fields), random_ids(2, 40)
+    counter = CompileCounter()
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = InfiniCache(model.config)
+        model(ids[:, :7], past_key_values=cache)
+        step = torch.compile(model.forward, backend=counter, fullgraph=True)
+        logits = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(7, 40)]
+    torch.testing.assert_close(torch.cat(logits, 1), expected[:, 7:], atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "shape"),
+    [
+        (AutoModel, (2, 12, 24)),
+        (AutoModelForCausalLM, (2, 12, 31)),
+        (AutoModelForSequenceClassification, (2, 3)),
+        (AutoModelForTokenClassification, (2, 12, 3)),
+        (AutoModelForQuestionAnswering, (2, 12)),
+    ],
+)
+def test_auto_classes_save_and_load(tmp_path, auto_class, shape):
+    model = auto_class.from_config(tiny_config(num_labels=3, pad_token_id=0)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        found, expected = loaded(random_ids(2, 12))[0], model(random_ids(2, 12))[0]
+    assert found.shape == shape
+    assert torch.equal(found, expected)
+
+
+def test_gates_start_as_configured_and_stay_in_float32(tmp_path):
+    model = InfiniForCausalLM(tiny_config(head_gate_init_value=2.0, head_gate_scale=4.0))
+    gates = model.model.layers[0].self_attn.head_gates
+    torch.testing.assert_close(gates.weight.data, torch.full((4,), 0.5))
+    torch.testing.assert_close(gates().data, torch.full((4,), 2.0).sigmoid())
+    model.save_pretrained(tmp_path)
+    loaded = InfiniForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.model.layers[1].self_attn.head_gates.weight.dtype == torch.float32
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_closed_gates_shut_the_memory_out_and_open_ones_let_it_in():
+    model, ids = tiny_model(), random_ids(1, 10)
+    other = torch.cat([(ids[:, :5] + 1) % 31, ids[:, 5:]], 1)
+    with torch.no_grad():
+        for logit, sees_memory in ((1e3, False), (0.0, True)):
+            for layer in model.model.layers:
+                layer.self_attn.head_gates.weight.fill_(logit)
+            same = torch.allclose(model(ids).logits[:, 5:], model(other).logits[:, 5:])
+            assert same != sees_memory
+
+
+def test_every_gradient_is_finite_and_gates_have_one():
+    model = InfiniForCausalLM(tiny_config(use_mem_delta_rule=True))
+    ids = random_ids(2, 23)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, ids = tiny_model(), random_ids(2, 17)
+    expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    model.train()
+    model.activation_checkpointing_enable()
+    found = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected))
+
+
+def test_hidden_states_are_those_of_every_layer():
+    outputs = tiny_model()(random_ids(2, 9), output_hidden_states=True)
+    assert [h.shape for h in outputs.hidden_states] == [(2, 9, 24)] * 3
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__
+assert "modeling_infini" not in sys.modules
+torch.save(model.generate(torch.load(sys.argv[1] + "/ids.pt"), max_new_tokens=9), sys.argv[1] + "/out.pt")
+"""
+
+
+def test_remote_code_generates_the_same_without_this_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(InfiniConfig, "_auto_class", "AutoConfig")
+    monkeypatch.setattr(InfiniForCausalLM, "_auto_class", "AutoModelForCausalLM")
+    model, ids = tiny_model(**MODES[2]), random_ids(2, 13)
+    model.save_pretrained(tmp_path)
+    torch.save(ids, tmp_path / "ids.pt")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path)], check=True, cwd=tmp_path, env=environment)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), model.generate(ids, max_new_tokens=9))
+
+
+def test_the_base_model_takes_ids_or_embeddings():
+    model = tiny_model().model
+    assert isinstance(model, InfiniModel)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
