@@ -10,7 +10,23 @@ the feature map sigma(x) = elu(x) + 1 and carry no position.
             both    z += sum over the segment of sigma(K)
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Runs `function` of tensors in their own dtype: a memory that is rounded at each write drifts."""
+
+    @wraps(function)
+    def wrapper(tensor: torch.Tensor, *args):
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return function(tensor, *args)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args)
+
+    return wrapper
 
 
 def feature_map(states: torch.Tensor) -> torch.Tensor:
@@ -18,6 +34,7 @@ def feature_map(states: torch.Tensor) -> torch.Tensor:
     return states.clamp(max=0).exp() + states.relu()
 
 
+@without_autocast
 def read_memory(features: torch.Tensor, memory: torch.Tensor, normaliser: torch.Tensor, eps: float) -> torch.Tensor:
     """
     sigma(q) M / (sigma(q) . z), with the denominator clamped at `eps`: an empty memory reads as 0.
@@ -33,6 +50,7 @@ def read_memory(features: torch.Tensor, memory: torch.Tensor, normaliser: torch.
     return (features @ memory) / (features @ normaliser.unsqueeze(-1)).clamp(min=eps)
 
 
+@without_autocast
 def segment_write(features: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What the linear rule adds to M and z: sigma(K)^T V and the sum of sigma(K).
@@ -47,6 +65,7 @@ def segment_write(features: torch.Tensor, values: torch.Tensor) -> tuple[torch.T
     return features.transpose(-1, -2) @ values, features.sum(-2)
 
 
+@without_autocast
 def delta_correction(features: torch.Tensor, normaliser: torch.Tensor, eps: float) -> torch.Tensor:
     """
     X = sigma(K)^T diag(1 / (sigma(K) . z)) sigma(K), with which the delta rule is affine in the memory:
@@ -80,6 +99,7 @@ def exclusive_cumsum(start: torch.Tensor, increments: torch.Tensor) -> torch.Ten
     return torch.cat([start.unsqueeze(1), increments], 1).cumsum(1)
 
 
+@without_autocast
 def affine_scan(start: torch.Tensor, writes: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
     """
     The states before, between and after M -> M + writes[:, s] - corrections[:, s] M.

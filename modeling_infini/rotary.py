@@ -32,9 +32,9 @@ class RotaryAngles(NamedTuple):
 
 
 def rotate(states: torch.Tensor, angles: Angles) -> torch.Tensor:
-    """RoPE of `states` `(B, T, heads, head_dim)`."""
+    """RoPE of `states` `(B, T, heads, head_dim)`, in their dtype (under autocast, the angles' is another)."""
     cos, sin = angles
-    return states * cos.unsqueeze(2) + rotate_half(states) * sin.unsqueeze(2)
+    return (states * cos.unsqueeze(2) + rotate_half(states) * sin.unsqueeze(2)).to(states.dtype)
 
 
 def angle_positions(config: InfiniConfig, device: torch.device) -> torch.Tensor:

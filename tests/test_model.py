@@ -195,6 +195,26 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected))
 
 
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("fields", MODES)
+def test_under_autocast_the_memory_stays_in_float32(fields, delta):
+    model, ids, cache = tiny_model(use_mem_delta_rule=delta, **fields), random_ids(2, 17), None
+    memories = {}
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            cache = model(ids[:, :13]).past_key_values
+            for t in range(13, 17):
+                model(ids[:, t : t + 1], past_key_values=cache)
+        layer = cache.layers[0]
+        assert layer.memory.dtype == torch.float32
+        # M is made of bfloat16 keys and values, but without further rounding: z is a sum of sigma(K), exactly.
+        memories[autocast] = layer.normaliser
+    torch.testing.assert_close(memories[True], memories[False], atol=0.05, rtol=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_hidden_states_are_those_of_every_layer():
     outputs = tiny_model()(random_ids(2, 9), output_hidden_states=True)
     assert [h.shape for h in outputs.hidden_states] == [(2, 9, 24)] * 3
