@@ -70,7 +70,9 @@ def convert_to_infini(
         FileExistsError: if `output` holds something.
         ValueError: if the source is no Llama, or the window does not fit into its trained positions.
     """
-    output = Path(output)
+    output = Path(output).absolute()
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f'dtype="{dtype}" is no dtype of torch; take "auto", "float32", "bfloat16" or "float16".')
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already. Choose another output folder, or remove this one first.")
     location, options = _locate(source, revision)
@@ -86,7 +88,16 @@ def convert_to_infini(
         use_mem_delta_rule=use_mem_delta_rule,
     )
 
-    model = _load_weights(AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options), config)
+    base: PreTrainedModel
+    report: dict[str, set]
+    base, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
+    if report["missing_keys"] or report["mismatched_keys"]:
+        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise ValueError(
+            f"The checkpoint is incomplete: {len(names)} weights are missing or of another shape, such as {names[0]}. "
+            "It must be that of a whole causal language model."
+        )
+    model = _load_weights(base, config)
     tokenizer = _load_tokenizer(location, options)
 
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -93,11 +93,17 @@ def main() -> None:
         continue_text(folder, arguments.new_tokens)
         return
 
-    model_folder = folder / "model"
+    if arguments.tokens < 2:
+        sys.exit("Reading takes at least 2 --tokens: the last one is kept for the new process.")
+    model_folder, made_from = folder / "model", folder / "made_from"
+    source = arguments.model or default_model()
+    settings = f"{source} with segments of {arguments.segment_length} tokens"
+    if model_folder.exists() and made_from.read_text() != settings:
+        sys.exit(f"{model_folder} was made from {made_from.read_text()}. Remove it, or choose another --output.")
     if not model_folder.exists():
-        source = arguments.model or default_model()
         print(f"Converting {source} ...", flush=True)
         convert_to_infini(source, model_folder, segment_length=arguments.segment_length)
+        made_from.write_text(settings)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 

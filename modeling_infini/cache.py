@@ -103,6 +103,10 @@ class InfiniCache(Cache):
         self.counters: StreamCounters | None = None
         self.angle_table: Angles | None = None
         self._recording: _Recording | None = None
+        self._is_reading = False
+        # Of the generate() that runs: what ends a row, and where the generated tokens start.
+        self.eos_token_ids: torch.Tensor | None = None
+        self.prompt_length: int | None = None
 
     def __repr__(self):
         tokens = "empty" if self.counters is None else f"tokens_read={self.counters.tokens_read.tolist()}"
@@ -132,6 +136,11 @@ class InfiniCache(Cache):
             self.counters = StreamCounters(batch_size, self.config, device)
             if self._recording is not None:
                 self._recording.counters = self.counters.fork()
+        if self._is_reading:
+            raise RuntimeError(
+                "The last call with this cache was interrupted, and some of its layers have read what others have "
+                "not. Go on from a copy or a saved cache, or `reset()` this one and read again."
+            )
         if self.counters.tokens_read.shape[0] != batch_size:
             raise ValueError(
                 f"The cache holds {self.counters.tokens_read.shape[0]} rows, but the inputs have {batch_size}. To "
@@ -141,13 +150,17 @@ class InfiniCache(Cache):
         # Tensors made in inference mode cannot be changed or saved for autograd outside of it.
         if (
             not torch.compiler.is_compiling()
-            and self.counters.columns.is_inference()
+            and any(state.is_inference() for state in (self.counters.tokens_read, *self.state_dict().values()))
             and not torch.is_inference_mode_enabled()
         ):
             self.counters, self.angle_table = self.counters.fork(), None
             for layer in self.layers:
                 layer.map_states(torch.clone)
         return self.counters
+
+    def begin_reading(self) -> None:
+        """Marks the cache as half-read until `finish_call`."""
+        self._is_reading = True
 
     def finish_call(
         self,
@@ -158,6 +171,7 @@ class InfiniCache(Cache):
     ) -> None:
         """Counts a call that all layers have read; its `tokens` and `restarts` are `(B, T)` bool or `None`."""
         self.counters.advance(layout, length)
+        self._is_reading = False
         if self._recording is not None:
             self._recording.append(self, length, tokens, restarts)
 
@@ -173,6 +187,7 @@ class InfiniCache(Cache):
                 self.counters.tokens_read.shape[0], self.config, self.counters.tokens_read.device
             )
         self._recording = None
+        self._is_reading = False
         for layer in self.layers:
             layer.record = None
 

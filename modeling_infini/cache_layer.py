@@ -1,12 +1,21 @@
 """What one decoder layer keeps of the streams: compressive memory, open segment, window and sinks."""
 
+import copy
 from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_infini import InfiniConfig
-from .memory import affine_scan, delta_correction, exclusive_cumsum, feature_map, read_memory, segment_write
+from .memory import (
+    affine_scan,
+    apply_correction,
+    delta_correction,
+    exclusive_cumsum,
+    feature_map,
+    read_memory,
+    segment_write,
+)
 from .rotary import RotaryAngles, rotate
 from .streams import DecodeLayout, SegmentLayout, take
 
@@ -139,7 +148,7 @@ def scan_memory(
     pending_memory, pending_normaliser = (layout.last_segments(write) for write in writes)
     if config.use_mem_delta_rule:
         last_memory = layout.last_segments(memories[:, :-1])
-        pending_memory = pending_memory - layout.last_segments(corrections) @ last_memory
+        pending_memory = pending_memory - apply_correction(layout.last_segments(corrections), last_memory)
     is_open = ~layout.last_segments(layout.complete.expand(pending_memory.shape[0], -1))
     return MemoryScan(before, after, MemoryState(keep(pending_memory, is_open), keep(pending_normaliser, is_open)))
 
@@ -157,7 +166,7 @@ def _extend_pending(
     added = writes.memory.squeeze(1)
     if config.use_mem_delta_rule:
         corrections = layout.by_stream(delta_correction(features, before.normaliser, config.memory_eps))
-        added = added - corrections.squeeze(1) @ start.memory
+        added = added - apply_correction(corrections.squeeze(1), start.memory)
     pending = MemoryState(pending.memory + added, pending.normaliser + writes.normaliser.squeeze(1))
     return MemoryScan(before, start, pending)
 
@@ -235,6 +244,12 @@ class InfiniCacheLayer(CacheLayerMixin):
             setattr(self, name, function(state))
         if self.record is not None:
             self.record = [(function(keys), function(values)) for keys, values in self.record]
+
+    def __deepcopy__(self, memo: dict) -> "InfiniCacheLayer":
+        # Clones, since states that carry a gradient cannot be deep-copied.
+        layer = copy.copy(self)
+        layer.map_states(torch.clone)
+        return layer
 
     def fork(self) -> "InfiniCacheLayer":
         """An independent copy, without the record."""

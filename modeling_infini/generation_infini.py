@@ -33,6 +33,8 @@ class InfiniGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = cache = InfiniCache(self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+        if cache is not None:
+            cache.eos_token_ids = generation_config._eos_token_tensor
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # Inputs no longer than the cache are new: generate() takes them so where the mask covers the history as well.
@@ -57,6 +59,11 @@ class InfiniGenerationMixin(GenerationMixin):
         # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
+        if isinstance(past_key_values, InfiniCache):
+            if is_first_iteration:
+                past_key_values.prompt_length = None
+            elif attention_mask is None and next_sequence_length == 1:
+                attention_mask = _mask_of_ended_rows(input_ids, past_key_values)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -78,3 +85,13 @@ class InfiniGenerationMixin(GenerationMixin):
             "Continuous batching pages the keys of full attention, and this model has none: a memory of constant size "
             "stands for them. Use generate() with a batch."
         )
+
+
+def _mask_of_ended_rows(input_ids: torch.Tensor, cache: InfiniCache) -> torch.Tensor | None:
+    """0 for the filler that generate() feeds to rows that have ended, `(batch, 1)`; `None` while all rows go on."""
+    if cache.prompt_length is None:
+        cache.prompt_length = input_ids.shape[1] - 1
+    if cache.eos_token_ids is None or input_ids.shape[0] == 1:
+        return None
+    has_ended = torch.isin(input_ids[:, cache.prompt_length : -1], cache.eos_token_ids).any(1, keepdim=True)
+    return (~has_ended).long() if has_ended.any() else None

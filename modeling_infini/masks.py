@@ -17,10 +17,19 @@ def tokens_of_call(attention_mask: torch.Tensor | None, batch_size: int, length:
             f"attention_mask must be of shape (batch={batch_size}, columns), 0 for padding; got "
             f"{tuple(attention_mask.shape)}. What a token sees of its segment is given by the model."
         )
-    return columns_of_call(attention_mask, "attention_mask", length) != 0
+    return _columns_of_call(attention_mask, "attention_mask", length) != 0
 
 
-def columns_of_call(states: torch.Tensor, name: str, length: int) -> torch.Tensor:
+def positions_of_call(position_ids: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:
+    """The position ids of the call's own columns, `(B, T)`."""
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"position_ids must be of shape (batch={batch_size}, columns); got {tuple(position_ids.shape)}."
+        )
+    return _columns_of_call(position_ids, "position_ids", length).expand(batch_size, -1)
+
+
+def _columns_of_call(states: torch.Tensor, name: str, length: int) -> torch.Tensor:
     if states.shape[1] < length:
         raise ValueError(f"{name} has {states.shape[1]} columns, but the inputs have {length}.")
     return states[:, states.shape[1] - length :]

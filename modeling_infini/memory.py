@@ -100,6 +100,12 @@ def exclusive_cumsum(start: torch.Tensor, increments: torch.Tensor) -> torch.Ten
 
 
 @without_autocast
+def apply_correction(correction: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """X M, what the delta rule takes from a memory; see [`delta_correction`]."""
+    return correction @ memory
+
+
+@without_autocast
 def affine_scan(start: torch.Tensor, writes: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
     """
     The states before, between and after M -> M + writes[:, s] - corrections[:, s] M.

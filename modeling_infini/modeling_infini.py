@@ -34,11 +34,24 @@ from .cache import InfiniCache, StreamCounters, require_infini_cache
 from .cache_layer import InfiniCacheLayer, KeyStates, MemoryState, local_window, memory_dtype, scan_memory
 from .configuration_infini import InfiniConfig
 from .generation_infini import InfiniGenerationMixin
-from .masks import columns_of_call, local_attention_mask, tokens_of_call
+from .masks import local_attention_mask, positions_of_call, tokens_of_call
 from .memory import feature_map, read_memory
 from .rotary import RotaryAngles, angle_positions, relative_angles, rotate
 from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts, plan_segments
 
+
+# The fields of a configuration that a cache must share with the model that uses it.
+STATE_FIELDS = (
+    "num_hidden_layers",
+    "segment_length",
+    "local_attention",
+    "num_sink_tokens",
+    "use_mem_delta_rule",
+    "memory_eps",
+)
+
+# Of packed sequences, for the attention backend: they describe columns, and the backend gets segments.
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 # A prompt is read in calls of about this many tokens where only its last logits are asked for.
 PREFILL_TOKENS = 4096
@@ -265,13 +278,16 @@ class InfiniModel(InfiniPreTrainedModel):
         self._check_cache(past_key_values)
 
         batch_size, length = inputs_embeds.shape[:2]
+        if length == 0:
+            raise ValueError("The inputs have no columns: there is nothing to read.")
+        packing = [kwargs.pop(name, None) for name in PACKING_ARGUMENTS]
+        if position_ids is None and any(argument is not None for argument in packing):
+            raise ValueError("Packed sequences need position_ids that restart at each document.")
         tokens = tokens_of_call(attention_mask, batch_size, length)
+        positions = None if position_ids is None else positions_of_call(position_ids, batch_size, length)
         counters = None if past_key_values is None else past_key_values.start_call(batch_size, inputs_embeds.device)
         tokens_read = None if counters is None else counters.tokens_read
-        restarts = None
-        if position_ids is not None:
-            positions = columns_of_call(position_ids.expand(batch_size, -1), "position_ids", length)
-            restarts = find_restarts(positions, tokens, tokens_read)
+        restarts = None if positions is None else find_restarts(positions, tokens, tokens_read)
         layout: DecodeLayout | SegmentLayout
         if counters is not None and length == 1:
             layout = DecodeLayout(
@@ -298,6 +314,8 @@ class InfiniModel(InfiniPreTrainedModel):
             kwargs["window_columns"] = _window_columns(self.config, layout, counters, (batch_size, length))
         if is_flash_attention_requested(self.config) and isinstance(layout, SegmentLayout) and self.config.is_sliding:
             kwargs["sliding_window"] = self.config.segment_length
+        if past_key_values is not None:
+            past_key_values.begin_reading()
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -319,11 +337,13 @@ class InfiniModel(InfiniPreTrainedModel):
         if cache is None:
             return
         require_infini_cache(cache)
-        if len(cache.layers) != self.config.num_hidden_layers:
-            raise ValueError(
-                f"The cache has {len(cache.layers)} layers, but the model has {self.config.num_hidden_layers}. Make "
-                "it with InfiniCache(model.config)."
-            )
+        if cache.config is not self.config:
+            for name in STATE_FIELDS:
+                if (found := getattr(cache.config, name)) != (expected := getattr(self.config, name)):
+                    raise ValueError(
+                        f"The cache was made for another model: {name}={found!r} there, {expected!r} here. Make it "
+                        "with InfiniCache(model.config)."
+                    )
         if self.gradient_checkpointing and self.training:
             raise ValueError(
                 "Gradient checkpointing runs each layer twice, and would read the text into the cache twice. Train "
@@ -458,14 +478,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         batch_size, length = states.shape[:2]
-        inputs = {
-            name: columns_of_call(states.expand(batch_size, *states.shape[1:]), name, length)
-            for name, states in inputs.items()
-            if states is not None
-        }
+        inputs = {name: states for name, states in inputs.items() if states is not None}
+        tokens = tokens_of_call(inputs.get("attention_mask"), batch_size, length)
+        if tokens is not None:
+            inputs["attention_mask"] = tokens
         if "position_ids" in inputs:
-            tokens = tokens_of_call(inputs.get("attention_mask"), batch_size, length)
-            restarts = find_restarts(inputs["position_ids"], tokens, None if cache is None else cache.tokens_read)
+            positions = positions_of_call(inputs["position_ids"], batch_size, length)
+            restarts = find_restarts(positions, tokens, None if cache is None else cache.tokens_read)
             inputs["position_ids"] = canonical_position_ids(restarts)
         last: list[torch.Tensor] = []
         for start in range(0, length, self._chunk_length):

@@ -244,6 +244,50 @@ def test_copies_are_independent():
         assert_same_state(twin, feed(model, random_ids(2, 8))[1])
 
 
+def test_a_cache_that_carries_gradients_can_be_copied():
+    model, ids = tiny_model(torch.float64), random_ids(2, 7)
+    cache = InfiniCache(model.config)
+    cache.activate_past_recording()
+    feed(model, ids, cache)
+    twin = copy.deepcopy(cache)
+    more = random_ids(2, 8, seed=1)
+    expected = torch.autograd.grad(feed(model, more, cache)[0].sum(), model.lm_head.weight, retain_graph=True)
+    found = torch.autograd.grad(feed(model, more, twin)[0].sum(), model.lm_head.weight)
+    torch.testing.assert_close(found, expected)
+    twin.crop(-3)
+    assert (twin.get_seq_length(), cache.get_seq_length()) == (12, 15)
+
+
+def test_an_interrupted_call_is_not_taken_for_a_read_one():
+    model, ids = tiny_model(), random_ids(1, 20)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        _, cache = feed(model, ids[:, :7])
+        with pytest.raises(ValueError, match=r"position_ids must be of shape \(batch=1, columns\)"):
+            model(ids[:, 7:], position_ids=torch.zeros(3, 13), past_key_values=cache)
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 7:], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="was interrupted"):
+            model(ids[:, 7:], past_key_values=cache)
+        cache.reset()
+        assert torch.equal(feed(model, ids, cache)[0], feed(model, ids)[0])
+
+
+def test_rows_selected_in_inference_mode_go_on_outside():
+    model = tiny_model()
+    with torch.no_grad():
+        _, cache = feed(model, random_ids(2, 7))
+        with torch.inference_mode():
+            cache.reorder_cache(torch.tensor([1, 0]))
+        feed(model, random_ids(2, 3), cache, cuts=(1,))
+    assert cache.get_seq_length() == 10
+
+
 def test_a_reset_cache_is_as_new():
     model = tiny_model(local_attention="sliding", num_sink_tokens=2)
     with torch.no_grad():
@@ -283,8 +327,10 @@ def test_caches_that_do_not_fit_are_refused():
     _, cache = feed(model, random_ids(1, 3))
     with pytest.raises(ValueError, match=r"holds 1 rows, but the inputs have 2.*batch_repeat_interleave"):
         model(random_ids(2, 3), past_key_values=cache)
-    with pytest.raises(ValueError, match="2 layers, but the model has 3"):
+    with pytest.raises(ValueError, match="num_hidden_layers=2 there, 3 here"):
         tiny_model(num_hidden_layers=3)(random_ids(1, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match="use_mem_delta_rule=False there, True here"):
+        tiny_model(use_mem_delta_rule=True)(random_ids(1, 3), past_key_values=cache)
     with pytest.raises(ValueError, match=r"torch.float32 keys, but the model computes in torch.float64"):
         tiny_model(torch.float64)(random_ids(1, 3), past_key_values=cache)
     model.train()

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_short_inputs import llama_and_ours
 from tiny import random_ids
 from tokenizers import Tokenizer, models
@@ -63,6 +64,8 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path, llama_folder):
     config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
     with pytest.raises(ValueError, match='Cannot convert a model of type "gpt2"; supported: llama'):
         convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
+    with pytest.raises(ValueError, match='dtype="floaty" is no dtype'):
+        convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9, dtype="floaty")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         convert_to_infini(tmp_path / "empty", tmp_path / "ours", segment_length=9)
@@ -71,6 +74,15 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path, llama_folder):
     with pytest.raises(FileExistsError, match="exists already"):
         convert_to_infini(llama_folder, llama_folder, segment_length=9)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "llama"]
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path, llama_folder):
+    weights = load_file(llama_folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"incomplete: 1 weights are missing.*layers.1.mlp.up_proj.weight"):
+        convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, llama_folder, monkeypatch):

@@ -111,6 +111,26 @@ def test_turns_continue_the_memory(fields, delta):
     assert torch.equal(continued(inputs_embeds=model.get_input_embeddings()(new)), expected)
 
 
+@both_rules
+@all_modes
+def test_rows_that_have_ended_read_no_filler(fields, delta):
+    model, ids = generator(fields, delta), random_ids(3, 7)
+    plain = generate(model, ids)
+    eos = plain[0, 9].item()
+    first = generate(model, ids, eos_token_id=eos, return_dict_in_generate=True)
+    is_new = torch.arange(first.sequences.shape[1]) >= 7
+    ended = ((first.sequences == eos) & is_new).int().cumsum(1)
+    mask = torch.cat([torch.ones(3, 1), (ended == 0).float()], 1)[:, :-1].long()  # up to and with the first eos
+    assert mask.sum(1).min() < mask.sum(1).max()
+    read = first.past_key_values.get_seq_length()
+    assert first.past_key_values.tokens_read.tolist() == mask[:, :read].sum(1).tolist()
+    history = torch.cat([first.sequences, random_ids(3, 4, seed=8)], 1)
+    mask = torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], 1)
+    expected = generate(model, history, attention_mask=mask, use_cache=False)
+    found = generate(model, history, attention_mask=mask, past_key_values=first.past_key_values)
+    assert torch.equal(found, expected)
+
+
 @all_modes
 def test_assisted_decoding_continues_the_memory(fields):
     model, ids = generator(fields), random_ids(1, 13)

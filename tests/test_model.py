@@ -215,6 +215,20 @@ def test_under_autocast_the_memory_stays_in_float32(fields, delta):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("delta", [False, True])
+def test_under_autocast_cuts_do_not_change_the_memory(delta):
+    model, ids, memories = tiny_model(use_mem_delta_rule=delta, num_hidden_layers=1), random_ids(1, 23), []
+    for chunk in (1, 8, 23):
+        cache = InfiniCache(model.config)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            for call in ids.split(chunk, 1):
+                model(call, past_key_values=cache)
+        layer = cache.layers[0]
+        memories.append(torch.cat([layer.memory.flatten(), layer.pending_memory.flatten()]))
+    torch.testing.assert_close(memories[1], memories[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(memories[2], memories[0], atol=1e-5, rtol=1e-5)
+
+
 def test_hidden_states_are_those_of_every_layer():
     outputs = tiny_model()(random_ids(2, 9), output_hidden_states=True)
     assert [h.shape for h in outputs.hidden_states] == [(2, 9, 24)] * 3

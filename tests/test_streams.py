@@ -172,3 +172,7 @@ def test_masks_that_do_not_fit_are_refused():
         model(ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="position_ids has 5 columns"):
         model(ids, position_ids=torch.arange(5).unsqueeze(0))
+    with pytest.raises(ValueError, match="nothing to read"):
+        model(ids[:, :0])
+    with pytest.raises(ValueError, match="need position_ids that restart"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 3, 6]))
