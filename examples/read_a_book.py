@@ -88,6 +88,7 @@ def continue_text(folder: Path, new_tokens: int) -> None:
 def main() -> None:
     arguments = parse_arguments()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     folder = arguments.output
     if arguments.continue_only:
         continue_text(folder, arguments.new_tokens)
