@@ -7,8 +7,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache import InfiniCache
+from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
+from .model_card_infini import model_card
 from .modeling_infini import (
     InfiniForCausalLM,
     InfiniForQuestionAnswering,
@@ -33,4 +34,6 @@ __all__ = [
     "InfiniForTokenClassification",
     "InfiniModel",
     "InfiniPreTrainedModel",
+    "model_card",
+    "state_nbytes",
 ]

@@ -75,6 +75,16 @@ class StreamCounters:
         self.columns.add_(length)
 
 
+def state_nbytes(config: InfiniConfig) -> int:
+    """Bytes that the layers of an [`InfiniCache`] hold for each sequence, however much of it they have read."""
+    # Saving a model leaves the name of its dtype in the configuration.
+    dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    layer = InfiniCacheLayer(config)
+    keys = torch.empty(1, config.num_key_value_heads, 1, config.head_dim, dtype=dtype, device="meta")
+    layer.lazy_initialization(keys, keys)
+    return config.num_hidden_layers * sum(state.nbytes for state in layer.states().values())
+
+
 class InfiniCache(Cache):
     """
     The memories of an [`InfiniForCausalLM`] model: what it keeps of all that it has read, in constant size.
@@ -357,8 +367,7 @@ class _Recording:
         self.layers, self.counters = self._replay(cache, tokens[:, :count], restarts[:, :count])
         self.tokens, self.restarts = [tokens[:, count:].clone()], [restarts[:, count:].clone()]
         for layer in cache.layers:
-            keys, values = (torch.cat(states, 1)[:, count:].clone() for states in zip(*layer.record))
-            layer.record = [(keys, values)]
+            layer.record = [tuple(torch.cat(states, 1)[:, count:].clone() for states in zip(*layer.record))]
 
     def restore(self, cache: InfiniCache, count: int) -> None:
         """Puts `cache` back to where it was after the first `count` recorded columns."""
@@ -392,11 +401,11 @@ class _Recording:
         )
         angles = relative_angles(cache.angle_table, layout.offsets, config)
         for layer, source in zip(layers, cache.layers):
-            keys, values = (torch.cat(states, 1)[:, :count] for states in zip(*source.record))
+            keys, values, *strength = (torch.cat(states, 1)[:, :count] for states in zip(*source.record))
             layer_layout, layer_angles = layout.to(keys.device), angles.to(keys.device)
-            layer.update(KeyStates.rotated(keys, layer_angles, layer_layout), values, layer_layout)
+            layer.update(KeyStates.rotated(keys, layer_angles, layer_layout), values, layer_layout, *strength)
         counters.advance(layout, count)
         return layers, counters
 
 
-__all__ = ["InfiniCache"]
+__all__ = ["InfiniCache", "state_nbytes"]

@@ -37,6 +37,7 @@ FINGERPRINT_FIELDS = (
     "local_attention",
     "num_sink_tokens",
     "use_mem_delta_rule",
+    "learned_delta_update",
     "memory_eps",
     "qk_norm",
 )

@@ -103,6 +103,7 @@ def scan_memory(
     layout: SegmentLayout,
     layer: "InfiniCacheLayer | None",
     config: InfiniConfig,
+    write_strength: torch.Tensor | None = None,
 ) -> MemoryScan:
     """
     Writes the segments of a call, all at once but for a scan over M and z.
@@ -111,12 +112,17 @@ def scan_memory(
         keys: without RoPE, `(B, T, kv_heads, head_dim)`.
         values: `(B, T, kv_heads, head_dim)`.
         layer: the cache from before the call; `None`: nothing has been read.
+        write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
     """
     dtype = memory_dtype(keys.dtype)
     features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype))
     if layout.written is not None:
         features = features * layout.written[:, None, :, None]
     segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)
+    strength = None
+    if write_strength is not None:
+        strength = layout.to_segments(write_strength.unsqueeze(-1)).transpose(1, 2).to(dtype)
+        segment_values = segment_values * strength
     writes = MemoryState(*map(layout.by_stream, segment_write(features, segment_values)))
 
     if layer is None:
@@ -125,7 +131,7 @@ def scan_memory(
         start = MemoryState(*map(layout.first_states, (layer.memory, layer.normaliser)))
         pending = MemoryState(*map(layout.first_states, (layer.pending_memory, layer.pending_normaliser)))
         if not layout.ends_segment:
-            return _extend_pending(features, writes, start, pending, layout, config)
+            return _extend_pending(features, strength, writes, start, pending, layout, config)
         writes = MemoryState(*(torch.cat([(w[:, 0] + p).unsqueeze(1), w[:, 1:]], 1) for w, p in zip(writes, pending)))
 
     def keep(states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
@@ -135,7 +141,7 @@ def scan_memory(
     normalisers = exclusive_cumsum(start.normaliser, folded.normaliser)
     normaliser_before = layout.by_segment(normalisers[:, :-1])
     if config.use_mem_delta_rule:
-        corrections = layout.by_stream(delta_correction(features, normaliser_before, config.memory_eps))
+        corrections = layout.by_stream(delta_correction(features, normaliser_before, config.memory_eps, strength))
         memories = affine_scan(start.memory, folded.memory, keep(corrections, layout.complete))
     else:
         memories = exclusive_cumsum(start.memory, folded.memory)
@@ -155,6 +161,7 @@ def scan_memory(
 
 def _extend_pending(
     features: torch.Tensor,
+    strength: torch.Tensor | None,
     writes: MemoryState,
     start: MemoryState,
     pending: MemoryState,
@@ -165,7 +172,7 @@ def _extend_pending(
     before = MemoryState(*map(layout.of_segment, start))
     added = writes.memory.squeeze(1)
     if config.use_mem_delta_rule:
-        corrections = layout.by_stream(delta_correction(features, before.normaliser, config.memory_eps))
+        corrections = layout.by_stream(delta_correction(features, before.normaliser, config.memory_eps, strength))
         added = added - apply_correction(corrections.squeeze(1), start.memory)
     pending = MemoryState(pending.memory + added, pending.normaliser + writes.normaliser.squeeze(1))
     return MemoryScan(before, start, pending)
@@ -189,7 +196,8 @@ class InfiniCacheLayer(CacheLayerMixin):
         memory, normaliser: M `(batch, kv_heads, head_dim, head_dim)` and z `(batch, kv_heads, head_dim)` over the
             complete segments; float32, or float64 in a float64 model.
         pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
-        record: while recording, keys (without RoPE) and values of the last calls, `(batch, T, kv_heads, head_dim)`.
+        record: while recording, keys (without RoPE) and values of the last calls, `(batch, T, kv_heads, head_dim)`,
+            and their write strengths `(batch, T, kv_heads)` if the model learns them.
     """
 
     is_compileable = False
@@ -243,7 +251,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         for name, state in self.states().items():
             setattr(self, name, function(state))
         if self.record is not None:
-            self.record = [(function(keys), function(values)) for keys, values in self.record]
+            self.record = [tuple(map(function, call)) for call in self.record]
 
     def __deepcopy__(self, memo: dict) -> "InfiniCacheLayer":
         # Clones, since states that carry a gradient cannot be deep-copied.
@@ -259,7 +267,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         layer.is_initialized = self.is_initialized
         return layer
 
-    def _prepare_update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _prepare_update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, write_strength: torch.Tensor | None
+    ) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key_states.transpose(1, 2), value_states.transpose(1, 2))
         if self.keys.shape[0] != key_states.shape[0]:
@@ -280,7 +290,8 @@ class InfiniCacheLayer(CacheLayerMixin):
                 setattr(self, name, None if ring is None else ring.clone())
         self._is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
-            self.record.append((key_states, value_states))
+            call = (key_states, value_states, write_strength)
+            self.record.append(tuple(states for states in call if states is not None))
 
     def rings(self) -> tuple[torch.Tensor | None, ...]:
         """The last N tokens in `keys`, `next_keys` and `values`, `(batch, N, kv_heads, head_dim)`."""
@@ -294,20 +305,25 @@ class InfiniCacheLayer(CacheLayerMixin):
         return Window(self.next_keys[:, :, :sinks].transpose(1, 2), self.values[:, :, :sinks].transpose(1, 2))
 
     def update(  # type: ignore[override]
-        self, key_states: KeyStates, value_states: torch.Tensor, layout: SegmentLayout
+        self,
+        key_states: KeyStates,
+        value_states: torch.Tensor,
+        layout: SegmentLayout,
+        write_strength: torch.Tensor | None = None,
     ) -> tuple[Window, MemoryState]:
         """
         Reads a call of any number of tokens into the cache.
 
         Args:
             key_states, value_states: `(B, T, kv_heads, head_dim)`.
+            write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
 
         Returns:
             What each segment of the call sees: its local window, and the memory before it.
         """
-        self._prepare_update(key_states.plain, value_states)
+        self._prepare_update(key_states.plain, value_states, write_strength)
         window = local_window(key_states, value_states, layout, self)
-        scan = scan_memory(key_states.plain, value_states, layout, self, self.config)
+        scan = scan_memory(key_states.plain, value_states, layout, self, self.config, write_strength)
 
         if key_states.sinks is not None:
             old_sinks = self.sinks()
@@ -322,17 +338,24 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.pending_memory, self.pending_normaliser = map(layout.last_states, scan.pending)
         return window, scan.before
 
-    def decode_window(self, key_states: KeyStates, value_states: torch.Tensor, layout: DecodeLayout) -> Window:
+    def decode_window(
+        self,
+        key_states: KeyStates,
+        value_states: torch.Tensor,
+        layout: DecodeLayout,
+        write_strength: torch.Tensor | None,
+    ) -> Window:
         """
         Reads one token per row into the ring (and the sinks), and starts a new stream where `layout` restarts.
 
         Args:
             key_states, value_states: `(B, 1, kv_heads, head_dim)`.
+            write_strength: `(B, 1, kv_heads)`, for the record.
 
         Returns:
             All slots of the cache, `(batch, slots, kv_heads, head_dim)`, for a mask to choose from.
         """
-        self._prepare_update(key_states.plain, value_states)
+        self._prepare_update(key_states.plain, value_states, write_strength)
         if layout.restarts is not None:
             for name in self.MEMORY_STATES:
                 state = getattr(self, name)
@@ -356,13 +379,20 @@ class InfiniCacheLayer(CacheLayerMixin):
         keys = torch.where(is_own[:, None, :, None], self.keys, self.next_keys)
         return Window(keys.transpose(1, 2), self.values.transpose(1, 2))
 
-    def decode_memory(self, key_states: torch.Tensor, value_states: torch.Tensor, layout: DecodeLayout) -> None:
+    def decode_memory(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layout: DecodeLayout,
+        write_strength: torch.Tensor | None,
+    ) -> None:
         """
         Adds one token per row to what the open segment will write, and writes it where the segment ends.
 
         Args:
             key_states: without RoPE, `(B, 1, kv_heads, head_dim)`.
             value_states: `(B, 1, kv_heads, head_dim)`.
+            write_strength: `(B, 1, kv_heads)`; `None` is 1.
         """
         features = feature_map(key_states.transpose(1, 2).to(self.memory.dtype))
         values = value_states.transpose(1, 2).to(self.memory.dtype)
@@ -370,6 +400,8 @@ class InfiniCacheLayer(CacheLayerMixin):
             features = features * layout.tokens[:, None, None, None]
         if self.config.use_mem_delta_rule:
             values = values - read_memory(features, self.memory, self.normaliser, self.config.memory_eps)
+        if write_strength is not None:
+            values = values * write_strength.transpose(1, 2).unsqueeze(-1)
         pending = MemoryState(
             self.pending_memory + features.transpose(-1, -2) * values, self.pending_normaliser + features.squeeze(2)
         )

@@ -1,10 +1,24 @@
 """Configuration of Infini-attention models."""
 
+import os
+import shutil
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
+
+# Which of the code files' classes each Auto class loads with trust_remote_code=True.
+AUTO_MAP = {
+    "AutoConfig": "configuration_infini.InfiniConfig",
+    "AutoModel": "modeling_infini.InfiniModel",
+    "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_infini.InfiniForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_infini.InfiniForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_infini.InfiniForTokenClassification",
+}
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -37,6 +51,14 @@ class InfiniConfig(LlamaConfig):
             Bias of the query, key and value projections, and of the output projection. `None`: as `attention_bias`.
         qk_norm (`bool`, defaults to `False`):
             RMS-norm on the queries and keys of each head, as in Qwen3.
+        lm_head_bias (`bool`, defaults to `False`):
+            Bias of the language modeling head, as in infini-transformer-pytorch.
+        learned_delta_update (`bool`, defaults to `False`):
+            Learn how strongly each token is written to the memory, per KV head: beta = sigmoid(W x) scales what the
+            linear or the delta rule adds to M (not to z), as in infini-transformer-pytorch, whose weight is 1 - beta.
+        converted_from (`dict`, *optional*):
+            What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
+            besides those of its fields that have no meaning here. Written by conversions, read by model cards.
 
     Raises:
         ValueError: for a combination of fields that has no meaning; the message names the field and the rule.
@@ -47,6 +69,7 @@ class InfiniConfig(LlamaConfig):
         **LlamaConfig.base_model_tp_plan,
         "layers.*.self_attn.head_gates.weight": "colwise",
         "layers.*.self_attn.head_gates": "local_params",
+        "layers.*.self_attn.write_strength": "colwise",
     }
 
     segment_length: int = 2048
@@ -59,6 +82,9 @@ class InfiniConfig(LlamaConfig):
     qkv_bias: bool | None = None
     attention_output_bias: bool | None = None
     qk_norm: bool = False
+    lm_head_bias: bool = False
+    learned_delta_update: bool = False
+    converted_from: dict | None = None
 
     @property
     def is_sliding(self) -> bool:
@@ -69,6 +95,27 @@ class InfiniConfig(LlamaConfig):
     def longest_distance(self) -> int:
         """Upper bound, in tokens, of the distance between a token and what it sees locally."""
         return 2 * self.segment_length + self.num_sink_tokens if self.is_sliding else self.segment_length
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Saves the configuration with the code files beside it and an `auto_map` that names them, so that every Auto
+        class loads it with `trust_remote_code=True`. All models save their configuration by this.
+
+        Args:
+            save_directory: the folder; made if it does not exist.
+            push_to_hub: also upload it.
+            kwargs: as for [`~PreTrainedConfig.save_pretrained`].
+        """
+        modeling_file = Path(__file__).with_name("modeling_infini.py")
+        # Where only the configuration's code was downloaded, `auto_map` keeps naming the repository that has the rest.
+        if modeling_file.is_file():
+            self.auto_map = dict(AUTO_MAP)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for file in {str(modeling_file), *get_relative_import_files(modeling_file)}:
+                shutil.copy(file, save_directory)
+        super().save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""

@@ -8,6 +8,8 @@ the feature map sigma(x) = elu(x) + 1 and carry no position.
     write   linear  M += sigma(K)^T V
             delta   M += sigma(K)^T (V - sigma(K) M / (sigma(K) . z))
             both    z += sum over the segment of sigma(K)
+
+With a write strength beta per token (`learned_delta_update`), what is added to M is scaled by it, and z is not.
 """
 
 from collections.abc import Callable
@@ -57,7 +59,7 @@ def segment_write(features: torch.Tensor, values: torch.Tensor) -> tuple[torch.T
 
     Args:
         features: sigma(K), `(..., length, key_dim)`, zero for what is not to be written.
-        values: V, `(..., length, value_dim)`.
+        values: V, `(..., length, value_dim)`, scaled by their write strengths if there are any.
 
     Returns:
         `(..., key_dim, value_dim)` and `(..., key_dim)`.
@@ -66,21 +68,26 @@ def segment_write(features: torch.Tensor, values: torch.Tensor) -> tuple[torch.T
 
 
 @without_autocast
-def delta_correction(features: torch.Tensor, normaliser: torch.Tensor, eps: float) -> torch.Tensor:
+def delta_correction(
+    features: torch.Tensor, normaliser: torch.Tensor, eps: float, write_strength: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    X = sigma(K)^T diag(1 / (sigma(K) . z)) sigma(K), with which the delta rule is affine in the memory:
-    M + sigma(K)^T (V - sigma(K) M / (sigma(K) . z)) = M + sigma(K)^T V - X M.
+    X = sigma(K)^T diag(beta / (sigma(K) . z)) sigma(K), with which the delta rule is affine in the memory:
+    M + sigma(K)^T (beta V - beta sigma(K) M / (sigma(K) . z)) = M + sigma(K)^T (beta V) - X M.
 
     Zero where the memory is empty (z = 0): the first segment is written by the linear rule.
 
     Args:
         features: sigma(K), `(..., length, key_dim)`.
         normaliser: z from before the segment, `(..., key_dim)`.
+        write_strength: beta, `(..., length, 1)`; `None` is 1.
 
     Returns:
         `(..., key_dim, key_dim)`.
     """
     retrieval_weight = (features @ normaliser.unsqueeze(-1)).clamp(min=eps).reciprocal()
+    if write_strength is not None:
+        retrieval_weight = retrieval_weight * write_strength
     is_written = (normaliser > 0).any(-1)[..., None, None]
     return features.transpose(-1, -2) @ (features * retrieval_weight.where(is_written, 0.0))
 

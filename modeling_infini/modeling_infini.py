@@ -5,7 +5,9 @@ Infini-attention for transformers: a Llama whose attention is local, plus a comp
                                               └> memory read     ┴> gate -> output
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -36,6 +38,7 @@ from .configuration_infini import InfiniConfig
 from .generation_infini import InfiniGenerationMixin
 from .masks import local_attention_mask, positions_of_call, tokens_of_call
 from .memory import feature_map, read_memory
+from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, relative_angles, rotate
 from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts, plan_segments
 
@@ -47,6 +50,7 @@ STATE_FIELDS = (
     "local_attention",
     "num_sink_tokens",
     "use_mem_delta_rule",
+    "learned_delta_update",
     "memory_eps",
 )
 
@@ -102,6 +106,8 @@ class InfiniAttention(nn.Module):
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.head_gates = InfiniHeadGates(config)
+        if config.learned_delta_update:
+            self.write_strength = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
 
     def forward(
         self,
@@ -132,15 +138,19 @@ class InfiniAttention(nn.Module):
         if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
 
+        strength = None
+        if self.config.learned_delta_update:
+            strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
+
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         key_states = KeyStates.rotated(keys, position_embeddings, layout)
         rotated_queries = rotate(queries, position_embeddings.own)
         if isinstance(layout, DecodeLayout):
-            window = layer.decode_window(key_states, values, layout)
+            window = layer.decode_window(key_states, values, layout, strength)
             memory = MemoryState(layer.memory, layer.normaliser)
         else:
             queries, rotated_queries = layout.to_segments(queries), layout.to_segments(rotated_queries)
-            window, memory = self._window_and_memory(key_states, values, layout, layer)
+            window, memory = self._window_and_memory(key_states, values, layout, layer, strength)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -158,7 +168,7 @@ class InfiniAttention(nn.Module):
         if memory is not None:
             output = self._mix(output, self._read(queries, memory), layout)
         if isinstance(layout, DecodeLayout):
-            layer.decode_memory(keys, values, layout)
+            layer.decode_memory(keys, values, layout, strength)
         else:
             output = layout.to_columns(output)
 
@@ -167,15 +177,20 @@ class InfiniAttention(nn.Module):
         return output, weights
 
     def _window_and_memory(
-        self, keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: InfiniCacheLayer | None
+        self,
+        keys: KeyStates,
+        values: torch.Tensor,
+        layout: SegmentLayout,
+        layer: InfiniCacheLayer | None,
+        strength: torch.Tensor | None,
     ):
         if layer is not None:
-            window, memory = layer.update(keys, values, layout)
+            window, memory = layer.update(keys, values, layout, strength)
             return window, memory if layout.reads_past else None
         window = local_window(keys, values, layout, None)
         if not layout.reads_past:
             return window, None
-        return window, scan_memory(keys.plain, values, layout, None, self.config).before
+        return window, scan_memory(keys.plain, values, layout, None, self.config, strength).before
 
     def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
@@ -223,6 +238,18 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
+
+    def local_shares(self) -> torch.Tensor:
+        """What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32."""
+        gates = [module().cpu() for module in self.modules() if isinstance(module, InfiniHeadGates)]
+        return torch.stack(gates)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        # What transformers writes where the repository has no card yet says nothing about the model.
+        card_file = Path(working_dir) / "README.md"
+        if not card_file.is_file() or is_placeholder(card_file.read_text(encoding="utf-8")):
+            model_card(self.config, self.local_shares().detach(), repo_id=repo_id).save(card_file)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -395,7 +422,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         super().__init__(config)
         self.model = InfiniModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
         self.post_init()
 

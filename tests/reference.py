@@ -28,7 +28,7 @@ class Head:
     """One query head's view of a KV head over one stream: lists of what was read, and the memory in plain tensors."""
 
     def __init__(self, dim):
-        self.keys, self.values = [], []
+        self.keys, self.values, self.strengths = [], [], []
         self.memory = torch.zeros(dim, dim, dtype=torch.float64)
         self.normaliser = torch.zeros(dim, dtype=torch.float64)
 
@@ -39,14 +39,14 @@ def read(head, query, eps):
 
 
 def close_segment(head, length, delta, eps):
-    keys, values = head.keys[-length:], head.values[-length:]
+    keys, values, strengths = head.keys[-length:], head.values[-length:], head.strengths[-length:]
     memory, normaliser = head.memory, head.normaliser
-    for key, value in zip(keys, values):
+    for key, value, strength in zip(keys, values, strengths):
         features = sigma(key)
         target = value
         if delta and len(head.keys) > length:
             target = value - read(head, key, eps)
-        memory = memory + torch.outer(features, target)
+        memory = memory + strength * torch.outer(features, target)
         normaliser = normaliser + features
     head.memory, head.normaliser = memory, normaliser
 
@@ -103,9 +103,13 @@ def reference_stream(ids, weights, config):
                 query_weight, key_weight = (weights[f"{at}.self_attn.{n}_norm.weight"] for n in "qk")
                 queries = torch.stack([rms_norm(q, query_weight, config.rms_norm_eps) for q in queries])
                 keys = torch.stack([rms_norm(k, key_weight, config.rms_norm_eps) for k in keys])
-            for head, key, value in zip(states[layer], keys, values):
+            strengths = torch.ones(kv_heads, dtype=torch.float64)
+            if config.learned_delta_update:
+                strengths = torch.sigmoid(linear(h, f"{at}.self_attn.write_strength"))
+            for head, key, value, strength in zip(states[layer], keys, values, strengths):
                 head.keys.append(key)
                 head.values.append(value)
+                head.strengths.append(strength)
             outputs = []
             for index, query in enumerate(queries):
                 head = states[layer][index // (heads // kv_heads)]
@@ -123,5 +127,5 @@ def reference_stream(ids, weights, config):
             gate = linear(h, f"{at}.mlp.gate_proj")
             x = x + linear(gate * torch.sigmoid(gate) * linear(h, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj")
         x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
-        logits.append(weights["lm_head.weight"] @ x)
+        logits.append(linear(x, "lm_head"))
     return torch.stack(logits), attentions

@@ -10,6 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
+# What a Llama has not.
+LLAMA = {"qk_norm": False, "learned_delta_update": False}
+
+
 def llama_and_ours(dtype=torch.float32, rope_parameters=None, **fields):
     config = tiny_config(**fields, rope_parameters=rope_parameters)
     shared = {name: getattr(config, name) for name in LlamaConfig().to_dict() if hasattr(config, name)}
@@ -25,7 +29,7 @@ def llama_and_ours(dtype=torch.float32, rope_parameters=None, **fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(data=st.data())
 def test_short_inputs_give_the_base_models_logits(data, dtype):
-    fields = data.draw(config_fields()) | {"qk_norm": False, "head_gate_init_value": data.draw(st.floats(-9, 9))}
+    fields = data.draw(config_fields()) | LLAMA | {"head_gate_init_value": data.draw(st.floats(-9, 9))}
     llama, ours = llama_and_ours(dtype, **fields)
     ids = random_ids(2, data.draw(st.integers(1, fields["segment_length"])))
     with torch.no_grad():
@@ -36,7 +40,7 @@ def test_short_inputs_give_the_base_models_logits(data, dtype):
 
 @given(data=st.data())
 def test_left_padded_short_inputs_give_the_base_models_logits(data):
-    fields = data.draw(config_fields(min_segment_length=2)) | {"qk_norm": False}
+    fields = data.draw(config_fields(min_segment_length=2)) | LLAMA
     llama, ours = llama_and_ours(**fields)
     ids = random_ids(2, fields["segment_length"])
     mask = torch.ones_like(ids)
