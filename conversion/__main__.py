@@ -1,15 +1,30 @@
 """`python -m conversion`: conversion from the shell."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from modeling_infini import model_card
+
+from .checkpoints import new_folder, require_free
+from .from_infini import convert_from_infini
+from .from_lucidrains import load_lucidrains
+from .inspection import inspect_checkpoint
 from .to_infini import convert_to_infini
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
+
+Source = Annotated[str, typer.Argument(help="A checkpoint's folder, or a Hub id.")]
+Output = Annotated[Path, typer.Argument(help="The folder to make. It appears only when it is complete.")]
+Dtype = Annotated[str, typer.Option(help="Of the saved weights: `auto` (as they are), `float32`, `bfloat16`, ...")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of an output file; one is held in memory.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 
 
 class LocalAttention(str, Enum):
@@ -17,39 +32,66 @@ class LocalAttention(str, Enum):
     sliding = "sliding"
 
 
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.callback()
 def main():
-    """Retrofit pretrained checkpoints with Infini-attention: text of any length, memory of constant size."""
+    """
+    Retrofit pretrained checkpoints with Infini-attention: text of any length, memory of constant size.
+
+    `to-infini` converts a Llama, Mistral, Qwen2 or Qwen3; `inspect` shows what came out; `card` writes its model card;
+    `from-infini` goes back; `from-lucidrains` imports models of infini-transformer-pytorch.
+    """
 
 
 @app.command()
 def to_infini(
     source: Annotated[str, typer.Argument(help="A checkpoint's folder, a .gguf file, or a Hub id.")],
-    output: Annotated[Path, typer.Argument(help="The folder to make.")],
-    segment_length: Annotated[int, typer.Option(help="Tokens per segment.")],
+    output: Output,
+    segment_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per segment. By default the source's own sliding window, if it has one."),
+    ] = None,
     local_attention: Annotated[
         LocalAttention,
         typer.Option(help="What a token sees beside the memory: a sliding window with sinks, or its own segment."),
     ] = LocalAttention.sliding,
     num_sink_tokens: Annotated[
-        int | None, typer.Option(help="Attention sinks; by default 4 in `sliding`, 0 in `segment`.")
+        int | None,
+        typer.Option(help="Attention sinks; by default 4 in `sliding`, 0 in `segment` or if the source slides."),
     ] = None,
     head_gate_init_value: Annotated[
         float, typer.Option(help="Logit of the gates; its sigmoid is the share of local attention.")
     ] = 4.0,
-    use_mem_delta_rule: Annotated[bool, typer.Option(help="Write the memory with the delta rule.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the saved weights: `auto`, `float32`, `bfloat16`, ...")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of a model on the Hub.")] = None,
+    head_gates: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with the gates' logits: for each layer a number, or a list with one per head."),
+    ] = None,
+    use_mem_delta_rule: Annotated[
+        bool, typer.Option("--use-mem-delta-rule", help="Write the memory with the delta rule.")
+    ] = False,
+    dtype: Dtype = "auto",
+    max_shard_size: ShardSize = "5GB",
+    allow_bin: Annotated[
+        bool, typer.Option("--allow-bin", help="Read PyTorch .bin files (pickles) where there are no safetensors.")
+    ] = False,
+    revision: Revision = None,
 ):
     """
-    Convert a Llama checkpoint to an Infini-attention one.
+    Convert a Llama, Mistral, Qwen2 or Qwen3 to Infini-attention.
 
     Up to a segment's length the result answers as the source does; it then reads on, however long the text. What the
-    memory brings is learned in fine-tuning.
+    memory brings is learned in fine-tuning. Weights go from file to file: a machine with little memory will do.
 
     Example: `python -m conversion to-infini path/to/llama converted --segment-length 1024`
     """
-    try:
+    with errors_as_messages():
         folder = convert_to_infini(
             source,
             output,
@@ -57,13 +99,119 @@ def to_infini(
             local_attention=local_attention.value,
             num_sink_tokens=num_sink_tokens,
             head_gate_init_value=head_gate_init_value,
+            head_gates=head_gates,
             use_mem_delta_rule=use_mem_delta_rule,
             dtype=dtype,
+            max_shard_size=max_shard_size,
+            allow_bin=allow_bin,
             revision=revision,
         )
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"Converted {source} to {folder}. Look at it: python -m conversion inspect {output}")
+
+
+@app.command()
+def from_infini(
+    source: Source,
+    output: Output,
+    drop_gates: Annotated[
+        bool, typer.Option("--drop-gates", help="Drop gates that were trained; what they learned is lost.")
+    ] = False,
+    model_type: Annotated[
+        str | None, typer.Option(help="The architecture to become; by default what the model was converted from.")
+    ] = None,
+    dtype: Dtype = "auto",
+    max_shard_size: ShardSize = "5GB",
+    revision: Revision = None,
+):
+    """
+    Go back to the base architecture: full attention, no memory.
+
+    After `to-infini` alone, the weights are the source's, byte for byte.
+
+    Example: `python -m conversion from-infini converted llama-again`
+    """
+    with errors_as_messages():
+        folder = convert_from_infini(
+            source,
+            output,
+            drop_gates=drop_gates,
+            model_type=model_type,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            revision=revision,
+        )
     typer.echo(f"Converted {source} to {folder}.")
+
+
+@app.command()
+def from_lucidrains(
+    source: Annotated[Path, typer.Argument(help="The saved state dict: .pt or .safetensors.")],
+    output: Output,
+    segment_length: Annotated[int, typer.Option(help="Tokens per segment, as given to InfiniTransformerWrapper.")],
+    use_mem_delta_rule: Annotated[
+        bool, typer.Option("--use-mem-delta-rule", help="Set it if the InfiniTransformer had it.")
+    ] = False,
+):
+    """
+    Import a model of the package infini-transformer-pytorch (0.2.1).
+
+    Its logits over segments are reproduced; `learned_delta_update` is found in the weights.
+
+    Example: `python -m conversion from-lucidrains model.pt converted --segment-length 512`
+    """
+    with errors_as_messages():
+        require_free(output)
+        model = load_lucidrains(source, segment_length=segment_length, use_mem_delta_rule=use_mem_delta_rule)
+        with new_folder(output) as folder:
+            model.save_pretrained(folder)
+    typer.echo(f"Imported {source} to {output}.")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An Infini-attention checkpoint's folder.")],
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be published, as `name/model`.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the model that it comes from, if the checkpoint does not say.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Hub identifier of the licence, such as `apache-2.0`.")] = None,
+    training: Annotated[str | None, typer.Option(help="How it was trained since, in Markdown.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
+):
+    """
+    Write a model card (README.md) with the Hub's metadata into a checkpoint's folder.
+
+    Base model, licence, segments, rule and gates are read from the checkpoint as far as it knows them.
+
+    Example: `python -m conversion card converted --repo-id me/llama-infini --base-model meta-llama/Llama-3.2-1B`
+    """
+    with errors_as_messages():
+        inspection = inspect_checkpoint(folder)
+        file = folder / "README.md"
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"{file} exists already. Pass --overwrite to replace it.")
+        model_card(
+            inspection.config,
+            inspection.local_shares,
+            repo_id=repo_id,
+            base_model=base_model,
+            license=license,
+            training=training,
+        ).save(file)
+    typer.echo(f"Wrote {file}.")
+
+
+@app.command()
+def inspect(source: Source, revision: Revision = None):
+    """
+    Show an Infini-attention checkpoint: architecture, segments, size of its memory, gates of each layer.
+
+    Nothing but the configuration and the gates is read.
+
+    Example: `python -m conversion inspect converted`
+    """
+    with errors_as_messages():
+        Console().print(inspect_checkpoint(source, revision))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""The architectures that can be converted: what their configurations are in terms of InfiniConfig, and back."""
+
+from dataclasses import fields as dataclass_fields
+from typing import Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from modeling_infini import InfiniConfig
+
+
+# What each architecture fixes in its code, where Llama has a field for it.
+FIXED_FIELDS: dict[str, dict[str, bool]] = {
+    "llama": {},
+    "mistral": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"attention_bias": False, "qkv_bias": True, "attention_output_bias": False, "mlp_bias": False},
+    "qwen3": {"qk_norm": True, "mlp_bias": False},
+}
+SUPPORTED_MODEL_TYPES = tuple(FIXED_FIELDS)
+
+# A window of the source's own: its meaning moves to `local_attention`, its fields are kept for the way back.
+WINDOW_FIELDS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
+
+# What belongs to the source's files and not to its architecture.
+FILE_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+
+UNSUPPORTED_FIELDS = {
+    "attn_logit_softcapping": "soft-capping of attention logits",
+    "final_logit_softcapping": "soft-capping of logits",
+    "logit_scale": "scaled logits",
+    "num_experts": "mixture of experts",
+    "num_local_experts": "mixture of experts",
+    "quantization_config": "quantized weights (save a dequantized copy first)",
+}
+
+INFINI_FIELDS = tuple(InfiniConfig.__annotations__)
+
+# The fields that decide which parameters and norms a layer has.
+STRUCTURE_FIELDS = ("qkv_bias", "attention_output_bias", "mlp_bias", "lm_head_bias", "qk_norm")
+
+
+def infini_config(
+    source: PreTrainedConfig,
+    *,
+    segment_length: int | None,
+    local_attention: Literal["segment", "sliding"],
+    num_sink_tokens: int | None,
+    origin: dict[str, Any],
+    **memory_fields,
+) -> InfiniConfig:
+    """
+    The configuration of a source's conversion, with every field of the source that still means something.
+
+    Args:
+        segment_length: `None` for the source's own sliding window, if it has one.
+        num_sink_tokens: `None` for 4 in `"sliding"`, but 0 where the source has a window of its own in all layers:
+            it was trained without them.
+        origin: name, revision and licence of the source, for `converted_from`.
+
+    Raises:
+        ValueError: if the source, or this memory for it, is not supported; the message says what is.
+    """
+    window = _own_window(source)
+    if segment_length is None:
+        if window is None:
+            raise ValueError("segment_length is needed: the source has no sliding window of its own to take it from.")
+        segment_length = window
+    if window is not None and segment_length > window:
+        raise ValueError(
+            f"segment_length={segment_length} must not exceed the source's own sliding window of {window} tokens: "
+            "it was trained to see no further."
+        )
+    if num_sink_tokens is None:
+        num_sink_tokens = 4 if local_attention == "sliding" and not _slides_everywhere(source) else 0
+
+    values = source.to_dict()
+    converted_from = {**origin, "model_type": source.model_type}
+    converted_from |= {name: values[name] for name in WINDOW_FIELDS if name in values}
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in (*FILE_FIELDS, *WINDOW_FIELDS) and not name.startswith("_")
+    }
+    try:
+        config = InfiniConfig(
+            **kept | FIXED_FIELDS[source.model_type],
+            segment_length=segment_length,
+            local_attention=local_attention,
+            num_sink_tokens=num_sink_tokens,
+            converted_from=converted_from,
+            **memory_fields,
+        )
+    except StrictDataclassError as error:
+        # Without the wrapping, which shows the whole configuration.
+        raise ValueError(str(error.__cause__ or error)) from error
+    if config.longest_distance > source.max_position_embeddings:
+        reach = "2 * segment_length + num_sink_tokens" if config.is_sliding else "segment_length"
+        raise ValueError(
+            f'With local_attention="{config.local_attention}", {reach} = {config.longest_distance} must not exceed '
+            f"the {source.max_position_embeddings} positions that the source was trained on. Choose a smaller "
+            f"segment_length than {config.segment_length}."
+        )
+    return config
+
+
+def base_config(config: InfiniConfig, model_type: str | None = None) -> PreTrainedConfig:
+    """
+    The configuration of the base architecture.
+
+    Args:
+        model_type: by default the one that the model was converted from; else the first that has its parameters.
+
+    Raises:
+        ValueError: if no supported architecture has this model's parameters.
+    """
+    origin = config.converted_from or {}
+    model_type = model_type or origin.get("model_type")
+    for candidate in SUPPORTED_MODEL_TYPES if model_type is None else (model_type,):
+        if candidate not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(f'model_type="{candidate}" is not supported; take {_listed(SUPPORTED_MODEL_TYPES)}.')
+        base = _as_architecture(config, candidate, origin)
+        if structure(base) == structure(config):
+            return base
+    has = ", ".join(f"{name}={value}" for name, value in structure(config).items())
+    candidates = _listed(SUPPORTED_MODEL_TYPES) if model_type is None else f'"{model_type}"'
+    raise ValueError(f"The model has {has}; {candidates} cannot represent that.")
+
+
+def structure(config: PreTrainedConfig) -> dict[str, bool]:
+    """Which biases and norms the layers of a model have."""
+    found = {name: getattr(config, name, None) for name in ("attention_bias", *STRUCTURE_FIELDS)}
+    found |= FIXED_FIELDS.get(config.model_type, {})
+    for name in ("qkv_bias", "attention_output_bias"):
+        found[name] = found["attention_bias"] if found[name] is None else found[name]
+    return {name: bool(found[name]) for name in STRUCTURE_FIELDS}
+
+
+def _as_architecture(config: InfiniConfig, model_type: str, origin: dict[str, Any]) -> PreTrainedConfig:
+    base_class = type(AutoConfig.for_model(model_type))
+    known = _field_names(base_class)
+    foreign = {*FILE_FIELDS, *INFINI_FIELDS, *_field_names(LlamaConfig) - known}
+    kept = {
+        name: value for name, value in config.to_dict().items() if name not in foreign and not name.startswith("_")
+    }
+    if "attention_bias" in known:
+        kept["attention_bias"] = structure(config)["qkv_bias"]
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        # An attribute of every architecture, though not a field of every configuration.
+        kept["head_dim"] = config.head_dim
+    if origin.get("model_type") == model_type:
+        kept |= {name: origin[name] for name in WINDOW_FIELDS if name in origin}
+    elif model_type == "mistral":
+        kept["sliding_window"] = config.segment_length if config.is_sliding else None
+    return base_class(**kept)
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {field.name for field in dataclass_fields(config_class)}
+
+
+def require_supported(fields: dict[str, Any]) -> None:
+    """
+    Args:
+        fields: of a source's configuration, as its config.json has them.
+
+    Raises:
+        ValueError: if the source is of another architecture, or has a feature that Infini-attention has not.
+    """
+    supported = (
+        f"Supported are the model types {_listed(SUPPORTED_MODEL_TYPES)}, dense and with full rotary embeddings."
+    )
+    model_type = fields.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(f'Cannot convert a model of type "{model_type}". {supported}')
+    for name, feature in UNSUPPORTED_FIELDS.items():
+        if fields.get(name):
+            raise ValueError(f"Cannot convert a model with {feature} (its configuration has {name}). {supported}")
+    rope = fields.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    if share != 1.0:
+        raise ValueError(f"Cannot convert a model with partial rotary embeddings ({share} of each head). {supported}")
+
+
+def _own_window(source: PreTrainedConfig) -> int | None:
+    """How many tokens the source itself sees in the layers that slide; `None` if none does."""
+    return source.sliding_window if any(_layers_that_slide(source)) else None
+
+
+def _slides_everywhere(source: PreTrainedConfig) -> bool:
+    return all(_layers_that_slide(source))
+
+
+def _layers_that_slide(source: PreTrainedConfig) -> list[bool]:
+    if getattr(source, "sliding_window", None) is None:
+        return [False]
+    if source.model_type == "mistral":
+        return [True]
+    return [layer_type == "sliding_attention" for layer_type in source.layer_types]
+
+
+def _listed(names) -> str:
+    return ", ".join(f'"{name}"' for name in names)

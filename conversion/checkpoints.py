@@ -1,0 +1,245 @@
+"""Checkpoints of any size: their weights are read one by one and written shard by shard."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
+
+from modeling_infini import InfiniConfig
+
+
+# What a conversion reads of a repository on the Hub.
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "README.md"]
+HUB_BIN_FILES = [*HUB_FILES[:-2], "*.bin", "README.md"]
+
+Weights = dict[str, Callable[[], torch.Tensor]]
+
+
+class Checkpoint:
+    """
+    A causal language model's files, whose weights are read one at a time.
+
+    Attributes:
+        folder: where configuration, tokenizer and README stand.
+        options: what `from_pretrained` takes with `folder`.
+        name, revision: id and commit on the Hub; `None` for a folder or file.
+    """
+
+    def __init__(self, source: str | os.PathLike, revision: str | None = None, allow_bin: bool = False):
+        """
+        Args:
+            source: a folder with a checkpoint, a `.gguf` file, or the id of a model on the Hub.
+            revision: of a model on the Hub.
+            allow_bin: read PyTorch `.bin` files if there are no safetensors: they are pickles, loaded with
+                `weights_only=True`.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+        """
+        self.name = None if Path(source).exists() else str(source)
+        self.folder, self.options = _locate(source, revision, allow_bin)
+        self._allow_bin = allow_bin
+        # A snapshot's folder is named by its commit.
+        self.revision = None if self.name is None else self.folder.name
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration, in the source's own class."""
+        return AutoConfig.from_pretrained(self.folder, **self.options)
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of `config`, also where transformers does not know the architecture."""
+        if self.options:
+            return self.config.to_dict()
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def infini_config(self) -> InfiniConfig:
+        """
+        The configuration of an Infini-attention checkpoint.
+
+        Raises:
+            ValueError: if it is of another type.
+        """
+        if (model_type := self.config_fields.get("model_type")) != InfiniConfig.model_type:
+            raise ValueError(
+                f'{self.name or self.folder} is no Infini-attention checkpoint, but of type "{model_type}". '
+                "`python -m conversion to-infini` makes one of it, if it can."
+            )
+        return self.config
+
+    @cached_property
+    def _weights(self) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
+        if self.options:
+            weights = _dequantized(self.folder, self.options)
+            return {name: _shape(weight) for name, weight in weights.items()}, weights.__getitem__
+        return _open_files(self.folder, self._allow_bin)
+
+    @property
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """A tensor on the meta device for each weight."""
+        return self._weights[0]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight; its file stays open only as long as the tensor lives."""
+        return self._weights[1](name)
+
+    def generation_config(self) -> GenerationConfig:
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
+
+def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) -> tuple[Path, dict[str, str]]:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no GGUF file {path}.")
+        return path.parent, {"gguf_file": path.name}
+    if not path.is_dir():
+        if path.is_absolute() or len(path.parts) > 2 or path.exists():
+            raise FileNotFoundError(f"{path} is no folder with a checkpoint, no .gguf file and no id of the Hub.")
+        files = HUB_BIN_FILES if allow_bin else HUB_FILES
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files)), {}
+    if not (path / "config.json").is_file():
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) != 1:
+            raise FileNotFoundError(
+                f"The folder {path} holds no checkpoint: there is no config.json, and {len(gguf_files)} GGUF files. "
+                "Name the .gguf file to convert."
+            )
+        return path, {"gguf_file": gguf_files[0].name}
+    return path, {}
+
+
+def _open_files(folder: Path, allow_bin: bool) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
+    files = _weight_files(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    read_file: Callable = _read_safetensors
+    if not files:
+        files = _weight_files(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        if not files:
+            raise FileNotFoundError(f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+        if not allow_bin:
+            raise ValueError(
+                f"{folder} holds PyTorch .bin weights only, which are pickle files. Pass allow_bin=True (--allow-bin) "
+                "to read them, with weights_only=True."
+            )
+        read_file = _read_bin
+    shapes, file_of = {}, {}
+    for file in files:
+        for name, shape in read_file(file, None).items():
+            shapes[name], file_of[name] = shape, file
+    return shapes, lambda name: read_file(file_of[name], name)
+
+
+def _weight_files(folder: Path, single: str, index: str) -> list[Path]:
+    if (folder / single).is_file():
+        return [folder / single]
+    if not (folder / index).is_file():
+        return []
+    weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{folder / index} names {missing[0]}, which is not there. Download it again.")
+    return files
+
+
+def _read_safetensors(file: Path, name: str | None):
+    # Tensors are views of the mapped file: nothing is read before it is used.
+    with safe_open(file, "pt") as weights:
+        if name is not None:
+            return weights.get_tensor(name)
+        return {name: _shape(weights.get_tensor(name)) for name in weights.keys()}  # noqa: SIM118
+
+
+def _read_bin(file: Path, name: str | None):
+    weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {name: _shape(weight) for name, weight in weights.items()} if name is None else weights[name]
+
+
+def _shape(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _dequantized(folder: Path, options: dict[str, str]) -> dict[str, torch.Tensor]:
+    model: PreTrainedModel
+    report: dict[str, set[str]]
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    weights = model.state_dict()
+    for name in report["missing_keys"]:
+        weights.pop(name, None)
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weights, max_shard_size: int | str) -> None:
+    """
+    Writes safetensors files, and their index last, holding one of them in memory.
+
+    Args:
+        shapes: a tensor on the meta device for each weight, with the dtype to be written.
+        weights: a function for each weight that reads it.
+    """
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: shape.nbytes,
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_size,
+    )
+    total = sum(shape.nbytes for shape in shapes.values())
+    with logging.tqdm(total=total, desc="Writing weights", unit="B", unit_scale=True) as progress:
+        for file, names in split.filename_to_tensors.items():
+            shard = {name: weights[name]().to(shapes[name].dtype).contiguous() for name in names}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            progress.update(sum(tensor.nbytes for tensor in shard.values()))
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike) -> Iterator[Path]:
+    """
+    A hidden folder beside `output` that takes its name when the block has ended without an error, and else is removed.
+
+    Raises:
+        FileExistsError: if `output` holds something.
+    """
+    output = Path(output).absolute()
+    require_free(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_free(output: str | os.PathLike) -> None:
+    """Raises FileExistsError if `output` holds something."""
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already. Choose another output folder, or remove this one first.")
+
+
+def saved_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype that `dtype` names; `None` for `"auto"`: each weight keeps its own."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f'dtype="{dtype}" is no dtype of weights; take "auto", "float32", "bfloat16" or "float16".')
+    return None if dtype == "auto" else found

@@ -1,0 +1,97 @@
+"""Takes Infini-attention out of a model again."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from modeling_infini import InfiniConfig
+
+from .architectures import base_config
+from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
+from .to_infini import save_tokenizer
+
+
+MEMORY_WEIGHTS = ("head_gates.weight", "write_strength.weight")
+
+
+def convert_from_infini(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    drop_gates: bool = False,
+    model_type: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+) -> Path:
+    """
+    Converts an Infini-attention checkpoint to its base architecture: full attention, no memory. After
+    `convert_to_infini` the weights are those of the source, byte for byte.
+
+    Args:
+        source: a folder with a checkpoint, or the id of a model on the Hub.
+        output: the folder to make. It must not exist, or be empty; it appears only when it is complete.
+        drop_gates: drop gates (and write strengths) although they differ from their initial value. The base
+            architecture has no place for them: what the model learned to do with its memory is lost.
+        model_type: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`; by default what the model was converted from, or
+            else the first of them that has its parameters.
+        dtype: of the saved weights; `"auto"` keeps each weight's own.
+        max_shard_size: of an output file, in bytes or as in `"5GB"`.
+        revision: of a model on the Hub.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        FileExistsError: if `output` holds something.
+        ValueError: if the source is no Infini-attention model, no base architecture has its parameters, or trained
+            gates would be lost.
+    """
+    weight_dtype = saved_dtype(dtype)
+    require_free(output)
+    checkpoint = Checkpoint(source, revision)
+    infini = checkpoint.infini_config
+    config = base_config(infini, model_type)
+    if not drop_gates:
+        _require_untrained(checkpoint, infini)
+
+    with torch.device("meta"):
+        expected = dict(AutoModelForCausalLM.from_config(config).state_dict())
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    found_names = {name for name in checkpoint.shapes if not name.endswith(MEMORY_WEIGHTS)}
+    if found_names != set(expected):
+        names = sorted(found_names ^ set(expected))
+        raise ValueError(
+            f"The checkpoint is not that of a whole causal language model: {len(names)} weights are missing or not of "
+            f"a {config.model_type}, such as {names[0]}."
+        )
+    shapes = {name: checkpoint.shapes[name] for name in expected}
+    if weight_dtype is not None:
+        shapes = {name: shape.to(weight_dtype) for name, shape in shapes.items()}
+    weights: Weights = {name: partial(checkpoint.read, name) for name in expected}
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = weight_dtype or infini.dtype
+
+    with new_folder(output) as folder:
+        write_weights(folder, shapes, weights, max_shard_size)
+        save_tokenizer(checkpoint, folder, config.max_position_embeddings)
+        checkpoint.generation_config().save_pretrained(folder)
+        config.save_pretrained(folder)
+    return Path(output).absolute()
+
+
+def _require_untrained(checkpoint: Checkpoint, config: InfiniConfig) -> None:
+    initial = torch.tensor(config.head_gate_init_value / config.head_gate_scale, dtype=torch.float32)
+    for name in checkpoint.shapes:
+        if name.endswith("write_strength.weight"):
+            raise ValueError(f"{name} would be lost: {config.model_type} alone has it. Pass drop_gates to drop it.")
+        if name.endswith("head_gates.weight") and not (checkpoint.read(name) == initial).all():
+            raise ValueError(
+                f"The gates were trained or set: {name} differs from its initial value {initial:.4g}. The base "
+                "architecture has no place for them. Pass drop_gates=True (--drop-gates) to drop them."
+            )

@@ -1,0 +1,78 @@
+"""Models of infini-transformer-pytorch against the package itself."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conversion import load_lucidrains
+from modeling_infini import InfiniCache, InfiniForCausalLM
+
+
+peer = pytest.importorskip("infini_transformer_pytorch")
+
+SIZES = {"num_tokens": 31, "dim": 24, "depth": 2, "dim_head": 6, "heads": 4}
+
+
+def their_model(**fields):
+    torch.manual_seed(0)
+    model = peer.InfiniTransformer(**SIZES, **fields).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "freqs" not in name:
+                weight.add_(torch.randn_like(weight) * (1.0 if "head_gates" in name else 0.3))
+        for attention, _ in model.layers:
+            attention.fastweight_mem.head_gates.sub_(10)
+    return model
+
+
+def their_logits(model, ids, segment_length):
+    logits, memories = [], None
+    for segment in ids.split(segment_length, 1):
+        result = model(segment, past_memories=memories, return_new_memories=True)
+        logits.append(result.logits)
+        memories = result.past_memories
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("learned_delta_update", [False, True])
+@pytest.mark.parametrize("use_mem_delta_rule", [False, True])
+def test_logits_over_several_segments_agree(use_mem_delta_rule, learned_delta_update):
+    theirs = their_model(use_mem_delta_rule=use_mem_delta_rule, learned_delta_update=learned_delta_update)
+    ours = load_lucidrains(theirs.state_dict(), segment_length=7, use_mem_delta_rule=use_mem_delta_rule).eval()
+    ids = torch.randint(0, 31, (2, 40))
+    with torch.no_grad():
+        expected = their_logits(theirs, ids, 7)
+        torch.testing.assert_close(ours(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        cache = InfiniCache(ours.config)
+        steps = [ours(step, past_key_values=cache).logits for step in ids.split(1, 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=1e-4)
+        # The memory matters here, or the test would say nothing about it.
+        assert not torch.allclose(their_logits(theirs, ids[:, 7:], 7), expected[:, 7:], atol=1e-2)
+
+
+def test_files_and_the_wrapper_load_and_the_model_saves(tmp_path):
+    wrapper = peer.InfiniTransformerWrapper(their_model(), segment_length=7)
+    torch.save(wrapper.state_dict(), tmp_path / "model.pt")
+    save_file(wrapper.model.state_dict(), tmp_path / "model.safetensors")
+    ids = torch.randint(0, 31, (1, 20))
+    ours = load_lucidrains(tmp_path / "model.pt", segment_length=7).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    again = InfiniForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    other = load_lucidrains(tmp_path / "model.safetensors", segment_length=7).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, ours(ids).logits)
+        assert torch.equal(other(ids).logits, ours(ids).logits)
+
+
+def test_what_is_not_theirs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no state dict of an InfiniTransformer.*but step, model"):
+        load_lucidrains({"step": torch.ones(1), "model": torch.ones(1)}, segment_length=7)
+    weights = their_model().state_dict()
+    with pytest.raises(ValueError, match=r"layers.0.2.conv does not fit"):
+        load_lucidrains(weights | {"layers.0.2.conv": torch.ones(1)}, segment_length=7)
+    with pytest.raises(ValueError, match=r"'layers.1.1.proj_in.bias' is missing"):
+        load_lucidrains({k: w for k, w in weights.items() if k != "layers.1.1.proj_in.bias"}, segment_length=7)
+    with pytest.raises(ValueError, match="theta 10000"):
+        load_lucidrains(weights | {"layers.1.0.rotary_emb.freqs": torch.ones(3)}, segment_length=7)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_lucidrains(tmp_path / "missing.pt", segment_length=7)
