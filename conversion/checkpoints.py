@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
@@ -157,15 +158,24 @@ def _weight_files(folder: Path, single: str, index: str) -> list[Path]:
 
 
 def _read_safetensors(file: Path, name: str | None):
-    # Tensors are views of the mapped file: nothing is read before it is used.
-    with safe_open(file, "pt") as weights:
-        if name is not None:
-            return weights.get_tensor(name)
-        return {name: _shape(weights.get_tensor(name)) for name in weights.keys()}  # noqa: SIM118
+    try:
+        # Tensors are views of the mapped file: nothing is read before it is used.
+        with safe_open(file, "pt") as weights:
+            if name is not None:
+                return weights.get_tensor(name)
+            return {name: _shape(weights.get_tensor(name)) for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is incomplete or damaged ({error}). Download it again.") from error
 
 
 def _read_bin(file: Path, name: str | None):
-    weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"{file} cannot be read with weights_only=True: it is damaged, older than torch 1.6, or holds more than "
+            "tensors. Save its weights as safetensors where you trust it."
+        ) from error
     return {name: _shape(weight) for name, weight in weights.items()} if name is None else weights[name]
 
 
@@ -205,6 +215,8 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
             shard = {name: weights[name]().to(shapes[name].dtype).contiguous() for name in names}
             save_file(shard, folder / file, metadata={"format": "pt"})
             progress.update(sum(tensor.nbytes for tensor in shard.values()))
+            # Else it would live until the next one is complete.
+            del shard
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -193,7 +193,8 @@ def save_tokenizer(checkpoint: Checkpoint, folder: Path, model_max_length: int) 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.folder, **checkpoint.options)
     except (OSError, ValueError, ImportError) as error:
-        logger.warning("The source has no tokenizer that loads; the output has none (%s).", error)
+        reason = " ".join(str(error).split())
+        logger.warning("The source has no tokenizer that loads; the output has none. (%s)", reason)
         return
     tokenizer.model_max_length = model_max_length
     tokenizer.save_pretrained(folder)

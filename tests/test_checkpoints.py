@@ -1,0 +1,219 @@
+"""Checkpoints as files: shards, dtypes, pickles, and what is left when something goes wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from base_models import base_model
+from safetensors.torch import load_file, save_file
+from tiny import random_ids
+from transformers import AutoModelForCausalLM
+
+from benchmarks.conversion_memory import measure, write_checkpoint
+from conversion import checkpoints, convert_from_infini, convert_to_infini
+from modeling_infini import InfiniForCausalLM
+
+
+N = 9
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    base_model().save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
+    return tmp_path / "base"
+
+
+def edit_weights(folder, edit):
+    """Merges a folder's shards into one file, after `edit` has changed the weights."""
+    weights = {name: weight for file in folder.glob("model*.safetensors") for name, weight in load_file(file).items()}
+    edit(weights)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(random_ids(2, N)).logits
+
+
+def test_shards_become_other_shards(tmp_path, base_folder):
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, max_shard_size="20KB")
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert 1 < len(files) < len(list(base_folder.glob("*.safetensors")))
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(sum(weight.nbytes for weight in load_file(file).values()) <= 20_000 for file in files)
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    stored = {name: (file.name, weight) for file in files for name, weight in load_file(file).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in stored.items()}
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for _, weight in stored.values())
+    assert torch.equal(logits(tmp_path / "ours"), logits(base_folder))
+
+
+def test_no_more_than_a_shard_is_held_in_memory(tmp_path):
+    write_checkpoint(tmp_path / "tiny", 1, hidden_size=64, intermediate_size=64)
+    nbytes = write_checkpoint(tmp_path / "large", 5)
+    assert nbytes > 320e6
+    runs = {"to": ("", {"segment_length": N}), "from": ("-converted", {"dtype": "float32"})}
+    for convert, (suffix, options) in runs.items():
+        sources = [tmp_path / f"{name}{suffix}" for name in ("tiny", "large")]
+        found = measure(convert, *sources, max_shard_size="50MB", **options)
+        # A shard, or the largest weight where that is larger, and what the allocator keeps.
+        assert found["nbytes"] < 1.5 * 50e6
+        assert len(list((tmp_path / f"large{suffix}-converted").glob("*.safetensors"))) > 5
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_stops_midway_leaves_nothing(tmp_path, base_folder, monkeypatch, stop_at, error):
+    written = []
+
+    def save(*arguments, **options):
+        written.append(arguments)
+        if len(written) == stop_at:
+            raise error("no space left")
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr(checkpoints, "save_file", save)
+    for convert, options in ((convert_to_infini, {"segment_length": N}), (convert_from_infini, {})):
+        source = base_folder if convert is convert_to_infini else tmp_path / "ours"
+        if convert is convert_from_infini:
+            written.extend([None] * 100)
+            convert_to_infini(base_folder, source, segment_length=N)
+            written.clear()
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(error):
+            convert(source, tmp_path / "output", max_shard_size="10KB", **options)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_shard_is_named(tmp_path, base_folder):
+    gone = sorted(base_folder.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {gone.name}, which is not there"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+    (base_folder / "model.safetensors.index.json").unlink()
+    for file in base_folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+
+
+def test_a_damaged_file_is_named(tmp_path, base_folder):
+    damaged = sorted(base_folder.glob("*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{damaged.name} is incomplete or damaged"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickles_are_read_only_when_asked(tmp_path, base_folder, sharded):
+    expected = logits(base_folder)
+    index = base_folder / "model.safetensors.index.json"
+    weights = {}
+    for file in base_folder.glob("*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        weights |= load_file(file)
+        file.unlink()
+    text = index.read_text().replace(".safetensors", ".bin")
+    index.unlink()
+    if sharded:
+        (base_folder / "pytorch_model.bin.index.json").write_text(text)
+    else:
+        torch.save(weights, base_folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickle files. Pass allow_bin=True \(--allow-bin\)"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, allow_bin=True)
+    assert torch.equal(logits(tmp_path / "ours"), expected)
+
+
+class Payload:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the pickle ran')",)
+
+
+def test_a_pickle_runs_no_code(tmp_path, base_folder):
+    for file in base_folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"model.embed_tokens.weight": Payload()}, base_folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, allow_bin=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path, base_folder):
+    edit_weights(
+        base_folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    )
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+    assert torch.equal(logits(tmp_path / "ours"), logits(base_folder))
+
+
+def test_weights_that_would_be_lost_are_refused(tmp_path, base_folder):
+    edit_weights(base_folder, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}))
+    with pytest.raises(ValueError, match=r"1 weights that a llama has not.*q_proj.bias"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_tied_embeddings_with_a_head_in_the_file(tmp_path, own_head):
+    base_model("llama-tied-head_dim").save_pretrained(tmp_path / "base")
+
+    def add_head(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * (2 if own_head else 1)
+
+    edit_weights(tmp_path / "base", add_head)
+    convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N)
+    ours = InfiniForCausalLM.from_pretrained(tmp_path / "ours")
+    assert ours.config.tie_word_embeddings != own_head
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) != own_head
+    assert torch.equal(logits(tmp_path / "ours"), logits(tmp_path / "base"))
+
+
+def test_dtype_is_that_of_the_weights_but_not_of_the_gates(tmp_path, base_folder):
+    convert_to_infini(base_folder, tmp_path / "half", segment_length=N, dtype=torch.float16, max_shard_size="1GB")
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for name, weight in weights.items() if "head_gates" not in name} == {torch.float16}
+    assert {weight.dtype for name, weight in weights.items() if "head_gates" in name} == {torch.float32}
+    assert InfiniForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16
+    convert_from_infini(tmp_path / "half", tmp_path / "back", dtype="float32")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
+
+
+GATES = [1.5, [-2.0, 0.0, 2.0, 4.0]]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_gates_of_layers_and_heads(tmp_path, base_folder, from_file):
+    gates = GATES
+    if from_file:
+        gates = tmp_path / "gates.json"
+        gates.write_text(json.dumps(GATES))
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, head_gates=gates)
+    ours = InfiniForCausalLM.from_pretrained(tmp_path / "ours")
+    for layer, logit in zip(ours.model.layers, (torch.full((4,), 1.5), torch.tensor(GATES[1]))):
+        torch.testing.assert_close(layer.self_attn.head_gates().data, logit.sigmoid())
+    with pytest.raises(ValueError, match="trained or set"):
+        convert_from_infini(tmp_path / "ours", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ([1.0], "it has 1 layers"),
+        ([1.0, [1.0, 2.0]], "list of 2 layers, each a number or a list of 4 numbers"),
+        ([1.0, "open"], "list of 2 layers"),
+        (3.0, "list of 2 layers"),
+        ([1.0, float("nan")], "not finite"),
+    ],
+)
+def test_gates_of_another_form_are_refused(tmp_path, base_folder, gates, message):
+    with pytest.raises(ValueError, match=message):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, head_gates=gates)
+    (tmp_path / "gates.json").write_text(json.dumps(gates))
+    with pytest.raises(ValueError, match=r"gates\.json"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, head_gates=tmp_path / "gates.json")
+    assert not (tmp_path / "ours").exists()
