@@ -127,12 +127,13 @@ def _gate_logits(config: InfiniConfig, head_gates: HeadGates | None) -> torch.Te
     shape = (config.num_hidden_layers, config.num_attention_heads)
     if head_gates is None:
         return torch.full(shape, float(config.head_gate_init_value))
-    layers: Any
-    where, layers = "head_gates", head_gates
-    if isinstance(head_gates, (str, os.PathLike)):
-        where, layers = os.fspath(head_gates), json.loads(Path(head_gates).read_text(encoding="utf-8"))
+    where = "head_gates"
+    layers: Any = head_gates
     form = f"a list of {shape[0]} layers, each a number or a list of {shape[1]} numbers, one per head"
     try:
+        if isinstance(head_gates, (str, os.PathLike)):
+            where = os.fspath(head_gates)
+            layers = json.loads(Path(head_gates).read_text(encoding="utf-8"))
         if len(layers) != shape[0]:
             raise ValueError(f"it has {len(layers)} layers")
         logits = torch.stack([torch.tensor(layer, dtype=torch.float32).expand(shape[1]) for layer in layers])

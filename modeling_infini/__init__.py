@@ -1,6 +1,8 @@
 """Infini-attention for Hugging Face transformers."""
 
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -20,6 +22,8 @@ from .modeling_infini import (
 )
 
 
+AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
+AutoModel.register(InfiniConfig, InfiniModel, exist_ok=True)
 AutoModelForCausalLM.register(InfiniConfig, InfiniForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(InfiniConfig, InfiniForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(InfiniConfig, InfiniForTokenClassification, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -522,18 +522,27 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         return BaseModelOutputWithPast(last_hidden_state=last[0], past_key_values=cache)
 
 
-class InfiniForSequenceClassification(GenericForSequenceClassification, InfiniPreTrainedModel): ...
+class BaseModelByAutoModel:
+    """
+    transformers' heads make their base model by `AutoModel.from_config`, which finds it by the class of the
+    configuration. Remote code in a local folder is imported once for the configuration and once more for the model,
+    so that this class is not the `InfiniConfig` of this module.
+    """
+
+    def __init__(self, config: InfiniConfig):
+        AutoModel.register(type(config), InfiniModel, exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]
 
 
-class InfiniForTokenClassification(GenericForTokenClassification, InfiniPreTrainedModel): ...
+class InfiniForSequenceClassification(
+    BaseModelByAutoModel, GenericForSequenceClassification, InfiniPreTrainedModel
+): ...
 
 
-class InfiniForQuestionAnswering(GenericForQuestionAnswering, InfiniPreTrainedModel): ...
+class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel): ...
 
 
-# The heads build their base model through AutoModel, also where this file was loaded as remote code.
-AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
-AutoModel.register(InfiniConfig, InfiniModel, exist_ok=True)
+class InfiniForQuestionAnswering(BaseModelByAutoModel, GenericForQuestionAnswering, InfiniPreTrainedModel): ...
 
 
 __all__ = [

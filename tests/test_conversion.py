@@ -5,10 +5,8 @@ from test_short_inputs import llama_and_ours
 from tiny import random_ids
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from conversion import convert_to_infini
-from conversion.__main__ import app
 from evaluation.resources import smollm2_file
 from modeling_infini import InfiniForCausalLM
 
@@ -16,7 +14,7 @@ from modeling_infini import InfiniForCausalLM
 @pytest.fixture
 def llama_folder(tmp_path):
     llama, _ = llama_and_ours(tie_word_embeddings=False)
-    llama.generation_config = GenerationConfig(max_new_tokens=7, pad_token_id=3)
+    llama.generation_config = GenerationConfig(max_new_tokens=7, pad_token_id=3, max_length=64)
     llama.save_pretrained(tmp_path / "llama")
     vocabulary = {f"<{token}>": token for token in range(31)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
@@ -38,6 +36,8 @@ def test_a_converted_folder_answers_as_the_source(tmp_path, llama_folder, dtype)
     with torch.no_grad():
         assert torch.equal(ours(random_ids(2, 9)).logits, llama(random_ids(2, 9)).logits)
     assert (ours.generation_config.max_new_tokens, ours.generation_config.pad_token_id) == (7, 3)
+    # A limit on prompt and answer together would refuse a book.
+    assert ours.generation_config.max_length is None
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(llama_folder).get_vocab()
     assert tokenizer.model_max_length > 10**20
@@ -91,17 +91,6 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, llama_folder, monkey
     with pytest.raises(KeyboardInterrupt):
         convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
-
-
-def test_the_shell_command_converts_and_explains(tmp_path, llama_folder):
-    run = CliRunner().invoke
-    result = run(app, ["to-infini", str(llama_folder), str(tmp_path / "ours"), "--segment-length", "9"])
-    assert result.exit_code == 0, result.output
-    assert InfiniForCausalLM.from_pretrained(tmp_path / "ours").config.segment_length == 9
-    again = run(app, ["to-infini", str(llama_folder), str(tmp_path / "ours"), "--segment-length", "9"])
-    assert again.exit_code == 1
-    assert "exists already" in again.output
-    assert "Retrofit" in run(app, ["--help"]).output
 
 
 @pytest.mark.slow

@@ -1,9 +1,5 @@
 """Attention backends, attention weights, initialization, heads, compilation, and the Auto classes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, InfiniModel
+from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniModel
 
 
 @given(st.data())
@@ -232,28 +228,6 @@ def test_under_autocast_cuts_do_not_change_the_memory(delta):
 def test_hidden_states_are_those_of_every_layer():
     outputs = tiny_model()(random_ids(2, 9), output_hidden_states=True)
     assert [h.shape for h in outputs.hidden_states] == [(2, 9, 24)] * 3
-
-
-REMOTE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "transformers_modules" in type(model).__module__
-assert "modeling_infini" not in sys.modules
-torch.save(model.generate(torch.load(sys.argv[1] + "/ids.pt"), max_new_tokens=9), sys.argv[1] + "/out.pt")
-"""
-
-
-def test_remote_code_generates_the_same_without_this_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(InfiniConfig, "_auto_class", "AutoConfig")
-    monkeypatch.setattr(InfiniForCausalLM, "_auto_class", "AutoModelForCausalLM")
-    model, ids = tiny_model(**MODES[2]), random_ids(2, 13)
-    model.save_pretrained(tmp_path)
-    torch.save(ids, tmp_path / "ids.pt")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path)], check=True, cwd=tmp_path, env=environment)
-    assert torch.equal(torch.load(tmp_path / "out.pt"), model.generate(ids, max_new_tokens=9))
 
 
 def test_the_base_model_takes_ids_or_embeddings():

@@ -1,0 +1,151 @@
+"""`python -m conversion`, from the shell's side."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from base_models import base_model
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny import tiny_model
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from conversion.__main__ import app
+from conversion.inspection import inspect_checkpoint
+from modeling_infini import InfiniForCausalLM
+
+
+COMMANDS = ("to-infini", "from-infini", "from-lucidrains", "card", "inspect")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(message, *arguments):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert message in result.output
+
+
+@pytest.fixture
+def converted(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    succeed("to-infini", tmp_path / "base", tmp_path / "infini", "--segment-length", 9)
+    return tmp_path / "infini"
+
+
+def test_help_teaches():
+    done = subprocess.run([sys.executable, "-m", "conversion", "--help"], capture_output=True, text=True, check=True)
+    assert "Retrofit" in done.stdout
+    for command in COMMANDS:
+        assert command in done.stdout
+        text = succeed(command, "--help")
+        assert f"Example: python -m conversion {command}" in re.sub(r"\s+", " ", text)
+
+
+def test_there_and_back(tmp_path, converted):
+    options = ("--local-attention", "segment", "--head-gate-init-value", -1, "--use-mem-delta-rule")
+    options += ("--dtype", "bfloat16", "--max-shard-size", "10KB")
+    succeed("to-infini", tmp_path / "base", tmp_path / "other", "--segment-length", 12, *options)
+    model = InfiniForCausalLM.from_pretrained(tmp_path / "other")
+    assert (model.config.segment_length, model.config.local_attention, model.config.num_sink_tokens) == (
+        12,
+        "segment",
+        0,
+    )
+    assert model.config.use_mem_delta_rule
+    assert model.dtype == torch.bfloat16
+    assert (tmp_path / "other" / "model.safetensors.index.json").exists()
+    torch.testing.assert_close(model.model.layers[0].self_attn.head_gates().data, torch.full((4,), -1.0).sigmoid())
+
+    succeed("from-infini", converted, tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "back"))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_errors_are_messages(tmp_path, converted):
+    fail("exists already", "to-infini", tmp_path / "base", converted, "--segment-length", 9)
+    fail("segment_length is needed", "to-infini", tmp_path / "base", tmp_path / "new")
+    fail("no Infini-attention checkpoint", "inspect", tmp_path / "base")
+    fail("no folder with a checkpoint", "inspect", tmp_path / "nowhere")
+    fail("README.md exists already. Pass --overwrite", "card", converted)
+    tiny_model().save_pretrained(tmp_path / "trained")
+    fail("--drop-gates", "from-infini", tmp_path / "trained", tmp_path / "back")
+    succeed("from-infini", tmp_path / "trained", tmp_path / "back", "--drop-gates", "--model-type", "llama")
+    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == "llama"
+    (tmp_path / "gates.json").write_text("[1, 2")
+    fail(
+        "gates.json",
+        "to-infini",
+        tmp_path / "base",
+        tmp_path / "n",
+        "--segment-length",
+        9,
+        "--head-gates",
+        tmp_path / "gates.json",
+    )
+
+
+def test_card(tmp_path, converted):
+    (converted / "README.md").unlink()
+    succeed("card", converted, "--repo-id", "me/mine", "--base-model", "base/model", "--license", "mit")
+    card = ModelCard.load(converted / "README.md")
+    assert (card.data.base_model, card.data.license) == ("base/model", "mit")
+    succeed("card", converted, "--overwrite", "--training", "Trained on sonnets.")
+    assert "Trained on sonnets." in (converted / "README.md").read_text()
+
+
+def test_inspect_shows_architecture_memory_and_gates(tmp_path, converted):
+    text = succeed("inspect", converted)
+    for words in (
+        "2 layers, hidden size 24, 4 query and 2 key/value heads of 6, vocabulary 31",
+        "a llama checkpoint",
+        "9 tokens",
+        "the last 9 tokens and 4 attention sinks",
+        "linear rule",
+        "MB per sequence",
+    ):
+        assert words in text
+    assert re.search(r"0–1 +98\.2% +98\.2% +98\.2% +████", text)
+
+    model = InfiniForCausalLM.from_pretrained(converted)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.head_gates.weight.copy_(torch.tensor([-1.0, 0.0, 0.0, 0.5]))
+    model.save_pretrained(tmp_path / "trained")
+    text = succeed("inspect", tmp_path / "trained")
+    assert re.search(r"\n +0 +98\.2% +98\.2% +98\.2% +████", text)
+    assert re.search(r"\n +1 +49\.8% +0\.0% +99\.3% +▁▅▅█", text)
+    inspection = inspect_checkpoint(tmp_path / "trained")
+    assert inspection.parameters == sum(parameter.numel() for parameter in model.parameters())
+    torch.testing.assert_close(inspection.local_shares, model.local_shares().detach())
+
+
+def test_from_lucidrains(tmp_path):
+    peer = pytest.importorskip("infini_transformer_pytorch")
+    model = peer.InfiniTransformer(num_tokens=31, dim=24, depth=2, dim_head=6, heads=4)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    arguments = ("from-lucidrains", tmp_path / "model.pt", tmp_path / "ours", "--segment-length", 7)
+    succeed(*arguments, "--use-mem-delta-rule")
+    config = AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (config.segment_length, config.use_mem_delta_rule) == (7, True)
+    fail("exists already", *arguments)
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    fail(
+        "no state dict of an InfiniTransformer",
+        "from-lucidrains",
+        tmp_path / "other.pt",
+        tmp_path / "n",
+        "--segment-length",
+        7,
+    )
