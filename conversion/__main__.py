@@ -1,5 +1,8 @@
 """`python -m conversion`: conversion from the shell."""
 
+import io
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
 from modeling_infini import model_card
@@ -36,7 +40,7 @@ class LocalAttention(str, Enum):
 def errors_as_messages() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         # Not typer's box: it breaks lines inside paths.
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -165,6 +169,7 @@ def from_lucidrains(
         require_free(output)
         model = load_lucidrains(source, segment_length=segment_length, use_mem_delta_rule=use_mem_delta_rule)
         with new_folder(output) as folder:
+            model_card(model.config, model.local_shares()).save(folder / "README.md")
             model.save_pretrained(folder)
     typer.echo(f"Imported {source} to {output}.")
 
@@ -188,6 +193,8 @@ def card(
     Example: `python -m conversion card converted --repo-id me/llama-infini --base-model meta-llama/Llama-3.2-1B`
     """
     with errors_as_messages():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
         inspection = inspect_checkpoint(folder)
         file = folder / "README.md"
         if file.exists() and not overwrite:
@@ -217,4 +224,8 @@ def inspect(source: Source, revision: Revision = None):
 
 
 if __name__ == "__main__":
+    # So that what is unfinished is removed, and no terminal is too simple for the gates.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     app()

@@ -18,8 +18,12 @@ FIXED_FIELDS: dict[str, dict[str, bool]] = {
 }
 SUPPORTED_MODEL_TYPES = tuple(FIXED_FIELDS)
 
-# A window of the source's own: its meaning moves to `local_attention`, its fields are kept for the way back.
+# A window of the source's own: its meaning moves to `local_attention`.
 WINDOW_FIELDS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
+
+# What is kept in `converted_from` for the way back alone. `use_cache=False` is what training leaves behind; without
+# its cache a converted model would read everything again for each token.
+RETURN_FIELDS = (*WINDOW_FIELDS, "use_cache")
 
 # What belongs to the source's files and not to its architecture.
 FILE_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
@@ -75,11 +79,13 @@ def infini_config(
 
     values = source.to_dict()
     converted_from = {**origin, "model_type": source.model_type}
-    converted_from |= {name: values[name] for name in WINDOW_FIELDS if name in values}
+    converted_from |= {name: values[name] for name in RETURN_FIELDS if name in values}
+    if converted_from.get("use_cache"):
+        del converted_from["use_cache"]
     kept = {
         name: value
         for name, value in values.items()
-        if name not in (*FILE_FIELDS, *WINDOW_FIELDS) and not name.startswith("_")
+        if name not in (*FILE_FIELDS, *RETURN_FIELDS, *INFINI_FIELDS) and not name.startswith("_")
     }
     try:
         config = InfiniConfig(
@@ -148,7 +154,7 @@ def _as_architecture(config: InfiniConfig, model_type: str, origin: dict[str, An
         # An attribute of every architecture, though not a field of every configuration.
         kept["head_dim"] = config.head_dim
     if origin.get("model_type") == model_type:
-        kept |= {name: origin[name] for name in WINDOW_FIELDS if name in origin}
+        kept |= {name: origin[name] for name in RETURN_FIELDS if name in origin}
     elif model_type == "mistral":
         kept["sliding_window"] = config.segment_length if config.is_sliding else None
     return base_class(**kept)

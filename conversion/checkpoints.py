@@ -14,15 +14,14 @@ import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 
 from modeling_infini import InfiniConfig
 
 
-# What a conversion reads of a repository on the Hub.
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "README.md"]
-HUB_BIN_FILES = [*HUB_FILES[:-2], "*.bin", "README.md"]
+# What a conversion reads of a repository on the Hub, beside its weights.
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "tokenization_*.py", "LICENSE*", "NOTICE*", "*.md"]
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
@@ -64,7 +63,7 @@ class Checkpoint:
         """The fields of `config`, also where transformers does not know the architecture."""
         if self.options:
             return self.config.to_dict()
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "config.json")
 
     @property
     def infini_config(self) -> InfiniConfig:
@@ -97,11 +96,6 @@ class Checkpoint:
         """A weight; its file stays open only as long as the tensor lives."""
         return self._weights[1](name)
 
-    def generation_config(self) -> GenerationConfig:
-        if (self.folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig.from_model_config(self.config)
-
 
 def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) -> tuple[Path, dict[str, str]]:
     path = Path(source)
@@ -112,8 +106,7 @@ def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) ->
     if not path.is_dir():
         if path.is_absolute() or len(path.parts) > 2 or path.exists():
             raise FileNotFoundError(f"{path} is no folder with a checkpoint, no .gguf file and no id of the Hub.")
-        files = HUB_BIN_FILES if allow_bin else HUB_FILES
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files)), {}
+        return _download(str(source), revision, allow_bin), {}
     if not (path / "config.json").is_file():
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
@@ -125,6 +118,37 @@ def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) ->
     return path, {}
 
 
+def _download(name: str, revision: str | None, allow_bin: bool) -> Path:
+    """The weights that the indices name and no other: some repositories hold them twice, in several layouts."""
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    layouts = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
+    for single, index in layouts if allow_bin else layouts[:1]:
+        files = _indexed(folder / index) if (folder / index).is_file() else [single]
+        # A snapshot's folder is named by its commit.
+        snapshot_download(name, revision=folder.name, allow_patterns=files)
+        if (folder / files[0]).is_file():
+            break
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: if the file does not hold a JSON object; the message names it.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} holds no valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds no JSON object.")
+    return fields
+
+
+def _indexed(index: Path) -> list[str]:
+    return sorted(set(read_json(index)["weight_map"].values()))
+
+
 def _open_files(folder: Path, allow_bin: bool) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
     files = _weight_files(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     read_file: Callable = _read_safetensors
@@ -134,8 +158,8 @@ def _open_files(folder: Path, allow_bin: bool) -> tuple[dict[str, torch.Tensor],
             raise FileNotFoundError(f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
         if not allow_bin:
             raise ValueError(
-                f"{folder} holds PyTorch .bin weights only, which are pickle files. Pass allow_bin=True (--allow-bin) "
-                "to read them, with weights_only=True."
+                f"{folder} holds PyTorch .bin weights only, which are pickle files. `to-infini` reads them with "
+                "allow_bin=True (--allow-bin), with weights_only=True."
             )
         read_file = _read_bin
     shapes, file_of = {}, {}
@@ -150,8 +174,7 @@ def _weight_files(folder: Path, single: str, index: str) -> list[Path]:
         return [folder / single]
     if not (folder / index).is_file():
         return []
-    weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+    files = [folder / name for name in _indexed(folder / index)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{folder / index} names {missing[0]}, which is not there. Download it again.")
     return files
@@ -225,19 +248,27 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
 @contextmanager
 def new_folder(output: str | os.PathLike) -> Iterator[Path]:
     """
-    A hidden folder beside `output` that takes its name when the block has ended without an error, and else is removed.
+    A hidden folder that becomes `output` when the block has ended without an error, and else is removed. It stands
+    beside `output`, or inside if that exists and is empty: a mount point cannot be replaced.
 
     Raises:
         FileExistsError: if `output` holds something.
     """
-    output = Path(output).absolute()
+    output = Path(output).resolve()
     require_free(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    exists = output.is_dir()
+    parent = output if exists else output.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    unfinished = parent / f".{output.name}.{os.getpid()}.unfinished"
     try:
         unfinished.mkdir()
         yield unfinished
-        unfinished.replace(output)
+        if exists:
+            # The configuration last: without it nothing loads.
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(output / file.name)
+        else:
+            unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -252,6 +283,6 @@ def require_free(output: str | os.PathLike) -> None:
 def saved_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The dtype that `dtype` names; `None` for `"auto"`: each weight keeps its own."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    if dtype != "auto" and found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'dtype="{dtype}" is no dtype of weights; take "auto", "float32", "bfloat16" or "float16".')
     return None if dtype == "auto" else found

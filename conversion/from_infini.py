@@ -12,7 +12,8 @@ from modeling_infini import InfiniConfig
 
 from .architectures import base_config
 from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
-from .to_infini import save_tokenizer
+from .small_files import copy_licence, copy_tokenizer, generation_fields, write_json
+from .to_infini import has_own_head
 
 
 MEMORY_WEIGHTS = ("head_gates.weight", "write_strength.weight")
@@ -64,6 +65,8 @@ def convert_from_infini(
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     found_names = {name for name in checkpoint.shapes if not name.endswith(MEMORY_WEIGHTS)}
+    if config.tie_word_embeddings and not has_own_head(checkpoint):
+        found_names.discard("lm_head.weight")
     if found_names != set(expected):
         names = sorted(found_names ^ set(expected))
         raise ValueError(
@@ -78,9 +81,11 @@ def convert_from_infini(
     config.dtype = weight_dtype or infini.dtype
 
     with new_folder(output) as folder:
+        origin = infini.converted_from or {}
+        copy_tokenizer(checkpoint, folder, origin.get("model_max_length", config.max_position_embeddings))
+        write_json(folder / "generation_config.json", generation_fields(checkpoint))
+        copy_licence(checkpoint, folder)
         write_weights(folder, shapes, weights, max_shard_size)
-        save_tokenizer(checkpoint, folder, config.max_position_embeddings)
-        checkpoint.generation_config().save_pretrained(folder)
         config.save_pretrained(folder)
     return Path(output).absolute()
 

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
@@ -66,7 +68,12 @@ def _state_dict(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> Mappi
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
-        source = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        try:
+            source = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        except (RuntimeError, UnpicklingError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be read: it is damaged, or holds more than tensors. Save `model.state_dict()` alone."
+            ) from error
     # The wrapper holds the model under this name.
     weights = {name.removeprefix("model."): weight for name, weight in source.items()}
     if "token_emb.weight" not in weights:
@@ -96,6 +103,7 @@ def _config(weights: Mapping[str, torch.Tensor], **fields) -> InfiniConfig:
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         max_position_embeddings=fields["segment_length"],
         head_gate_init_value=HEAD_GATE_INIT_VALUE,
+        converted_from={"package": "infini-transformer-pytorch"},
         learned_delta_update="layers.0.0.to_learned_delta_update_weights.0.weight" in weights,
         bos_token_id=None,
         eos_token_id=None,

@@ -1,6 +1,7 @@
 """What a checkpoint is: read from its configuration and its gates, without loading the model."""
 
 import os
+import re
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -53,8 +54,7 @@ class Inspection:
             f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of "
             f"{config.head_dim}, vocabulary {config.vocab_size:,}{tied}",
             "converted from": self._origin(),
-            "segments": f"{config.segment_length:,} tokens; the base was trained on "
-            f"{config.max_position_embeddings:,} positions",
+            "segments": f"{config.segment_length:,} tokens{self._base_positions()}",
             "local attention": f"{config.local_attention}: "
             + (local if config.is_sliding else "the tokens of the own segment"),
             "memory": f"{'delta' if config.use_mem_delta_rule else 'linear'} rule"
@@ -73,9 +73,16 @@ class Inspection:
         origin = self.config.converted_from
         if not origin:
             return "nothing: made as an Infini-attention model"
+        if "package" in origin:
+            return f"a model of the package {origin['package']}"
         model_type = f"a {origin['model_type']} checkpoint"
         known = [f"{name} {origin[name]}" for name in ("revision", "license") if name in origin]
         return ", ".join([f"{origin['name']}, {model_type}" if "name" in origin else model_type, *known])
+
+    def _base_positions(self) -> str:
+        if "model_type" not in (self.config.converted_from or {}):
+            return ""
+        return f"; the base was trained on {self.config.max_position_embeddings:,} positions"
 
     def _gates(self) -> Table:
         shares = self.local_shares
@@ -120,11 +127,8 @@ def inspect_checkpoint(source: str | os.PathLike, revision: str | None = None) -
 
 def _local_shares(checkpoint: Checkpoint) -> torch.Tensor:
     """What the gates of an Infini-attention checkpoint give to local attention, `(layers, heads)`."""
-    names = {
-        int(name.split(".layers.")[1].split(".")[0]): name
-        for name in checkpoint.shapes
-        if name.endswith("self_attn.head_gates.weight")
-    }
+    gates = {name: re.search(r"layers\.(\d+)\.self_attn\.head_gates\.weight$", name) for name in checkpoint.shapes}
+    names = {int(match[1]): name for name, match in gates.items() if match}
     if sorted(names) != list(range(checkpoint.config.num_hidden_layers)):
         raise ValueError(f"{checkpoint.folder} lacks the gates of some layers: it is no whole checkpoint.")
     logits = torch.stack([checkpoint.read(names[layer]).float() for layer in sorted(names)])

@@ -2,28 +2,29 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCard
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from huggingface_hub import CardData, ModelCard
 from transformers.utils import logging
+from yaml import YAMLError
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM, model_card
 
 from .architectures import infini_config, require_supported
 from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
+from .small_files import copy_licence, copy_tokenizer, generation_fields, tokenizer_limit, write_json
 
 
 logger = logging.get_logger(__name__)
 
 # Buffers that old Llama checkpoints hold beside their weights.
 LEGACY_BUFFER = "rotary_emb.inv_freq"
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 HeadGates = str | os.PathLike | Sequence[float | Sequence[float]]
 
@@ -88,45 +89,59 @@ def convert_to_infini(
         segment_length=segment_length,
         local_attention=local_attention,
         num_sink_tokens=num_sink_tokens,
-        origin=_origin(checkpoint),
+        origin=_origin(checkpoint, head_gates),
         head_gate_init_value=head_gate_init_value,
         use_mem_delta_rule=use_mem_delta_rule,
     )
-    gates = _gate_logits(config, head_gates) / config.head_gate_scale
+    gates = _gate_weights(config, head_gates)
     shapes, weights = _output_weights(checkpoint, config, gates, weight_dtype)
     config.architectures = [InfiniForCausalLM.__name__]
     config.dtype = weight_dtype or checkpoint.config.dtype or shapes["model.embed_tokens.weight"].dtype
 
     with new_folder(output) as folder:
-        write_weights(folder, shapes, weights, max_shard_size)
-        save_tokenizer(checkpoint, folder, VERY_LARGE_INTEGER)
-        generation_config = checkpoint.generation_config()
-        # A limit on prompt and answer together would refuse a book.
-        generation_config.max_length = None
-        generation_config.save_pretrained(folder)
+        copy_tokenizer(checkpoint, folder, None)
+        # A limit on prompt and answer together would refuse a book; without its cache the model would forget it.
+        fields = generation_fields(checkpoint)
+        kept = {name: value for name, value in fields.items() if name not in ("max_length", "use_cache")}
+        write_json(folder / "generation_config.json", kept)
         model_card(config, torch.sigmoid(gates * config.head_gate_scale)).save(folder / "README.md")
-        for file in checkpoint.folder.glob("LICENSE*"):
-            shutil.copy(file, folder)
+        copy_licence(checkpoint, folder)
+        write_weights(folder, shapes, weights, max_shard_size)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
     return Path(output).absolute()
 
 
-def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Name, revision and licence of the source, as far as they are known."""
-    origin = {"name": checkpoint.name, "revision": checkpoint.revision}
-    card = checkpoint.folder / "README.md"
-    if card.is_file():
-        data = ModelCard.load(card, ignore_metadata_errors=True).data
-        origin |= {"license": data.license, "license_name": data.license_name, "license_link": data.license_link}
+def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None) -> dict[str, Any]:
+    """Name, revision and licence of the source as far as they are known, and what the way back needs."""
+    data = _card_data(checkpoint)
+    origin = {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        **{name: getattr(data, name, None) for name in LICENSE_FIELDS},
+        "model_max_length": tokenizer_limit(checkpoint),
+        "head_gates": None if head_gates is None else "set by layer or head",
+    }
     return {name: value for name, value in origin.items() if value is not None}
 
 
-def _gate_logits(config: InfiniConfig, head_gates: HeadGates | None) -> torch.Tensor:
+def _card_data(checkpoint: Checkpoint) -> CardData | None:
+    card = checkpoint.folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning("The licence of the source is not known: the metadata of %s cannot be read. (%s)", card, reason)
+        return None
+
+
+def _gate_weights(config: InfiniConfig, head_gates: HeadGates | None) -> torch.Tensor:
     """`(layers, heads)`, float32."""
     shape = (config.num_hidden_layers, config.num_attention_heads)
     if head_gates is None:
-        return torch.full(shape, float(config.head_gate_init_value))
+        return torch.full(shape, config.head_gate_init_value / config.head_gate_scale)
     where = "head_gates"
     layers: Any = head_gates
     form = f"a list of {shape[0]} layers, each a number or a list of {shape[1]} numbers, one per head"
@@ -141,7 +156,7 @@ def _gate_logits(config: InfiniConfig, head_gates: HeadGates | None) -> torch.Te
         raise ValueError(f"{where} must hold the logits of the gates as {form}: {error}.") from error
     if not logits.isfinite().all():
         raise ValueError(f"{where} holds a logit that is not finite.")
-    return logits
+    return logits / config.head_gate_scale
 
 
 def _output_weights(
@@ -152,7 +167,7 @@ def _output_weights(
         expected = dict(InfiniForCausalLM(config).state_dict())
     found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(LEGACY_BUFFER)}
     if config.tie_word_embeddings:
-        if _has_own_head(checkpoint):
+        if has_own_head(checkpoint):
             # What transformers does with such a checkpoint.
             logger.warning("The source ties its embeddings, but has a head of its own: the output does not tie them.")
             config.tie_word_embeddings = False
@@ -184,18 +199,7 @@ def _output_weights(
     return shapes, weights
 
 
-def _has_own_head(checkpoint: Checkpoint) -> bool:
+def has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds a head that differs from its embeddings."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     return checkpoint.shapes.keys() >= set(names) and not torch.equal(*map(checkpoint.read, names))
-
-
-def save_tokenizer(checkpoint: Checkpoint, folder: Path, model_max_length: int) -> None:
-    """Saves the source's tokenizer, if it has one that loads, with another limit."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.folder, **checkpoint.options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        logger.warning("The source has no tokenizer that loads; the output has none. (%s)", reason)
-        return
-    tokenizer.model_max_length = model_max_length
-    tokenizer.save_pretrained(folder)

@@ -20,6 +20,8 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_infini.InfiniForTokenClassification",
 }
 
+MODELING_FILE = "modeling_infini.py"
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -106,16 +108,26 @@ class InfiniConfig(LlamaConfig):
             push_to_hub: also upload it.
             kwargs: as for [`~PreTrainedConfig.save_pretrained`].
         """
-        modeling_file = Path(__file__).with_name("modeling_infini.py")
-        # Where only the configuration's code was downloaded, `auto_map` keeps naming the repository that has the rest.
-        if modeling_file.is_file():
+        target = Path(save_directory)
+        code_folder = self._code_folder(target)
+        if code_folder is None:
+            # Only the configuration's code was loaded from the Hub; that of the models stays there.
+            self.auto_map = {name: f"{self.name_or_path}--{reference}" for name, reference in AUTO_MAP.items()}
+        else:
             self.auto_map = dict(AUTO_MAP)
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for file in {str(modeling_file), *get_relative_import_files(modeling_file)}:
-                shutil.copy(file, save_directory)
+            target.mkdir(parents=True, exist_ok=True)
+            modeling_file = code_folder / MODELING_FILE
+            for file in map(Path, {str(modeling_file), *get_relative_import_files(modeling_file)}):
+                if file.parent.resolve() != target.resolve():
+                    shutil.copy(file, target)
         super().save_pretrained(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def _code_folder(self, target: Path) -> Path | None:
+        """Where the models' code is: beside this file, where the configuration came from, or saved before it."""
+        folders = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else []), target]
+        return next((folder for folder in folders if (folder / MODELING_FILE).is_file()), None)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""

@@ -19,6 +19,13 @@ PIPELINE_TAGS = {
     "InfiniModel": "feature-extraction",
 }
 
+KINDS = {
+    "InfiniForCausalLM": "causal language model",
+    "InfiniForQuestionAnswering": "model that finds answers in a text",
+    "InfiniForSequenceClassification": "text classifier",
+    "InfiniForTokenClassification": "token classifier",
+}
+
 USAGE = {
     "InfiniForCausalLM": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,7 +86,8 @@ def model_card(
     sections = [
         f"# {(repo_id or base_model or 'Infini-attention').rsplit('/', 1)[-1]}"
         + (" with Infini-attention" if repo_id is None and base_model else ""),
-        f"A causal language model that reads text of any length with a memory of constant size: local attention over "
+        f"A {KINDS.get(architecture, 'language model without a head')} that reads text of any length with a memory of "
+        f"constant size: local attention over "
         f"segments of {config.segment_length:,} tokens and a compressive memory per head "
         f"([Infini-attention]({PAPER})).",
         "## How it was made",
@@ -104,12 +112,12 @@ def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | 
     if not origin:
         return training or "It was not converted from another model. How it was trained is not recorded here."
     name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a checkpoint"
+    if "package" in origin:
+        return f"The weights were imported from a model of the package {origin['package']}. {trained}"
     revision = f" at revision `{origin['revision']}`" if "revision" in origin else ""
     kind = origin["model_type"]
-    return (
-        f"The weights were converted from {name}{revision} (architecture `{kind}`). Gates started at the logit "
-        f"{config.head_gate_init_value:g} unless they were set one by one. {trained}"
-    )
+    gates = origin.get("head_gates", f"started at the logit {config.head_gate_init_value:g}")
+    return f"The weights were converted from {name}{revision} (architecture `{kind}`). Gates: {gates}. {trained}"
 
 
 def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
@@ -139,7 +147,7 @@ def _limits(config: InfiniConfig, training: str | None) -> str:
         "`revision` that you have read.",
         "Static, quantized and offloaded caches and continuous batching are refused: they hold no memory.",
     ]
-    if config.converted_from and training is None:
+    if "model_type" in (config.converted_from or {}) and training is None:
         limits.insert(
             0, "A conversion alone keeps the model fluent; that it *uses* its memory is learned in training."
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
@@ -241,14 +242,19 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
     def local_shares(self) -> torch.Tensor:
         """What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32."""
-        gates = [module().cpu() for module in self.modules() if isinstance(module, InfiniHeadGates)]
-        return torch.stack(gates)
+        # By layer, since PEFT keeps the gates that it trains beside the original ones.
+        gates = [module.head_gates() for module in self.modules() if isinstance(module, InfiniAttention)]
+        return torch.stack([gate.cpu() for gate in gates])
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         # What transformers writes where the repository has no card yet says nothing about the model.
         card_file = Path(working_dir) / "README.md"
-        if not card_file.is_file() or is_placeholder(card_file.read_text(encoding="utf-8")):
-            model_card(self.config, self.local_shares().detach(), repo_id=repo_id).save(card_file)
+        found = ModelCard.load(card_file) if card_file.is_file() else None
+        if found is None or is_placeholder(found.content):
+            card = model_card(self.config, self.local_shares().detach(), repo_id=repo_id)
+            tags = [] if found is None else found.data.to_dict().get("tags", [])
+            card.data["tags"] = [*card.data["tags"], *(tag for tag in tags if tag not in card.data["tags"])]
+            card.save(card_file)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()

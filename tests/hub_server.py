@@ -38,7 +38,7 @@ class Repository:
 
 
 class Missing(Exception):
-    """404, with what the Hub calls it in a header."""
+    """404, with what the Hub calls it in a header, and the commit that lacks a file."""
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Hub:
         sha = repository.resolve(revision)
         content = repository.commits[sha].get(file)
         if content is None:
-            raise Missing("EntryNotFound")
+            raise Missing("EntryNotFound", sha)
         return 200, content, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
 
 
@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             result = answer(self.hub, body, *map(unquote, found.groups()))
         except Missing as missing:
-            self.send(404, {"error": str(missing)}, {"X-Error-Code": str(missing)})
+            self.send(404, {"error": missing.args[0]}, dict(zip(("X-Error-Code", "X-Repo-Commit"), missing.args)))
             return
         status, content, *headers = result if isinstance(result, tuple) else (200, result)
         self.send(status, content, *headers or [{}])

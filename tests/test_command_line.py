@@ -139,6 +139,8 @@ def test_from_lucidrains(tmp_path):
     succeed(*arguments, "--use-mem-delta-rule")
     config = AutoConfig.from_pretrained(tmp_path / "ours")
     assert (config.segment_length, config.use_mem_delta_rule) == (7, True)
+    assert "a model of the package infini-transformer-pytorch" in succeed("inspect", tmp_path / "ours")
+    assert "a model of the package infini-transformer-pytorch" in (tmp_path / "ours" / "README.md").read_text()
     fail("exists already", *arguments)
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     fail(

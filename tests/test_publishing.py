@@ -130,6 +130,18 @@ def test_a_head_can_be_put_on_a_published_language_model(tmp_path):
     assert torch.tensor(found).shape == (1, 2, 3)
 
 
+def test_a_configuration_saved_where_it_came_from_keeps_the_code(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    for _ in range(2):
+        InfiniForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "ours")
+    resave = "from transformers import AutoConfig; c = AutoConfig.from_pretrained('ours', trust_remote_code=True);"
+    resave += "c.save_pretrained('ours'); c.save_pretrained('new')"
+    run(tmp_path, [sys.executable, "-c", resave])
+    for name in ("ours", "new"):
+        assert {file.name for file in (tmp_path / name).glob("*.py")} == CODE_FILES
+        assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"].keys() == AUTO_CLASSES
+
+
 def test_what_was_loaded_by_its_code_saves_its_code_again(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "saved")
@@ -160,6 +172,7 @@ def test_every_class_has_a_task_of_the_hub_and_an_auto_class_on_its_card(name):
     model = getattr(modeling_infini, name)(tiny_config())
     model.config.architectures = [name]
     card = model_card(model.config, model.local_shares())
+    assert ("A causal language model" in card.text) == (name == "InfiniForCausalLM")
     # transformers has dropped the pipeline of the last, the Hub keeps its task.
     assert card.data.pipeline_tag in {*SUPPORTED_TASKS, "question-answering"}
     auto_class = card.text.split("from transformers import ")[1].split(",")[0]
@@ -176,12 +189,19 @@ def test_the_state_on_the_card_is_what_a_cache_holds(fields):
     assert state_nbytes(model.config) == sum(tensor.nbytes for tensor in tensors)
 
 
+def push_folder(folder, author, name):
+    """Uploads a folder to the local Hub as it is, and returns the commit."""
+    push = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1]);"
+    push += f"print(api.upload_folder(repo_id='{USER}/' + sys.argv[1], folder_path=sys.argv[2]).oid)"
+    return run(author, [sys.executable, "-c", push, name, str(folder)], HF_TOKEN=TOKEN).strip()
+
+
 PUSH = """
 import sys
 from modeling_infini import InfiniForCausalLM
 for folder, branch in zip(sys.argv[1::2], sys.argv[2::2]):
     model = InfiniForCausalLM.from_pretrained(folder)
-    print(model.push_to_hub("infini-tiny", revision=branch or None).oid)
+    print(model.push_to_hub("infini-tiny", revision=branch or None, tags=["tiny", "long-context"]).oid)
 """
 
 
@@ -201,6 +221,7 @@ def test_published_and_loaded_by_name_at_a_pinned_revision(tmp_path, monkeypatch
         assert {"README.md", "config.json", "generation_config.json", "model.safetensors", *CODE_FILES} == set(files)
         card = ModelCard(files["README.md"].decode())
         assert card.data.library_name == "transformers"
+        assert card.data.tags == ["infini-attention", "long-context", "custom_code", "tiny"]
         assert f'AutoModelForCausalLM.from_pretrained("{repository}", trust_remote_code=True)' in card.text
 
         reader = tmp_path / "reader"
@@ -227,15 +248,18 @@ def test_a_model_of_the_hub_is_converted_with_its_provenance(tmp_path, monkeypat
     ModelCard(f"---\n{ModelCardData(license='other', license_name='qwen').to_yaml()}\n---\nA base.").save(
         tmp_path / "base" / "README.md"
     )
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"not to be downloaded")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors"):
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_bytes(b"not to be downloaded")
+    (tmp_path / "base" / "LICENSE").write_text("A licence.")
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        push = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo('base');"
-        push += f"print(api.upload_folder(repo_id='{USER}/base', folder_path=sys.argv[1]).oid)"
-        commit = run(tmp_path / "author", [sys.executable, "-c", push, str(tmp_path / "base")], HF_TOKEN=TOKEN).strip()
+        commit = push_folder(tmp_path / "base", tmp_path / "author", "base")
         convert = [sys.executable, "-c", CONVERT, f"{USER}/base", str(tmp_path / "ours"), commit]
         run(tmp_path / "reader", convert)
-        assert not list((tmp_path / "reader").rglob("*.bin"))
+        fetched = {file.name for file in (tmp_path / "reader").glob("cache/hub/models--*/snapshots/*/**/*")}
+        assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "original"}
+        assert (tmp_path / "ours" / "LICENSE").read_text() == "A licence."
         missing = [sys.executable, "-c", INSPECT, "to-infini", f"{USER}/none", "never", "--segment-length", "9"]
         done = subprocess.run(missing, cwd=tmp_path, text=True, capture_output=True, check=False)
         assert done.returncode == 1
@@ -256,3 +280,40 @@ def test_a_model_of_the_hub_is_converted_with_its_provenance(tmp_path, monkeypat
     card = ModelCard.load(tmp_path / "ours" / "README.md")
     assert (card.data.base_model, card.data.license, card.data.license_name) == (f"{USER}/base", "other", "qwen")
     assert commit in card.text
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_pickles_of_the_hub_are_read_where_there_is_nothing_else(tmp_path, monkeypatch, safetensors):
+    base = base_model(num_hidden_layers=1)
+    base.save_pretrained(tmp_path / "base")
+    if safetensors:
+        (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"not to be read")
+    else:
+        (tmp_path / "base" / "model.safetensors").unlink()
+        torch.save(base.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        commit = push_folder(tmp_path / "base", tmp_path / "author", "base")
+        options = [f"{USER}/base", str(tmp_path / "ours"), "--segment-length", "9", "--revision", commit]
+        run(tmp_path / "reader", [sys.executable, "-c", INSPECT, "to-infini", *options, "--allow-bin"])
+    with torch.no_grad():
+        ours = InfiniForCausalLM.from_pretrained(tmp_path / "ours")
+        assert torch.equal(ours(random_ids(2, 9)).logits, base(random_ids(2, 9)).logits)
+
+
+CONFIG_ALONE = """
+import sys
+from transformers import AutoConfig, AutoModelForSequenceClassification
+AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained("alone")
+config = AutoConfig.from_pretrained("alone", trust_remote_code=True)
+print(type(AutoModelForSequenceClassification.from_config(config, trust_remote_code=True)).__name__)
+"""
+
+
+def test_a_configuration_loaded_alone_still_knows_its_models(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        push_folder(tmp_path / "ours", tmp_path / "author", "infini-tiny")
+        done = run(tmp_path / "reader", [sys.executable, "-c", CONFIG_ALONE, f"{USER}/infini-tiny"])
+    assert done.strip() == "InfiniForSequenceClassification"
