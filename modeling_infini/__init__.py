@@ -9,8 +9,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .backpropagation import backpropagate, loss_in_chunks
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
+from .documents import DocumentStreams, collate_documents, load_documents, tokenize_documents
 from .model_card_infini import model_card
 from .modeling_infini import (
     InfiniForCausalLM,
@@ -29,7 +31,18 @@ AutoModelForSequenceClassification.register(InfiniConfig, InfiniForSequenceClass
 AutoModelForTokenClassification.register(InfiniConfig, InfiniForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(InfiniConfig, InfiniForQuestionAnswering, exist_ok=True)
 
+
+def __getattr__(name: str):
+    # The Trainer is imported when it is asked for: it is slow to import, and of no use to who only reads.
+    if name in ("InfiniTrainer", "InfiniTrainingArguments"):
+        from . import trainer_infini
+
+        return getattr(trainer_infini, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "DocumentStreams",
     "InfiniCache",
     "InfiniConfig",
     "InfiniForCausalLM",
@@ -38,6 +51,13 @@ __all__ = [
     "InfiniForTokenClassification",
     "InfiniModel",
     "InfiniPreTrainedModel",
+    "InfiniTrainer",
+    "InfiniTrainingArguments",
+    "backpropagate",
+    "collate_documents",
+    "load_documents",
+    "loss_in_chunks",
     "model_card",
     "state_nbytes",
+    "tokenize_documents",
 ]

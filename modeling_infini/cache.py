@@ -185,6 +185,19 @@ class InfiniCache(Cache):
         if self._recording is not None:
             self._recording.append(self, length, tokens, restarts)
 
+    def detached(self) -> "InfiniCache":
+        """
+        An independent cache of the same state that no gradient flows out of, for training that goes on from here:
+        back-propagation ends at it. Nothing is recorded in it.
+        """
+        cache = InfiniCache(self.config)
+        if self.counters is not None:
+            is_between_segments = not (self.counters.tokens_read % self.config.segment_length).any()
+            cache.layers = [layer.detached(is_between_segments) for layer in self.layers]
+            cache.counters = self.counters.fork()
+        cache.angle_table = self.angle_table
+        return cache
+
     def early_initialization(self, batch_size, num_heads, head_dim, dtype, device):
         super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
         self.start_call(batch_size, torch.device(device))

@@ -267,6 +267,25 @@ class InfiniCacheLayer(CacheLayerMixin):
         layer.is_initialized = self.is_initialized
         return layer
 
+    def detached(self, is_between_segments: bool) -> "InfiniCacheLayer":
+        """
+        An independent copy that no gradient flows out of, without the record.
+
+        Args:
+            is_between_segments: no row has an open segment, so that keys (and in `"segment"` values) that only such a
+                segment sees may be left out: they become zeros that take no memory.
+        """
+        layer = InfiniCacheLayer(self.config)
+        unseen: tuple[str, ...] = ()
+        if is_between_segments:
+            unseen = ("keys",) if self.config.is_sliding else ("keys", "values")
+        for name, state in self.states().items():
+            copied = state.new_zeros(()).expand(state.shape) if name in unseen else state.detach().clone()
+            setattr(layer, name, copied)
+        layer.is_initialized = self.is_initialized
+        layer._is_shared_with_graph = True
+        return layer
+
     def _prepare_update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, write_strength: torch.Tensor | None
     ) -> None:
@@ -436,6 +455,25 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise NotImplementedError("An InfiniCache is of constant size and is not offloaded.")
+
+
+class CheckpointedLayer:
+    """
+    The cache of one layer for gradient checkpointing, which runs the layer again in the backward pass: each run
+    starts from the state `before` the call, and the last one's is `after`.
+    """
+
+    def __init__(self, before: InfiniCacheLayer):
+        self.before = before
+        self.after: InfiniCacheLayer | None = None
+
+    @property
+    def layers(self) -> "CheckpointedLayer":
+        return self
+
+    def __getitem__(self, layer_idx: int) -> InfiniCacheLayer:
+        self.after = copy.copy(self.before)
+        return self.after
 
 
 def _write_slots(ring: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, written: torch.Tensor | None) -> None:

@@ -1,11 +1,13 @@
 """Masks: from the user's, over columns, and to the attention backend's, over the windows of segments."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_infini import InfiniConfig
-from .streams import DecodeLayout, SegmentLayout
+from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts
 
 
 def tokens_of_call(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
@@ -33,6 +35,29 @@ def _columns_of_call(states: torch.Tensor, name: str, length: int) -> torch.Tens
     if states.shape[1] < length:
         raise ValueError(f"{name} has {states.shape[1]} columns, but the inputs have {length}.")
     return states[:, states.shape[1] - length :]
+
+
+def split_call(
+    inputs: dict[str, torch.Tensor | None], lengths: Sequence[int], tokens_read: torch.Tensor | None
+) -> list[dict[str, torch.Tensor]]:
+    """
+    Cuts the inputs of one call into those of several calls that read the same.
+
+    Args:
+        inputs: `input_ids` or `inputs_embeds`, and whatever else has a column for each of theirs, `(B, T, ...)`.
+        lengths: number of columns of each call; their sum is T.
+        tokens_read: `(B,)`, tokens read before the call; `None`: nothing has been read.
+    """
+    inputs = {name: states for name, states in inputs.items() if states is not None}
+    batch_size, length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    tokens = tokens_of_call(inputs.get("attention_mask"), batch_size, length)
+    if tokens is not None:
+        inputs["attention_mask"] = tokens
+    if "position_ids" in inputs:
+        positions = positions_of_call(inputs["position_ids"], batch_size, length)
+        inputs["position_ids"] = canonical_position_ids(find_restarts(positions, tokens, tokens_read))
+    pieces = zip(*(states.split(list(lengths), 1) for states in inputs.values()))
+    return [dict(zip(inputs, (states.contiguous() for states in piece))) for piece in pieces]
 
 
 def local_attention_mask(config: InfiniConfig, layout: SegmentLayout | DecodeLayout, states: torch.Tensor):

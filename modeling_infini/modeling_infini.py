@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from huggingface_hub import ModelCard
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_layers import (
@@ -34,14 +35,22 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import InfiniCache, StreamCounters, require_infini_cache
-from .cache_layer import InfiniCacheLayer, KeyStates, MemoryState, local_window, memory_dtype, scan_memory
+from .cache_layer import (
+    CheckpointedLayer,
+    InfiniCacheLayer,
+    KeyStates,
+    MemoryState,
+    local_window,
+    memory_dtype,
+    scan_memory,
+)
 from .configuration_infini import InfiniConfig
 from .generation_infini import InfiniGenerationMixin
-from .masks import local_attention_mask, positions_of_call, tokens_of_call
+from .masks import local_attention_mask, positions_of_call, split_call, tokens_of_call
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, relative_angles, rotate
-from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts, plan_segments
+from .streams import DecodeLayout, SegmentLayout, find_restarts, plan_segments
 
 
 # The fields of a configuration that a cache must share with the model that uses it.
@@ -219,6 +228,9 @@ def _by_column(
 
 
 class InfiniDecoderLayer(LlamaDecoderLayer):
+    # With a [`CheckpointedLayer`] for its cache, a layer that runs again starts from the same state.
+    _can_checkpoint_with_cache = True
+
     def __init__(self, config: InfiniConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
@@ -241,10 +253,18 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
     def local_shares(self) -> torch.Tensor:
-        """What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32."""
+        """
+        What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32. Where
+        the gates are sharded over processes, each of them must call it.
+        """
         # By layer, since PEFT keeps the gates that it trains beside the original ones.
         gates = [module.head_gates() for module in self.modules() if isinstance(module, InfiniAttention)]
+        gates = [gate.full_tensor() if isinstance(gate, DTensor) else gate for gate in gates]
         return torch.stack([gate.cpu() for gate in gates])
+
+    def new_cache(self) -> InfiniCache:
+        """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
+        return InfiniCache(self.config)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         # What transformers writes where the repository has no card yet says nothing about the model.
@@ -349,15 +369,19 @@ class InfiniModel(InfiniPreTrainedModel):
             kwargs["sliding_window"] = self.config.segment_length
         if past_key_values is not None:
             past_key_values.begin_reading()
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        is_checkpointed = past_key_values is not None and self.gradient_checkpointing and self.training
+        for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            checkpointed = CheckpointedLayer(past_key_values.layers[index]) if is_checkpointed else None
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=window_mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values if checkpointed is None else checkpointed,
                 layout=layout,
                 **kwargs,
             )
+            if checkpointed is not None:
+                past_key_values.layers[index] = checkpointed.after
         if past_key_values is not None:
             past_key_values.finish_call(layout, length, tokens, restarts)
 
@@ -378,10 +402,12 @@ class InfiniModel(InfiniPreTrainedModel):
                         "with InfiniCache(model.config)."
                     )
         if self.gradient_checkpointing and self.training:
-            raise ValueError(
-                "Gradient checkpointing runs each layer twice, and would read the text into the cache twice. Train "
-                "without past_key_values, or turn off one of the two."
-            )
+            checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
+            if checkpoint_arguments.get("use_reentrant"):
+                raise ValueError(
+                    "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
+                    'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
+                )
 
     def _rotary_angles(
         self, inputs_embeds: torch.Tensor, layout: SegmentLayout | DecodeLayout, cache: InfiniCache | None
@@ -510,18 +536,10 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
     ) -> BaseModelOutputWithPast:
         """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        batch_size, length = states.shape[:2]
-        inputs = {name: states for name, states in inputs.items() if states is not None}
-        tokens = tokens_of_call(inputs.get("attention_mask"), batch_size, length)
-        if tokens is not None:
-            inputs["attention_mask"] = tokens
-        if "position_ids" in inputs:
-            positions = positions_of_call(inputs["position_ids"], batch_size, length)
-            restarts = find_restarts(positions, tokens, None if cache is None else cache.tokens_read)
-            inputs["position_ids"] = canonical_position_ids(restarts)
+        length = states.shape[1]
+        lengths = [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
         last: list[torch.Tensor] = []
-        for start in range(0, length, self._chunk_length):
-            chunk = {name: states[:, start : start + self._chunk_length] for name, states in inputs.items()}
+        for chunk in split_call(inputs, lengths, None if cache is None else cache.tokens_read):
             outputs = self.model(**chunk, past_key_values=cache, use_cache=True, **kwargs)
             cache = outputs.past_key_values
             last = [torch.cat([*last, outputs.last_hidden_state[:, -last_columns:]], 1)[:, -last_columns:]]

@@ -1,0 +1,171 @@
+"""
+Trains a causal language model with Infini-attention on whole documents of any length.
+
+Fine-tune a converted checkpoint, with LoRA on the projections and the head gates in full:
+
+    python -m conversion to-infini path/to/llama converted --segment-length 512
+    python examples/train_clm.py --model converted --train_files books/ --eval_files held-out.txt \
+        --streams --sequence_length 2048 --lora_rank 16 --learning_rate 5e-4 --output_dir tuned
+
+From scratch, with a tokenizer trained on the same files:
+
+    python examples/train_clm.py --train_files books/ --vocab_size 8192 --config_overrides \
+        hidden_size=256,intermediate_size=704,num_hidden_layers=4,num_attention_heads=8,num_key_value_heads=4,\
+segment_length=128 --streams --sequence_length 2048 --learning_rate 1e-3 --output_dir small
+
+Each option of `transformers.TrainingArguments` and of `InfiniTrainingArguments` is one of this script; on several
+processes, run it by `accelerate launch --config_file examples/launch/ddp.yaml examples/train_clm.py ...`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_infini import (
+    DocumentStreams,
+    InfiniConfig,
+    InfiniForCausalLM,
+    InfiniTrainer,
+    InfiniTrainingArguments,
+    collate_documents,
+    load_documents,
+    tokenize_documents,
+)
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass
+class ModelArguments:
+    model: str | None = field(
+        default=None, metadata={"help": "An Infini-attention checkpoint: a folder or a Hub id. Default: from scratch."}
+    )
+    config_overrides: str = field(
+        default="", metadata={"help": "Of a model from scratch: field=value,field=value of InfiniConfig."}
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Of the tokenizer of a model from scratch."})
+    lora_rank: int = field(
+        default=0, metadata={"help": "Rank of LoRA adapters; the gates are trained in full. 0: train all weights."}
+    )
+    lora_targets: str = field(default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "What LoRA adapts."})
+
+
+@dataclass
+class DataArguments:
+    train_files: list[str] = field(
+        metadata={"help": "Text, JSON-lines or Parquet files, a folder of them, or the id of a dataset of the Hub."}
+    )
+    eval_files: list[str] | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds a document's text."})
+    streaming: bool = field(default=False, metadata={"help": "Read and tokenize as training goes; set max_steps."})
+    streams: bool = field(
+        default=False,
+        metadata={"help": "Read documents over as many steps as they take, and carry the memory from step to step."},
+    )
+    sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a step with streams; without, chop documents to it (default: whole documents)."},
+    )
+
+    def __post_init__(self):
+        if self.streams and self.sequence_length is None:
+            raise ValueError("--streams needs --sequence_length, the number of tokens of each document in a step.")
+
+
+def train_tokenizer(documents, text_column: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, trained on `documents`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document[text_column] for document in documents), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def load_model(arguments: ModelArguments, documents, text_column: str):
+    if arguments.model is None:
+        tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size)
+        config = InfiniConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+        config.update_from_string(arguments.config_overrides) if arguments.config_overrides else None
+        config.validate()
+        return InfiniForCausalLM(config), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    if arguments.lora_rank:
+        lora = LoraConfig(
+            r=arguments.lora_rank,
+            lora_alpha=2 * arguments.lora_rank,
+            target_modules=arguments.lora_targets.split(","),
+            modules_to_save=["head_gates"],
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    return model, tokenizer
+
+
+def as_dataset(documents, batch_size: int, world_size: int, arguments: DataArguments, seed: int | None):
+    if not arguments.streams:
+        return documents
+    return DocumentStreams(documents, batch_size * world_size, arguments.sequence_length, seed)
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, InfiniTrainingArguments), description=__doc__)
+    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    set_seed(arguments.seed)
+
+    texts = load_documents(data_arguments.train_files, streaming=data_arguments.streaming)
+    model, tokenizer = load_model(model_arguments, texts, data_arguments.text_column)
+    window = None if data_arguments.streams else data_arguments.sequence_length
+
+    def prepare(documents, batch_size: int, seed: int | None):
+        with arguments.main_process_first(desc="tokenizing"):
+            documents = tokenize_documents(
+                documents, tokenizer, text_column=data_arguments.text_column, window_length=window
+            )
+        return as_dataset(documents, batch_size, arguments.world_size, data_arguments, seed)
+
+    train_dataset = prepare(texts, arguments.train_batch_size, arguments.seed)
+    eval_dataset = None
+    if data_arguments.eval_files is not None:
+        eval_dataset = prepare(load_documents(data_arguments.eval_files), arguments.eval_batch_size, None)
+
+    trainer = InfiniTrainer(
+        model,
+        arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        data_collator=None if data_arguments.streams else collate_documents,
+    )
+    if arguments.do_eval and not arguments.do_train:
+        trainer.log_metrics("eval", trainer.evaluate())
+        return
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(arguments.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if isinstance(model, PeftModel) and trainer.is_world_process_zero():
+        merged = Path(arguments.output_dir) / "merged"
+        model.merge_and_unload().save_pretrained(merged)
+        tokenizer.save_pretrained(merged)
+
+
+if __name__ == "__main__":
+    main()

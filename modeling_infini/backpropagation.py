@@ -1,0 +1,236 @@
+"""
+Back-propagation through sequences of any length, with the activations of one chunk at a time.
+
+A sequence is read in chunks of whole segments. With s_c the state of the cache before chunk c (memories, normalisers,
+window, open segment) and w the weights, each chunk is loss_c(s_c, w), s_{c+1} = f_c(s_c, w), and
+
+    dL/ds_c = dloss_c/ds_c + (df_c/ds_c)^T dL/ds_{c+1}
+    dL/dw   = sum over c of dloss_c/dw + (df_c/dw)^T dL/ds_{c+1}
+
+Going forward only the s_c are kept. Going back, each chunk is run again from its s_c with autograd on, and hands
+dL/ds_c to the chunk before it. The gradients are those of one pass over the whole sequence.
+
+`detach_every_num_segments` ends back-propagation at every k-th segment, and goes back as it goes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .cache import InfiniCache
+from .masks import split_call
+
+
+Inputs = dict[str, torch.Tensor]
+
+# From the inputs of a chunk, its cache and its targets among them, to its loss and the model's outputs.
+ComputeLoss = Callable[[dict], tuple[torch.Tensor, dict]]
+
+
+def infini_module(model: nn.Module) -> Any:
+    """The Infini-attention model inside of `model`, which may be wrapped by PEFT, DDP or torch.compile."""
+    found = next((module for module in model.modules() if hasattr(module, "new_cache")), None)
+    if found is None:
+        raise TypeError(f"{type(model).__name__} is no Infini-attention model, nor does it hold one.")
+    return found
+
+
+def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
+    """The label of the token after each: `labels` `(B, T)` one column to the left, -100 in the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def chunk_lengths(length: int, num_segments: int | None, segment_length: int, cache: InfiniCache) -> list[int]:
+    """
+    How `length` columns are cut into chunks of `num_segments` segments (`None`: not at all). Chunks end where the
+    segments of the rows' streams do, if these stand at the same offset; their number depends on `length` alone, so
+    that processes which must run equally many need not talk about it.
+    """
+    chunk = length if num_segments is None else num_segments * segment_length
+    offset = 0 if cache.tokens_read is None else int((cache.tokens_read % segment_length).max())
+    ends = [*(end - offset for end in range(chunk, length, chunk)), length]
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
+def prepared_inputs(inputs: Inputs) -> Inputs:
+    """`inputs` with targets as `shift_labels`: the target of a chunk's last token is in the next chunk."""
+    inputs = {name: states for name, states in inputs.items() if states is not None}
+    if "labels" not in inputs and "shift_labels" not in inputs:
+        raise ValueError("Training needs labels (or shift_labels, already moved one column to the left).")
+    inputs.setdefault("shift_labels", shifted_labels(inputs["labels"]) if "labels" in inputs else None)
+    inputs.setdefault("labels", inputs["shift_labels"])
+    return inputs
+
+
+def backpropagate(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    chunk_segments: int | None = None,
+    detach_every_num_segments: int | None = None,
+    past_key_values: InfiniCache | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    compute_loss: ComputeLoss | None = None,
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    loss_scale: float = 1.0,
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[torch.Tensor, InfiniCache]:
+    """
+    Adds the gradients of the loss of a batch of sequences to the `.grad` of the parameters.
+
+    Args:
+        model: an [`InfiniForCausalLM`], or what wraps one.
+        inputs: what its forward takes: `input_ids` `(B, T)`, `labels` (or `shift_labels`, aligned with the tokens that
+            predict them), and if need be `attention_mask` and `position_ids`.
+        chunk_segments: number of segments in a chunk; activations and logits of one chunk exist at a time, and each
+            chunk but the last is run twice. `None`: the whole sequence is one chunk.
+        detach_every_num_segments: back-propagation ends at every so many segments. `None`: at the first token.
+        past_key_values: what the rows have read before, which no gradient flows to; it is left as it is.
+        num_items_in_batch: what the sum of the tokens' losses is divided by. `None`: the number of targets.
+        compute_loss: as `Trainer.compute_loss` with `return_outputs=True`. `None`: the model's own loss.
+        backward: what to call in place of `loss.backward()`, e.g. `accelerator.backward`.
+        loss_scale: the factor that `backward` applies to a loss (of a gradient scaler).
+        no_sync: a context for all passes but the last, e.g. the `no_sync` of DDP.
+
+    Returns:
+        The loss, and the cache after the last token, to go on from.
+
+    Raises:
+        ValueError: if there are no labels, or a number of segments is less than 1.
+    """
+    for name, count in (("chunk_segments", chunk_segments), ("detach_every_num_segments", detach_every_num_segments)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be at least 1.")
+    inputs = prepared_inputs(inputs)
+    if num_items_in_batch is None:
+        num_items_in_batch = (inputs["shift_labels"] != -100).sum().clamp(min=1)
+    if compute_loss is None:
+        compute_loss = _model_loss(model, num_items_in_batch)
+
+    module = infini_module(model)
+    cache = module.new_cache() if past_key_values is None else past_key_values.detached()
+    segment_length, length = module.config.segment_length, inputs["shift_labels"].shape[1]
+    windows = chunk_lengths(length, detach_every_num_segments, segment_length, cache)
+    losses = []
+    for index, window in enumerate(split_call(inputs, windows, cache.tokens_read)):
+        lengths = chunk_lengths(windows[index], chunk_segments, segment_length, cache)
+        chunks = split_call(window, lengths, cache.tokens_read)
+        is_last = index == len(windows) - 1
+        loss, cache = _backpropagate_window(
+            model, chunks, cache, compute_loss, backward, loss_scale, no_sync, nullcontext if is_last else no_sync
+        )
+        losses.append(loss)
+    return torch.stack(losses).sum(), cache
+
+
+def _model_loss(model: nn.Module, num_items_in_batch: torch.Tensor | int) -> ComputeLoss:
+    def compute_loss(chunk: dict):
+        outputs = model(**chunk, num_items_in_batch=num_items_in_batch)
+        return outputs["loss"], outputs
+
+    return compute_loss
+
+
+def _backpropagate_window(
+    model: nn.Module,
+    chunks: list[Inputs],
+    cache: InfiniCache,
+    compute_loss: ComputeLoss,
+    backward: Callable[[torch.Tensor], None],
+    loss_scale: float,
+    no_sync: Callable[[], AbstractContextManager],
+    last_sync: Callable[[], AbstractContextManager],
+) -> tuple[torch.Tensor, InfiniCache]:
+    """Goes forward over `chunks` from `cache` and back; only the pass over the first chunk runs in `last_sync`."""
+    boundaries, random_states = [], []
+    for index, chunk in enumerate(chunks):
+        boundaries.append(cache.detached())
+        random_states.append(_random_states(chunk["shift_labels"].device))
+        if index < len(chunks) - 1:
+            read = {name: states for name, states in chunk.items() if name not in ("labels", "shift_labels")}
+            with torch.no_grad(), no_sync():
+                model(**read, past_key_values=cache, use_cache=False, logits_to_keep=1)
+
+    losses: list[torch.Tensor] = []
+    gradients: Inputs = {}
+    final = None
+    for index in reversed(range(len(chunks))):
+        cache = boundaries.pop()
+        leaves = {} if index == 0 else _require_grad(cache)
+        is_rerun = index < len(chunks) - 1
+        sync = last_sync if index == 0 else no_sync
+        with sync(), _random_states_from(random_states[index]) if is_rerun else nullcontext():
+            loss, _ = compute_loss({**chunks[index], "past_key_values": cache, "use_cache": False})
+            states = cache.state_dict()
+            # d(state . gradient) / d(state) = gradient, whatever `backward` does to a loss on its way.
+            handed_on = [(states[name] * gradient).sum() for name, gradient in gradients.items()]
+            backward(loss + sum(handed_on) / loss_scale if handed_on else loss)
+        if final is None:
+            final = cache.detached()
+        losses.append(loss.detach())
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return torch.stack(losses).sum(), final
+
+
+def _require_grad(cache: InfiniCache) -> Inputs:
+    """Makes the states of a cache leaves of autograd."""
+    states = {name: state for name, state in cache.state_dict().items() if state.is_floating_point()}
+    for state in states.values():
+        state.requires_grad_()
+    return states
+
+
+@torch.no_grad()
+def loss_in_chunks(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    chunk_segments: int | None = None,
+    past_key_values: InfiniCache | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    compute_loss: ComputeLoss | None = None,
+) -> Iterator[tuple[torch.Tensor, dict]]:
+    """
+    The loss of a batch of sequences without gradients, chunk by chunk; arguments as those of [`backpropagate`].
+
+    Yields:
+        The share of each chunk in the loss, and the model's outputs for it.
+    """
+    inputs = prepared_inputs(inputs)
+    if num_items_in_batch is None:
+        num_items_in_batch = (inputs["shift_labels"] != -100).sum().clamp(min=1)
+    if compute_loss is None:
+        compute_loss = _model_loss(model, num_items_in_batch)
+    module = infini_module(model)
+    cache = module.new_cache() if past_key_values is None else past_key_values.detached()
+    length = inputs["shift_labels"].shape[1]
+    lengths = chunk_lengths(length, chunk_segments, module.config.segment_length, cache)
+    for chunk in split_call(inputs, lengths, cache.tokens_read):
+        yield compute_loss({**chunk, "past_key_values": cache, "use_cache": False})
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the random generators that a model on `device` draws from, for dropout."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type not in ("cpu", "meta"):
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+@contextmanager
+def _random_states_from(states: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Draws from earlier states of the random generators, and goes on from the present ones afterwards."""
+    device_type = next((name for name in states if name != "cpu"), None)
+    devices = [] if device_type is None else [torch.get_device_module(device_type).current_device()]
+    with torch.random.fork_rng(devices, device_type=device_type or "cuda"):
+        torch.set_rng_state(states["cpu"])
+        if device_type is not None:
+            torch.get_device_module(device_type).set_rng_state(states[device_type])
+        yield
+
+
+__all__ = ["backpropagate", "loss_in_chunks"]

@@ -1,0 +1,371 @@
+"""What the stock `Trainer` lacks for a memory: sequences of any length, streams over steps, gates and their logs."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import IterableDatasetShard
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
+from .cache import InfiniCache
+from .documents import DocumentStreams
+
+
+@dataclass
+class InfiniTrainingArguments(TrainingArguments):
+    """Every field of [`TrainingArguments`], and those of [`InfiniTrainer`]."""
+
+    chunk_segments: int | None = field(
+        default=None,
+        metadata={
+            "help": "Run a sequence in chunks of this many segments, forward and back, with the activations and "
+            "logits of one chunk at a time. The gradients stay exact. Default: the whole sequence at once."
+        },
+    )
+    detach_every_num_segments: int | None = field(
+        default=None,
+        metadata={
+            "help": "End back-propagation at every so many segments, and go back as training goes. Default: through "
+            "the whole sequence."
+        },
+    )
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the head gates. Default: that of everything else."}
+    )
+    gate_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of the head gates; it pulls them to half open."}
+    )
+    gate_frozen_steps: int = field(
+        default=0, metadata={"help": "Hold the head gates where they are for this many steps."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("chunk_segments", "detach_every_num_segments"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
+        if self.gate_frozen_steps < 0:
+            raise ValueError(f"gate_frozen_steps={self.gate_frozen_steps} must not be negative.")
+
+
+class InfiniTrainer(Trainer):
+    """
+    A [`Trainer`] for Infini-attention models, with what a memory needs; see [`InfiniTrainingArguments`].
+
+    - Sequences of any length in the memory of one chunk (`chunk_segments`), with exact or truncated gradients
+      (`detach_every_num_segments`); evaluation of any length likewise, where only the loss is asked for.
+    - [`DocumentStreams`] as datasets: the memory is carried from step to step, and saved in checkpoints.
+    - Gates with their own learning rate, without decay, and frozen at first.
+    - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory stops training.
+    - `eval_loss` is the mean over all tokens, not over batches.
+
+    Other heads than the causal language model's are trained as by `Trainer`, with the gates' options and logs.
+    """
+
+    args: InfiniTrainingArguments
+
+    def __init__(self, model=None, args: InfiniTrainingArguments | None = None, **kwargs):
+        if args is None:
+            args = InfiniTrainingArguments("tmp_trainer")
+        if not isinstance(args, InfiniTrainingArguments):
+            raise TypeError(f"InfiniTrainer takes InfiniTrainingArguments, got {type(args).__name__}.")
+        super().__init__(model, args, **kwargs)
+        self._is_causal_lm = self._loss_shifts_labels and hasattr(infini_module(self.model), "lm_head")
+        self._memory_of_streams: InfiniCache | None = None
+        self._evaluation = _Evaluation(is_stream=False)
+        self._state_norms: dict[str, list[float]] = {}
+        self._tokens_since_log = 0
+        self._logged_at = 0.0
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        in_chunks = self.args.chunk_segments is not None or self.args.detach_every_num_segments is not None
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        has_streams = any(isinstance(dataset, DocumentStreams) for dataset in [self.train_dataset, *evaluated])
+        if (in_chunks or has_streams) and not self._is_causal_lm:
+            raise ValueError("Chunks and streams over steps are for causal language models, whose loss is a sum.")
+        if (in_chunks or has_streams) and self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed counts each backward, of which chunks and streams over steps have several, as a batch. Use "
+                "FSDP2 or DDP, or leave out chunk_segments, detach_every_num_segments and DocumentStreams."
+            )
+        if (in_chunks or has_streams) and self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func takes the logits of whole sequences, which chunks never make.")
+
+    def _check_streams(self, dataset, batch_size: int) -> None:
+        rows = self.args.world_size * batch_size
+        if isinstance(dataset, DocumentStreams) and dataset.num_streams != rows:
+            raise ValueError(
+                f"DocumentStreams(num_streams={dataset.num_streams}) do not fit: {self.args.world_size} processes "
+                f"with batches of {batch_size} read {rows} streams."
+            )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "shift_labels" not in self._signature_columns:  # type: ignore[attr-defined]
+            self._signature_columns = [*self._signature_columns, "shift_labels"]  # type: ignore[assignment, misc]
+
+    # Optimizer
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if "head_gates." not in name]
+
+    def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        gates = trained_gates(self.model if model is None else model)
+        if is_new and gates:
+            of_gates = {id(gate) for gate in gates}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_gates]
+            learning_rate = self.args.gate_learning_rate
+            learning_rate = self.args.learning_rate if learning_rate is None else learning_rate
+            optimizer.add_param_group(
+                {"params": gates, "lr": learning_rate, "weight_decay": self.args.gate_weight_decay}
+            )
+        return optimizer
+
+    # Training
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._tokens_since_log += _count_tokens(inputs)
+        if not self._is_causal_lm or self.is_deepspeed_enabled:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._backpropagate(model, inputs, num_items_in_batch)
+        if self.state.global_step < self.args.gate_frozen_steps:
+            for gate in trained_gates(model):
+                gate.grad = None
+        return loss
+
+    def _backpropagate(self, model, inputs, num_items_in_batch):
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        inputs = self._equally_long(prepared_inputs(self._prepare_inputs(inputs)))
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+            num_items_in_batch = num_items_in_batch * self.current_gradient_accumulation_steps
+        is_stream = isinstance(self.train_dataset, DocumentStreams)
+        scaler = self.accelerator.scaler
+        # FSDP reduces the gradients of each chunk: without, each process would hold those of all parameters.
+        is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        loss, memory = backpropagate(
+            model,
+            inputs,
+            chunk_segments=self.args.chunk_segments,
+            detach_every_num_segments=self.args.detach_every_num_segments,
+            past_key_values=self._memory_of_streams if is_stream else None,
+            num_items_in_batch=num_items_in_batch,
+            compute_loss=partial(self._loss_and_outputs, model, num_items_in_batch),
+            backward=self.accelerator.backward,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            no_sync=nullcontext if is_fsdp else partial(self.accelerator.no_sync, model=model),
+        )
+        if is_stream:
+            self._memory_of_streams = memory
+        self._state_norms = state_norms(memory)
+        return loss
+
+    def _loss_and_outputs(self, model, num_items_in_batch, inputs):
+        return self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+
+    def _equally_long(self, inputs: dict) -> dict:
+        """Pads to the longest of all processes where these must run equally many chunks: FSDP gathers in each."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return inputs
+        length = inputs["shift_labels"].shape[1]
+        longest = int(self.accelerator.gather(torch.tensor([length], device=self.args.device)).max())
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["shift_labels"]))
+        padding = {"labels": -100, "shift_labels": -100}
+        return {
+            name: F.pad(states, (0, longest - length), value=padding.get(name, 0)) for name, states in inputs.items()
+        }
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.label_smoother is None or "shift_labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {name: states for name, states in inputs.items() if name != "labels"}
+        labels = inputs.pop("shift_labels")
+        outputs = model(**inputs)
+        loss = self.label_smoother(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    # Evaluation
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        dataset = dataloader.dataset
+        while isinstance(dataset, IterableDatasetShard):
+            dataset = dataset.dataset
+        self._check_streams(dataset, self.args.eval_batch_size)
+        self._evaluation = _Evaluation(is_stream=isinstance(dataset, DocumentStreams))
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals = torch.tensor([self._evaluation.loss, self._evaluation.targets], dtype=torch.float64)
+        loss, targets = self.accelerator.reduce(totals.to(self.args.device), "sum").tolist()
+        if targets > 0:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / targets
+        self._evaluation = _Evaluation(is_stream=False)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self._is_causal_lm or self.is_deepspeed_enabled or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        evaluation = self._evaluation
+        inputs = self._equally_long(prepared_inputs(self._prepare_inputs(inputs)))
+        targets = (inputs["shift_labels"] != -100).sum()
+        losses, logits, memory = [], [], evaluation.memory if evaluation.is_stream else None
+        for loss, outputs in loss_in_chunks(
+            model,
+            inputs,
+            chunk_segments=self.args.chunk_segments,
+            past_key_values=memory,
+            compute_loss=partial(self._sum_and_outputs, model),
+        ):
+            losses.append(loss)
+            memory = outputs["past_key_values"]
+            if not prediction_loss_only:
+                logits.append(outputs["logits"])
+        total = torch.stack(losses).sum()
+        evaluation.memory = memory
+        evaluation.loss += total.item()
+        evaluation.targets += int(targets)
+        mean = total / targets.clamp(min=1)
+        if prediction_loss_only:
+            return mean, None, None
+        return mean, torch.cat(logits, 1), inputs["labels"]
+
+    def _sum_and_outputs(self, model, inputs):
+        loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=1)
+        # What compute_loss multiplies by, for an average over devices of what was divided by the targets of all.
+        world = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        return loss / world, outputs
+
+    # Checkpoints
+
+    def _memory_folder(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"memory-of-streams-{self.args.process_index}"
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._memory_of_streams is not None:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._memory_of_streams.save_pretrained(self._memory_folder(str(folder)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.train_dataset, DocumentStreams):
+            module = infini_module(self.model)
+            self._memory_of_streams = type(module.new_cache()).from_pretrained(
+                self._memory_folder(checkpoint), module.config, self.args.device
+            )
+
+    def train(self, *args, **kwargs):
+        """As [`Trainer.train`]; streams start with an empty memory, or that of the checkpoint."""
+        self._check_streams(self.train_dataset, self._train_batch_size)
+        self._memory_of_streams = None
+        return super().train(*args, **kwargs)
+
+    # Logs
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and start_time is not None and self.is_in_train:
+            logs |= self._memory_logs(start_time)
+        super().log(logs, start_time)
+
+    def _memory_logs(self, start_time: float) -> dict[str, float]:
+        """A summary for every log; what each layer does goes to the trackers that the Trainer reports to."""
+        shares = infini_module(self.model).local_shares().detach().float()
+        layers: dict[str, float] = {}
+        for index, share in enumerate(shares):
+            layers |= {f"local_share_{name}/layer_{index}": v for name, v in _spread(share).items()}
+        for name, norms in self._state_norms.items():
+            layers |= {f"{name}_norm/layer_{index}": norm for index, norm in enumerate(norms)}
+        self._report_layers(layers, shares)
+        summary = {f"local_share_{name}": value for name, value in _spread(shares).items()}
+        summary |= {f"{name}_norm_max": max(norms) for name, norms in self._state_norms.items()}
+        return summary | {"tokens_per_second": self._tokens_per_second(start_time)}
+
+    def _report_layers(self, layers: dict[str, float], shares: torch.Tensor) -> None:
+        trackers = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        for callback in self.callback_handler.callbacks:
+            if not isinstance(callback, trackers):
+                continue
+            callback.on_log(self.args, self.state, self.control, model=self.model, logs=dict(layers))
+            if not self.is_world_process_zero():
+                continue
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for index, share in enumerate(shares):
+                    callback.tb_writer.add_histogram(f"local_share/layer_{index}", share, self.state.global_step)
+            elif isinstance(callback, TrackioCallback):
+                import trackio
+
+                histograms = {f"local_share/layer_{i}": trackio.Histogram(s.tolist()) for i, s in enumerate(shares)}
+                trackio.log({**histograms, "train/global_step": self.state.global_step})
+
+    def _tokens_per_second(self, start_time: float) -> float:
+        now = time.time()
+        since = max(start_time, self._logged_at)
+        tokens = torch.tensor(float(self._tokens_since_log), device=self.args.device)
+        self._logged_at, self._tokens_since_log = now, 0
+        return self.accelerator.reduce(tokens, "sum").item() / (now - since)
+
+
+@dataclass
+class _Evaluation:
+    """Of the evaluation that runs: the streams' memory, and the sums that the mean loss of a token is made of."""
+
+    is_stream: bool
+    memory: InfiniCache | None = None
+    loss: float = 0.0
+    targets: int = 0
+
+
+def state_norms(memory: InfiniCache) -> dict[str, list[float]]:
+    """
+    The largest Frobenius norm of M and of z over the rows and heads, by layer.
+
+    Raises:
+        FloatingPointError: if any of them is NaN or inf; the message names the first such layer.
+    """
+    norms = {
+        "memory": torch.stack([layer.memory.norm(dim=(-2, -1)).amax() for layer in memory.layers]),
+        "normaliser": torch.stack([layer.normaliser.norm(dim=-1).amax() for layer in memory.layers]),
+    }
+    # What the open segments will write counts too: a model that has diverged shows there first.
+    pending = torch.stack([layer.pending_memory.norm() for layer in memory.layers])
+    for name, norm in {**norms, "pending memory": pending}.items():
+        if not norm.isfinite().all():
+            layer = int((~norm.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"The {name} of model.layers.{layer}.self_attn is {norm[layer].item()}: training has diverged, and "
+                "further steps would only spread it. Lower the learning rate, or clip gradients (max_grad_norm)."
+            )
+    return {name: norm.tolist() for name, norm in norms.items()}
+
+
+def trained_gates(model: nn.Module) -> list[nn.Parameter]:
+    """The head gates of a model that are trained; of one wrapped by PEFT, those in `modules_to_save`."""
+    return [gate for name, gate in model.named_parameters() if "head_gates." in name and gate.requires_grad]
+
+
+def _spread(values: torch.Tensor) -> dict[str, float]:
+    return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
+
+
+def _count_tokens(inputs: dict) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else inputs["labels" if "labels" in inputs else "input_ids"].numel()
+
+
+__all__ = ["InfiniTrainer", "InfiniTrainingArguments"]
