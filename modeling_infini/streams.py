@@ -78,7 +78,8 @@ class DecodeLayout:
         restarts: torch.Tensor | None,
         segment_length: int,
     ):
-        position = tokens_read if restarts is None else tokens_read.masked_fill(restarts, 0)
+        # A copy: counters advance in place, and gradient checkpointing runs layers again after that.
+        position = tokens_read.clone() if restarts is None else tokens_read.masked_fill(restarts, 0)
         self.position = position
         self.offset = position % segment_length
         self.segment_index = position // segment_length

@@ -1,0 +1,280 @@
+"""P8: chunked and whole back-propagation give the gradients of the reference; truncation ends them where it says."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import reference_stream
+from tiny import (
+    MODES,
+    config_fields,
+    float64_weights,
+    hurting_lengths,
+    random_ids,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
+from torch.nn.functional import cross_entropy
+
+from modeling_infini import InfiniForCausalLM, backpropagate, loss_in_chunks
+from modeling_infini.backpropagation import chunk_lengths, infini_module, shifted_labels
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def plain_gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-10):
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < bound * scale, name
+
+
+@st.composite
+def sequences(draw):
+    """Model fields, and a batch whose rows are cut by padding, restarts and missing labels."""
+    fields = draw(config_fields())
+    length = draw(hurting_lengths(fields["segment_length"]).filter(lambda length: length > 1))
+    ids = random_ids(2, length, seed=draw(st.integers(0, 99)))
+    inputs = {"input_ids": ids}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    if draw(st.booleans()):
+        inputs["attention_mask"] = (torch.rand(2, length, generator=generator) < 0.8).long()
+    if draw(st.booleans()):
+        restarts = torch.rand(2, length, generator=generator) < 0.2
+        columns = torch.arange(length)
+        inputs["position_ids"] = columns - torch.where(restarts, columns, 0).cummax(1).values
+    labels = ids.masked_fill(torch.rand(2, length, generator=generator) < 0.2, -100)
+    labels[0, -1] = ids[0, -1]
+    if "attention_mask" in inputs:
+        # What a masked token predicts means nothing.
+        inputs["attention_mask"][0, -2:] = 1
+        labels[:, 1:] = labels[:, 1:].masked_fill(inputs["attention_mask"][:, :-1] == 0, -100)
+    return fields, {**inputs, "labels": labels}
+
+
+@given(sequences(), st.integers(1, 3), st.booleans())
+def test_chunked_gradients_equal_those_of_one_pass(case, chunk_segments, is_checkpointed):
+    fields, inputs = case
+    model = tiny_model(torch.float64, **fields).train()
+    expected_loss, expected = plain_gradients(model, **inputs)
+    if is_checkpointed:
+        model.activation_checkpointing_enable()
+    model.zero_grad()
+    loss, cache = backpropagate(model, inputs, chunk_segments=chunk_segments)
+    assert relative_error(loss, expected_loss) < 1e-6  # the loss itself is float32
+    assert_same_gradients(gradients(model), expected)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.usefixtures("float64_norm_and_rope")
+@settings(max_examples=15)
+@given(config_fields(min_segment_length=2, max_segment_length=4), st.integers(1, 2), st.integers(0, 9))
+def test_chunked_gradients_equal_those_of_the_reference(fields, chunk_segments, seed):
+    model = tiny_model(torch.float64, seed, **fields)
+    ids = random_ids(1, 4 * fields["segment_length"] + 1, seed=seed)
+    weights = {name: weight.clone().requires_grad_() for name, weight in float64_weights(model).items()}
+    logits, _ = reference_stream(ids[0].tolist(), weights, model.config)
+    cross_entropy(logits[:-1], ids[0, 1:]).backward()
+    expected = {name: weights[name].grad for name, _ in model.named_parameters()}
+
+    def float64_loss(chunk):
+        targets = chunk.pop("shift_labels")
+        chunk.pop("labels")
+        outputs = model(**chunk)
+        loss = cross_entropy(outputs.logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return loss / (ids.shape[1] - 1), outputs
+
+    backpropagate(model, {"input_ids": ids, "labels": ids}, chunk_segments=chunk_segments, compute_loss=float64_loss)
+    assert_same_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("fields", MODES)
+@pytest.mark.parametrize("use_mem_delta_rule", [False, True])
+def test_detaching_cuts_gradients_at_every_kth_segment(fields, use_mem_delta_rule):
+    model = tiny_model(torch.float64, use_mem_delta_rule=use_mem_delta_rule, **fields)
+    ids = random_ids(2, 23)
+    targets = shifted_labels(ids)
+    cache, count = None, 2 * (ids.shape[1] - 1)
+    for piece, target in zip(ids.split(10, 1), targets.split(10, 1)):
+        outputs = model(piece, past_key_values=cache, use_cache=True)
+        loss = cross_entropy(outputs.logits.flatten(0, 1), target.flatten(), reduction="sum") / count
+        loss.backward()
+        cache = outputs.past_key_values.detached()
+    expected = gradients(model)
+    for chunk_segments in (None, 1):
+        model.zero_grad()
+        inputs = {"input_ids": ids, "labels": ids}
+        _, found = backpropagate(model, inputs, chunk_segments=chunk_segments, detach_every_num_segments=2)
+        assert_same_gradients(gradients(model), expected, 1e-6)
+        assert relative_error(found.layers[-1].memory, cache.layers[-1].memory) < 1e-12
+    _, whole = plain_gradients(model, **inputs)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(whole, expected, 1e-6)
+
+
+@pytest.mark.parametrize("fields", MODES)
+@pytest.mark.parametrize("start", [4, 5, 7])
+def test_going_on_from_a_cache_equals_reading_on_with_gradients_cut_there(fields, start):
+    model = tiny_model(torch.float64, **fields)
+    ids = random_ids(2, 29)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids[:, :start], past_key_values=cache)
+    model.zero_grad()
+    model(ids[:, start:], labels=ids[:, start:], past_key_values=cache.detached()).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    inputs = {"input_ids": ids[:, start:], "labels": ids[:, start:]}
+    _, after = backpropagate(model, inputs, chunk_segments=1, past_key_values=cache)
+    assert_same_gradients(gradients(model), expected)
+    assert cache.get_seq_length() == start
+    with torch.no_grad():
+        model(ids[:, start:], past_key_values=cache)
+        expected_logits = model(random_ids(2, 9), past_key_values=cache).logits
+        assert relative_error(model(random_ids(2, 9), past_key_values=after).logits, expected_logits) < 1e-12
+
+
+@pytest.mark.usefixtures("float64_norm_and_rope")
+def test_dropout_is_the_same_when_a_chunk_runs_again():
+    model = tiny_model(torch.float64, attention_dropout=0.3).train()
+    inputs = {"input_ids": random_ids(2, 20), "labels": random_ids(2, 20)}
+
+    def run(chunk_segments):
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss, cache = backpropagate(model, inputs, chunk_segments=chunk_segments)
+        return loss, gradients(model), cache, torch.rand(1)
+
+    # By finite differences of the memory that chunks hand on: a chunk that drew anew would hand on something else.
+    loss, found, cache, following = run(1)
+    again_loss, again, again_cache, again_following = run(1)
+    assert torch.equal(loss, again_loss)
+    assert_same_gradients(found, again, 1e-12)
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("0.self_attn.k_proj.weight"))
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+
+    def loss_at(step):
+        with torch.no_grad():
+            weight.add_(step * direction)
+            torch.manual_seed(3)
+            # With one chunk after the other and no second run, the generators draw in the order of the text.
+            model.train()
+            total = sum(
+                cross_entropy(outputs.logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=-100)
+                for (_, outputs), target in zip(
+                    loss_in_chunks(model, inputs, chunk_segments=1), shifted_labels(inputs["labels"]).split(5, 1)
+                )
+            )
+            weight.sub_(step * direction)
+        return total / (2 * 19)
+
+    numeric = (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6
+    assert abs(numeric - (found[name] * direction).sum()) < 1e-5 * abs(numeric) + 1e-8
+    assert torch.equal(following, again_following)
+    assert relative_error(cache.layers[0].memory, again_cache.layers[0].memory) == 0
+
+
+def test_activations_and_logits_are_those_of_one_chunk():
+    model = tiny_model(segment_length=8)
+    ids = random_ids(1, 8 * 64)
+    widths = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    saved = 0
+
+    def count(tensor):
+        nonlocal saved
+        saved += tensor.numel()
+        return tensor
+
+    peaks = {}
+    for length in (16, 512):
+        saved = peak = 0
+
+        def backward(loss):
+            nonlocal peak, saved
+            peak, saved = max(peak, saved), 0
+            loss.backward()
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            inputs = {"input_ids": ids[:, :length], "labels": ids[:, :length]}
+            backpropagate(model, inputs, chunk_segments=2, backward=backward)
+        peaks[length] = peak
+    assert max(widths) == 16
+    assert peaks[512] <= 1.5 * peaks[16]
+
+
+def test_boundaries_between_segments_hold_no_keys_that_nobody_sees():
+    for fields, unseen in ((MODES[0], ("keys", "values")), (MODES[2], ("keys",))):
+        model = tiny_model(**fields)
+        cache = model(random_ids(2, 10), use_cache=True).past_key_values
+        boundary = cache.detached()
+        for name, state in boundary.layers[0].states().items():
+            stored = state.untyped_storage().nbytes()
+            assert (stored == state.element_size()) == (name in unseen), name
+        ids = random_ids(2, 8, seed=1)
+        with torch.no_grad():
+            for columns in (slice(0, 1), slice(1, 8)):
+                expected = model(ids[:, columns], past_key_values=cache).logits
+                assert torch.equal(model(ids[:, columns], past_key_values=boundary).logits, expected)
+
+
+def test_chunks_end_with_segments_and_are_equally_many_at_any_offset():
+    model = tiny_model(segment_length=5)
+    for read in range(1, 11):
+        cache = model(random_ids(1, read), use_cache=True).past_key_values
+        lengths = chunk_lengths(31, 2, 5, cache)
+        assert sum(lengths) == 31
+        assert len(lengths) == 4
+        assert all(length > 0 for length in lengths)
+        ends = torch.tensor(lengths).cumsum(0)[:-1] + read
+        assert not (ends % 5).any()
+
+
+def test_loss_in_chunks_is_the_loss():
+    model = tiny_model(torch.float64, **MODES[2])
+    inputs = {"input_ids": random_ids(2, 17), "labels": random_ids(2, 17)}
+    expected = model(**inputs)
+    parts = list(loss_in_chunks(model, inputs, chunk_segments=1))
+    assert relative_error(sum(loss for loss, _ in parts), expected.loss) < 1e-6
+    logits = torch.cat([outputs["logits"] for _, outputs in parts], 1)
+    assert relative_error(logits, expected.logits) < 1e-12
+    assert not any(loss.requires_grad for loss, _ in parts)
+
+
+def test_bf16_autocast_gives_chunked_gradients_near_float32():
+    model = InfiniForCausalLM(tiny_config(**MODES[1]))
+    inputs = {"input_ids": random_ids(2, 23), "labels": random_ids(2, 23)}
+    _, expected = plain_gradients(model, **inputs)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, cache = backpropagate(model, inputs, chunk_segments=1)
+    found = gradients(model)
+    assert cache.layers[0].memory.dtype == torch.float32
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 0.05 * gradient.norm() + 1e-4, name
+
+
+def test_bad_arguments_are_refused():
+    model = tiny_model()
+    inputs = {"input_ids": random_ids(1, 8)}
+    with pytest.raises(ValueError, match="needs labels"):
+        backpropagate(model, inputs)
+    with pytest.raises(ValueError, match="chunk_segments=0 must be at least 1"):
+        backpropagate(model, {**inputs, "labels": inputs["input_ids"]}, chunk_segments=0)
+    with pytest.raises(TypeError, match="Linear is no Infini-attention model"):
+        infini_module(torch.nn.Linear(2, 2))
+    model.train().activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        backpropagate(model, {**inputs, "labels": inputs["input_ids"]})
