@@ -1,0 +1,157 @@
+"""Whole documents from files, and streams of them over steps."""
+
+import json
+from itertools import chain
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from modeling_infini import DocumentStreams, collate_documents, load_documents, tokenize_documents
+
+
+TEXTS = ["one two\n\nthree four", "five", "six seven eight"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["<eos>", *" ".join(TEXTS).split()]
+    model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<eos>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", model_max_length=2)
+
+
+def write_text(folder):
+    for index, text in enumerate(TEXTS):
+        (folder / f"{index}.txt").write_text(text)
+
+
+def write_jsonl(folder):
+    (folder / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+
+
+def write_parquet(folder):
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(folder / "all.parquet")
+
+
+@pytest.mark.parametrize("write", [write_text, write_jsonl, write_parquet])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_are_read_as_whole_documents(tmp_path, tokenizer, write, streaming):
+    write(tmp_path)
+    documents = load_documents(tmp_path, streaming=streaming)
+    assert [row["text"] for row in documents] == TEXTS
+    ids = [row["input_ids"] for row in tokenize_documents(documents, tokenizer)]
+    assert [tokenizer.decode(document) for document in ids] == [" ".join([*text.split(), "<eos>"]) for text in TEXTS]
+    windows = [row["input_ids"] for row in tokenize_documents(documents, tokenizer, window_length=2)]
+    assert [len(window) for window in windows] == [2, 2, 1, 2, 2, 2]
+    assert list(chain(*windows)) == list(chain(*ids))
+
+
+def test_a_list_of_files_keeps_its_order(tmp_path):
+    write_text(tmp_path)
+    files = [tmp_path / "2.txt", tmp_path / "0.txt"]
+    assert [row["text"] for row in load_documents(files)] == [TEXTS[2], TEXTS[0]]
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*missing\.txt"):
+        load_documents(tmp_path / "missing.txt")
+    with pytest.raises(FileNotFoundError, match="No documents"):
+        load_documents(tmp_path)
+    write_text(tmp_path)
+    write_jsonl(tmp_path)
+    with pytest.raises(ValueError, match=r"The files are json, text\. Give files of one kind"):
+        load_documents(tmp_path)
+    with pytest.raises(KeyError, match='no column "body" in the documents; there are text'):
+        tokenize_documents(load_documents(tmp_path / "0.txt"), tokenizer, text_column="body")
+
+
+def test_batches_of_documents_keep_the_last_token_as_a_target():
+    batch = collate_documents([{"input_ids": [5, 6, 0]}, {"input_ids": [7]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 0], [7, -100, -100]]
+
+
+documents_of_lengths = st.lists(st.integers(0, 17), min_size=1, max_size=7).filter(any)
+
+
+def numbered(lengths: list[int]) -> list[dict]:
+    """Documents whose tokens say which document and place they are from."""
+    return [{"input_ids": [100 * index + place for place in range(length)]} for index, length in enumerate(lengths)]
+
+
+def read_back(rows: list[dict], num_streams: int) -> list[list[int]]:
+    """The documents in `rows`, put together again by stream from ids, masks and positions alone."""
+    found: list[list[int]] = []
+    for stream in range(num_streams):
+        for row in rows[stream::num_streams]:
+            for token, is_token, position in zip(*(row[n] for n in ("input_ids", "attention_mask", "position_ids"))):
+                if not is_token:
+                    continue
+                if position == 0:
+                    found.append([])
+                assert position == len(found[-1])
+                found[-1].append(int(token))
+    return found
+
+
+@given(documents_of_lengths, st.integers(1, 3), st.integers(1, 8), st.sampled_from([None, 0]), st.booleans())
+def test_streams_hold_each_document_once_and_whole(lengths, num_streams, step_length, seed, is_iterable):
+    documents = numbered(lengths)
+    source = (document for document in documents) if is_iterable else documents
+    streams = DocumentStreams(source, num_streams, step_length, seed)
+    rows = list(streams)
+    if not is_iterable:
+        assert len(streams) == len(rows)
+    expected = [document["input_ids"] for document in documents if document["input_ids"]]
+    assert sorted(read_back(rows, num_streams)) == sorted(expected)
+
+
+@given(documents_of_lengths, st.integers(1, 3), st.integers(1, 8))
+def test_each_token_but_a_documents_first_is_a_target_once(lengths, num_streams, step_length):
+    rows = list(DocumentStreams(numbered(lengths), num_streams, step_length))
+    targets = []
+    for row in rows:
+        for token, target in zip(row["input_ids"], row["shift_labels"]):
+            if target != -100:
+                assert target == token + 1
+                targets.append(int(target))
+    assert sorted(targets) == sorted(t for document in numbered(lengths) for t in document["input_ids"][1:])
+    # Who does not know shift_labels gets the same targets, but for those across steps.
+    shifted = [torch.cat([row["labels"][1:], torch.tensor([-100])]) for row in rows]
+    for row, labels in zip(rows, shifted):
+        assert torch.equal(labels[:-1], row["shift_labels"][:-1])
+
+
+def test_epochs_shuffle_documents_and_keep_their_number_of_steps():
+    streams = DocumentStreams(numbered([9, 4, 7, 3, 8]), 2, 4, seed=1)
+    epochs = []
+    for epoch in (0, 1, 0):
+        streams.set_epoch(epoch)
+        epochs.append([row["input_ids"].tolist() for row in streams])
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert len(epochs[0]) == len(epochs[1]) == len(streams)
+
+
+def test_streams_are_balanced():
+    rows = list(DocumentStreams(numbered([8, 1, 1, 1, 1, 1, 1, 1, 1]), 2, 4))
+    assert all(row["attention_mask"].all() for row in rows)
+    assert len(rows) == 4
+
+
+def test_streams_refuse_what_would_break_them():
+    with pytest.raises(ValueError, match="num_streams=0"):
+        DocumentStreams(numbered([3]), 0, 4)
+    with pytest.raises(ValueError, match="hold no tokens"):
+        DocumentStreams(numbered([0]), 1, 4)
+    with pytest.raises(TypeError, match="set max_steps"):
+        len(DocumentStreams(iter(numbered([3])), 1, 4))
+    with pytest.raises(ValueError, match="dataloader_num_workers=2"):
+        list(DataLoader(DocumentStreams(numbered([3, 3]), 1, 4), num_workers=2))

@@ -1,0 +1,329 @@
+"""`InfiniTrainer`: the stock Trainer's results in chunks, streams over steps, gates, logs and what it refuses."""
+
+import copy
+import math
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import MODES, random_ids, relative_error, tiny_config, tiny_model
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from modeling_infini import (
+    DocumentStreams,
+    InfiniForCausalLM,
+    InfiniForSequenceClassification,
+    InfiniTrainer,
+    InfiniTrainingArguments,
+    collate_documents,
+)
+from modeling_infini.trainer_infini import state_norms
+
+
+COMMON = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def documents(*lengths: int) -> list[dict]:
+    return [{"input_ids": random_ids(length, seed=index).tolist()} for index, length in enumerate(lengths)]
+
+
+def infini_trainer(model, folder, dataset=None, eval_dataset=None, **arguments) -> InfiniTrainer:
+    return InfiniTrainer(
+        model,
+        InfiniTrainingArguments(str(folder), **{**COMMON, **arguments}),
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        data_collator=None if isinstance(dataset or eval_dataset, DocumentStreams) else collate_documents,
+    )
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def assert_same_weights(found, expected, bound: float = 2e-5):
+    for name, weight in weights_of(expected).items():
+        assert relative_error(weights_of(found)[name], weight) <= bound, name
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments"),
+    [
+        (MODES[0], {"chunk_segments": 1}),
+        (MODES[2], {"chunk_segments": 2}),
+        (MODES[1], {}),
+        (MODES[1], {"chunk_segments": 1, "gradient_checkpointing": True}),
+        (MODES[0], {"chunk_segments": 1, "gradient_accumulation_steps": 3}),
+        (MODES[2], {"chunk_segments": 1, "label_smoothing_factor": 0.2}),
+    ],
+)
+def test_chunks_train_as_the_stock_trainer_does(tmp_path, fields, arguments):
+    dataset = datasets.Dataset.from_list(documents(23, 5, 11, 16, 30, 2, 9, 14, 21, 8))
+    ours, stock = tiny_model(**fields), tiny_model(**fields)
+    shared = {name: value for name, value in arguments.items() if name != "chunk_segments"}
+    if "label_smoothing_factor" in shared:
+        # The stock Trainer's smoother shifts labels for models that transformers ships.
+        stock._get_name = lambda: "LlamaForCausalLM"
+    found = infini_trainer(ours, tmp_path, dataset, **arguments)
+    expected = Trainer(
+        stock,
+        TrainingArguments(str(tmp_path), **COMMON, **shared),
+        train_dataset=dataset,
+        data_collator=collate_documents,
+    )
+    found.train()
+    expected.train()
+    torch.testing.assert_close(losses(found), losses(expected), rtol=1e-5, atol=1e-6)
+    assert_same_weights(ours, stock, 1e-4)
+
+
+def train_streams_by_hand(model, streams: DocumentStreams, accumulation: int) -> list[float]:
+    """SGD over the rows of `streams`, the cache carried from batch to batch and cut off in between."""
+    rows, cache, values = list(streams), None, []
+    batches = [
+        {name: torch.stack([row[name] for row in rows[start : start + 2]]) for name in rows[0]}
+        for start in range(0, len(rows), 2)
+    ]
+    for start in range(0, len(batches), accumulation):
+        step = batches[start : start + accumulation]
+        count = sum((batch["shift_labels"] != -100).sum() for batch in step)
+        values.append(0.0)
+        for batch in step:
+            targets = batch.pop("shift_labels")
+            del batch["labels"]
+            outputs = model(**batch, past_key_values=cache, use_cache=True)
+            loss = cross_entropy(outputs.logits.flatten(0, 1), targets.flatten(), reduction="sum") / count
+            loss.backward()
+            cache = outputs.past_key_values.detached()
+            values[-1] += loss.item()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.05 * parameter.grad
+        model.zero_grad()
+    return values
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("fields", MODES)
+def test_streams_carry_their_memory_from_step_to_step(tmp_path, fields, accumulation):
+    streams = DocumentStreams(documents(40, 7, 23, 31, 12), 2, 8)
+    ours, expected = tiny_model(**fields), tiny_model(**fields)
+    options = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "chunk_segments": 1}
+    options |= {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
+    trainer = infini_trainer(ours, tmp_path, streams, **options)
+    trainer.train()
+    values = train_streams_by_hand(expected, streams, accumulation)
+    torch.testing.assert_close(losses(trainer), values, rtol=1e-4, atol=1e-5)
+    assert_same_weights(ours, expected, 1e-4)
+
+
+def test_evaluation_is_the_mean_over_tokens_and_leaves_training_alone(tmp_path):
+    train = DocumentStreams(documents(60, 45), 2, 8)
+    held_out = DocumentStreams(documents(33, 14), 2, 8)
+    options = {"optim": "sgd", "max_grad_norm": 0.0, "chunk_segments": 1}
+    evaluated, expected = tiny_model(), tiny_model()
+    trainer = infini_trainer(evaluated, tmp_path, train, held_out, eval_strategy="steps", eval_steps=2, **options)
+    trainer.train()
+    infini_trainer(expected, tmp_path, train, **options).train()
+    assert_same_weights(evaluated, expected, 0)
+
+    total, count = 0.0, 0
+    evaluated.eval()
+    for document in documents(33, 14):
+        ids = torch.tensor([document["input_ids"]])
+        with torch.no_grad():
+            total += cross_entropy(evaluated(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert math.isclose(trainer.evaluate()["eval_loss"], total / count, rel_tol=1e-5)
+    assert math.isclose(last, total / count, rel_tol=0.5)
+    whole = infini_trainer(evaluated, tmp_path, eval_dataset=documents(33, 14), chunk_segments=1)
+    assert math.isclose(whole.evaluate()["eval_loss"], total / count, rel_tol=1e-5)
+
+
+def test_predictions_are_the_logits_of_the_whole_sequence(tmp_path):
+    model = tiny_model().eval()
+    dataset = documents(23, 23)
+    output = infini_trainer(model, tmp_path, chunk_segments=1).predict(dataset)
+    expected = model(collate_documents(dataset)["input_ids"]).logits.detach()
+    assert relative_error(torch.from_numpy(output.predictions), expected) < 1e-5
+    assert (output.label_ids == collate_documents(dataset)["labels"].numpy()).all()
+
+
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
+    def trainer(folder, model):
+        streams = DocumentStreams(documents(60, 45, 33, 20), 2, 8, seed=4)
+        options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+        return infini_trainer(model, folder, streams, chunk_segments=1, **options)
+
+    whole, resumed = tiny_model(attention_dropout=0.1), tiny_model(attention_dropout=0.1)
+    trainer(tmp_path / "whole", whole).train()
+    for step in (3, 9):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        assert (checkpoint / "memory-of-streams-0" / "infini_cache.json").is_file()
+        trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(checkpoint))
+        assert_same_weights(resumed, whole, 0)
+
+
+def test_truncation_is_passed_on(tmp_path):
+    dataset = documents(20, 20)
+    whole, truncated = tiny_model(), tiny_model()
+    infini_trainer(whole, tmp_path, dataset).train()
+    infini_trainer(truncated, tmp_path, dataset, detach_every_num_segments=1).train()
+    with pytest.raises(AssertionError):
+        assert_same_weights(truncated, whole)
+
+
+def gates(model) -> torch.Tensor:
+    return torch.stack([w.detach().clone() for n, w in model.named_parameters() if "head_gates." in n])
+
+
+def test_gates_have_a_learning_rate_of_their_own_and_no_decay(tmp_path):
+    moves = {}
+    for rate in (1e-2, 1e-3):
+        model = tiny_model()
+        before = gates(model)
+        trainer = infini_trainer(
+            model, tmp_path, documents(20, 20), gate_learning_rate=rate, weight_decay=0.5, max_steps=1
+        )
+        trainer.train()
+        moves[rate] = (gates(model) - before).abs()
+        groups = [group for group in trainer.optimizer.param_groups if group["initial_lr"] == rate]
+        assert [parameter.numel() for parameter in groups[-1]["params"]] == [4, 4]
+        assert groups[-1]["weight_decay"] == 0
+    # Adam's first step is the learning rate, whatever the gradient.
+    for rate, move in moves.items():
+        torch.testing.assert_close(move, torch.full_like(move, rate), rtol=1e-2, atol=0)
+
+
+def test_gates_stand_still_while_they_are_frozen(tmp_path):
+    model = tiny_model()
+    before = weights_of(model)
+    trainer = infini_trainer(model, tmp_path, documents(20, 20), gate_frozen_steps=2, weight_decay=0.1, max_steps=2)
+    trainer.train()
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, before[name]) == ("head_gates" in name), name
+    released = infini_trainer(tiny_model(), tmp_path, documents(20, 20), gate_frozen_steps=2, max_steps=3)
+    released.train()
+    assert not torch.equal(gates(released.model), gates(tiny_model()))
+
+
+def test_lora_with_gates_trains_in_chunks(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], modules_to_save=["head_gates"])
+    model = get_peft_model(tiny_model(), lora)
+    before = copy.deepcopy(weights_of(model))
+    trainer = infini_trainer(model, tmp_path, documents(20, 20), chunk_segments=1, gate_learning_rate=0.5)
+    trainer.train()
+    moved = {name for name, weight in weights_of(model).items() if not torch.equal(weight, before[name])}
+    assert all("lora_" in name or "head_gates.modules_to_save" in name for name in moved)
+    assert len([name for name in moved if "head_gates" in name]) == 2
+    trained = torch.stack([w for n, w in weights_of(model).items() if "head_gates.modules_to_save" in n])
+    shares = torch.sigmoid(model.config.head_gate_scale * trained)
+    entry = next(e for e in reversed(trainer.state.log_history) if "loss" in e)
+    assert math.isclose(entry["local_share_max"], shares.max().item(), rel_tol=1e-5)
+
+
+def test_logs_say_what_the_memory_does(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = tiny_model()
+    trainer = infini_trainer(model, tmp_path, documents(23, 20), report_to="tensorboard", max_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    shares = model.local_shares()
+    assert math.isclose(entries[-1]["local_share_mean"], shares.mean().item(), rel_tol=1e-6)
+    assert entries[-1]["memory_norm_max"] > 0
+    assert entries[-1]["tokens_per_second"] > 0
+    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent)).Reload()
+    tags = events.Tags()
+    for layer in range(2):
+        assert f"local_share/layer_{layer}" in tags["histograms"]
+        for name in ("local_share_mean", "local_share_min", "local_share_max", "memory_norm", "normaliser_norm"):
+            assert f"train/{name}/layer_{layer}" in tags["scalars"]
+    last = events.Scalars("train/local_share_min/layer_1")[-1]
+    assert (last.step, last.value) == (2, pytest.approx(shares[1].min().item()))
+
+
+def test_trackio_gets_the_gates_too(tmp_path, monkeypatch):
+    import trackio
+
+    logged = []
+    monkeypatch.setattr(trackio, "init", lambda *args, **kwargs: type("Run", (), {"config": {}})())
+    monkeypatch.setattr(trackio, "log", lambda entry, **kwargs: logged.append(entry))
+    monkeypatch.setattr(trackio, "finish", lambda: None)
+    infini_trainer(tiny_model(), tmp_path, documents(23, 20), report_to="trackio", max_steps=1).train()
+    names = {name for entry in logged for name in entry}
+    assert "train/local_share_mean/layer_1" in names
+    assert isinstance(next(e for e in logged if "local_share/layer_1" in e)["local_share/layer_1"], trackio.Histogram)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_in_a_memory_stops_training_and_names_the_layer(tmp_path, value):
+    model = tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = value
+    with pytest.raises(FloatingPointError, match=r"memory of model\.layers\.1\.self_attn is (nan|-?inf)"):
+        infini_trainer(model, tmp_path, documents(23, 20)).train()
+
+
+def test_norms_are_those_of_the_largest_head():
+    cache = tiny_model()(random_ids(2, 11), use_cache=True).past_key_values.detached()
+    norms = state_norms(cache)
+    for index, layer in enumerate(cache.layers):
+        expected = max(layer.memory[row, head].norm().item() for row in range(2) for head in range(2))
+        assert math.isclose(norms["memory"][index], expected, rel_tol=1e-6)
+
+
+def test_bf16_trains(tmp_path):
+    trainer = infini_trainer(tiny_model(), tmp_path, documents(23, 20), bf16=True, chunk_segments=1, max_steps=3)
+    trainer.train()
+    assert all(math.isfinite(value) for value in losses(trainer))
+
+
+def test_other_heads_train_as_by_the_stock_trainer(tmp_path):
+    torch.manual_seed(0)
+    dataset = [{"input_ids": random_ids(12, seed=seed), "labels": seed % 2} for seed in range(8)]
+    config = tiny_config(num_labels=2, pad_token_id=0)
+    ours = InfiniForSequenceClassification(config)
+    stock = copy.deepcopy(ours)
+    InfiniTrainer(ours, InfiniTrainingArguments(str(tmp_path), **COMMON), train_dataset=dataset).train()
+    Trainer(stock, TrainingArguments(str(tmp_path), **COMMON), train_dataset=dataset).train()
+    assert_same_weights(ours, stock, 1e-6)
+    with pytest.raises(ValueError, match="causal language models"):
+        InfiniTrainer(ours, InfiniTrainingArguments(str(tmp_path), **COMMON, chunk_segments=1), train_dataset=dataset)
+
+
+def test_what_cannot_be_done_is_refused(tmp_path):
+    model = InfiniForCausalLM(tiny_config())
+    with pytest.raises(TypeError, match="InfiniTrainingArguments"):
+        InfiniTrainer(model, TrainingArguments(str(tmp_path), **COMMON))
+    with pytest.raises(ValueError, match="chunk_segments=0"):
+        InfiniTrainingArguments(str(tmp_path), chunk_segments=0)
+    with pytest.raises(ValueError, match="gate_frozen_steps=-1"):
+        InfiniTrainingArguments(str(tmp_path), gate_frozen_steps=-1)
+    streams = DocumentStreams(documents(20, 20, 20), 3, 5)
+    with pytest.raises(ValueError, match="1 processes with batches of 2 read 2 streams"):
+        infini_trainer(model, tmp_path, streams).train()
+    with pytest.raises(ValueError, match="num_streams=3"):
+        infini_trainer(model, tmp_path, eval_dataset=streams).evaluate()
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        InfiniTrainer(
+            model,
+            InfiniTrainingArguments(str(tmp_path), **COMMON, chunk_segments=1),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum(),
+        )
