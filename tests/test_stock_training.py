@@ -1,12 +1,16 @@
 """transformers.Trainer, accelerate and torch.compile train the model as they are."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from test_publishing import run
 from tiny import MODES, random_ids, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from training import (
     ONE_STEP,
@@ -17,7 +21,7 @@ from training import (
     text_rows,
     weights_after_a_step_by_hand,
 )
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DataCollatorWithFlattening
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 import modeling_infini.modeling_infini
 from modeling_infini import InfiniForCausalLM
@@ -37,7 +41,15 @@ def test_accumulated_gradients_weigh_every_token_the_same(tmp_path, fields, batc
     assert_weights(model, expected)
 
 
-def test_an_accelerate_loop_accumulates_the_same_gradients():
+@pytest.fixture
+def fresh_accelerate_state():
+    """accelerate keeps the precision of the last Trainer for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_accelerate_loop_accumulates_the_same_gradients(fresh_accelerate_state):
     model, rows = tiny_model(), text_rows()
     expected = weights_after_a_step_by_hand(model, rows)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -114,7 +126,7 @@ def test_registering_the_name_of_the_class_adds_no_other_model():
     assert all(isinstance(each, type | tuple) for pair in MODEL_FOR_CAUSAL_LM_MAPPING.items() for each in pair)
 
 
-@pytest.mark.parametrize("fields", MODES_AND_RULES)
+@pytest.mark.parametrize("fields", MODES_AND_RULES[1::2])
 def test_bf16_autocast_trains_in_bfloat16_and_remembers_in_float32(tmp_path, monkeypatch, fields):
     dtypes = set()
 
@@ -183,10 +195,9 @@ def test_a_compiled_step_is_the_step(tmp_path, backend):
     assert_weights(model, expected)
 
 
-@pytest.mark.parametrize("fields", [MODES_AND_RULES[0], MODES_AND_RULES[-1]])
-def test_without_padding_a_step_compiles_to_one_graph(fields):
+def test_without_padding_a_step_compiles_to_one_graph():
     torch._dynamo.reset()
-    model, ids = tiny_model(**fields).train(), random_ids(2, 17)
+    model, ids = tiny_model(**MODES_AND_RULES[-1]).train(), random_ids(2, 17)
     expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found = torch.autograd.grad(compiled(input_ids=ids, labels=ids, use_cache=False).loss, list(model.parameters()))
@@ -211,10 +222,36 @@ def test_gates_move_by_their_scale_at_the_stock_learning_rate(tmp_path):
     assert default.std() > 5 * plain.std()
 
 
-def test_the_stock_trainer_decays_gates_by_no_more_than_other_weights(tmp_path):
+def test_the_stock_trainer_decays_gates_as_it_does_other_weights(tmp_path):
     model = tiny_model()
     decayed = stock_trainer(model, text_rows(), tmp_path).get_decay_parameter_names(model)
     assert "model.layers.0.self_attn.head_gates.weight" in decayed
-    logits = [gate_logits_after_training(tmp_path, 10.0, weight_decay=decay) for decay in (0.0, 0.1)]
-    pulled = logits[0] - logits[1]
-    assert pulled.abs().max() < 0.1 * (logits[0] - 2.0).abs().mean()
+    free, pulled = (gate_logits_after_training(tmp_path, 10.0, weight_decay=decay) for decay in (0.0, 0.1))
+    # Of a logit of about 2, the decay times the learning rates of 30 steps, whatever the scale.
+    assert (free - pulled).mean().item() == pytest.approx(2.0 * 0.1 * 0.0155, rel=0.3)
+
+
+@pytest.fixture
+def converted_model_and_books(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    vocabulary = {f"<{index}>": index for index in range(31)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<30>").save_pretrained("converted")
+    tiny_model().save_pretrained("converted")
+    Path("books").mkdir()
+    for seed in range(3):
+        words = (f"<{index}>" for index in random_ids(150, seed=seed).tolist())
+        Path(f"books/{seed}.txt").write_text(" ".join(words))
+
+
+@pytest.mark.parametrize("trainer", ["Trainer", "TRL"])
+def test_the_examples_of_the_guide_run(converted_model_and_books, trainer):
+    guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    examples = dict(re.findall(r"### `?(\w+)`?\n\n```python\n(.*?)```", guide, re.DOTALL))
+    scope: dict = {}
+    exec(examples[trainer], scope)
+    assert Path("trained").is_dir()
+    exec(examples["PEFT"], scope)
+    assert isinstance(InfiniForCausalLM.from_pretrained("merged"), InfiniForCausalLM)
