@@ -23,6 +23,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
@@ -568,6 +569,9 @@ class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassifi
 
 class InfiniForQuestionAnswering(BaseModelByAutoModel, GenericForQuestionAnswering, InfiniPreTrainedModel): ...
 
+
+# By these names the stock Trainer knows which models' labels it must shift when it smooths them itself.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(InfiniConfig.model_type, InfiniForCausalLM.__name__)
 
 __all__ = [
     "InfiniForCausalLM",
