@@ -31,7 +31,6 @@ from modeling_infini import (
     InfiniForCausalLM,
     InfiniTrainer,
     InfiniTrainingArguments,
-    collate_documents,
     load_documents,
     tokenize_documents,
 )
@@ -146,7 +145,6 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=None if data_arguments.streams else collate_documents,
     )
     if arguments.do_eval and not arguments.do_train:
         trainer.log_metrics("eval", trainer.evaluate())

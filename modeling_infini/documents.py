@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 
 
@@ -116,13 +117,21 @@ def tokenize_documents(
 def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
     """
     A batch of whole documents, padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each
-    `(batch, longest)`. An EOS token at a document's end is a target, whatever the tokenizer pads with.
+    `(batch, longest)`. Labels are those of the documents, or else their ids: an EOS token at a document's end is a
+    target, whatever the tokenizer pads with. Rows of [`DocumentStreams`] are stacked as they are.
     """
-    documents = [torch.as_tensor(feature["input_ids"]) for feature in features]
-    ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
-    lengths = torch.tensor([len(document) for document in documents])
-    mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+    if "shift_labels" in features[0]:
+        return {name: torch.stack([feature[name] for feature in features]) for name in features[0]}
+    documents, labels = (
+        [torch.as_tensor(feature.get(name, feature["input_ids"])) for feature in features]
+        for name in ("input_ids", "labels")
+    )
+    mask = [torch.ones_like(document) for document in documents]
+    return {
+        "input_ids": pad_sequence(documents, batch_first=True),
+        "attention_mask": pad_sequence(mask, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
 
 
 class DocumentStreams(IterableDataset):

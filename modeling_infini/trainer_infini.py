@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
 from .cache import InfiniCache
-from .documents import DocumentStreams
+from .documents import DocumentStreams, collate_documents
 
 
 @dataclass
@@ -68,18 +68,21 @@ class InfiniTrainer(Trainer):
     - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory stops training.
     - `eval_loss` is the mean over all tokens, not over batches.
 
+    Documents are batched by [`collate_documents`] unless `data_collator` is given.
     Other heads than the causal language model's are trained as by `Trainer`, with the gates' options and logs.
     """
 
     args: InfiniTrainingArguments
 
-    def __init__(self, model=None, args: InfiniTrainingArguments | None = None, **kwargs):
+    def __init__(self, model=None, args: InfiniTrainingArguments | None = None, data_collator=None, **kwargs):
         if args is None:
             args = InfiniTrainingArguments("tmp_trainer")
         if not isinstance(args, InfiniTrainingArguments):
             raise TypeError(f"InfiniTrainer takes InfiniTrainingArguments, got {type(args).__name__}.")
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args, data_collator, **kwargs)
         self._is_causal_lm = self._loss_shifts_labels and hasattr(infini_module(self.model), "lm_head")
+        if data_collator is None and self._is_causal_lm:
+            self.data_collator = collate_documents
         self._memory_of_streams: InfiniCache | None = None
         self._evaluation = _Evaluation(is_stream=False)
         self._state_norms: dict[str, list[float]] = {}

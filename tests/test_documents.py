@@ -77,6 +77,11 @@ def test_batches_of_documents_keep_the_last_token_as_a_target():
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, -100, -100]]
+    batch = collate_documents([{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7], "labels": [7]}])
+    assert batch["labels"].tolist() == [[-100, 6, 0], [7, -100, -100]]
+    rows = list(DocumentStreams([[5, 6, 0]], 2, 2))
+    batch = collate_documents(rows[:2])
+    assert batch["shift_labels"].tolist() == [[6, 0], [-100, -100]]
 
 
 documents_of_lengths = st.lists(st.integers(0, 17), min_size=1, max_size=7).filter(any)

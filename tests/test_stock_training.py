@@ -246,10 +246,10 @@ def converted_model_and_books(tmp_path, monkeypatch):
         Path(f"books/{seed}.txt").write_text(" ".join(words))
 
 
-@pytest.mark.parametrize("trainer", ["Trainer", "TRL"])
+@pytest.mark.parametrize("trainer", ["Trainer", "TRL", "InfiniTrainer"])
 def test_the_examples_of_the_guide_run(converted_model_and_books, trainer):
     guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-    examples = dict(re.findall(r"### `?(\w+)`?\n\n```python\n(.*?)```", guide, re.DOTALL))
+    examples = dict(re.findall(r"#+ `?(\w+)`?\n[^#]*?```python\n(.*?)```", guide, re.DOTALL))
     scope: dict = {}
     exec(examples[trainer], scope)
     assert Path("trained").is_dir()
