@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from conversion import convert_from_infini, convert_to_infini
 from modeling_infini import InfiniForCausalLM
 
-from .resources import king_james_bible, smollm2_file
+from .loading import add_text_arguments, first_tokens, load_model, load_tokenizer, read_texts
+from .losses import token_losses
+from .resources import smollm2_file
 
 
 SEGMENT_LENGTHS = (256, 512, 1024)
@@ -36,16 +37,9 @@ GATES = (0.0, 2.0, 4.0, math.inf)
 CHUNK = 1024
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, start: int) -> float:
     """Perplexity of the tokens from `start` on, `ids` `(1, tokens)`, each given all before it."""
-    cache, losses = None, []
-    for first in range(0, ids.shape[1] - 1, CHUNK):
-        outputs = model(ids[:, first : first + CHUNK], past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
-        targets = ids[0, first + 1 : first + CHUNK + 1]
-        losses.append(cross_entropy(outputs.logits[0, : len(targets)].float(), targets, reduction="none"))
-    return math.exp(torch.cat(losses)[start - 1 :].mean().item())
+    return math.exp(token_losses(model, ids, CHUNK)[start - 1 :].mean().item())
 
 
 def set_gates(model: InfiniForCausalLM, logit: float) -> None:
@@ -59,11 +53,8 @@ def measure(source: str, texts: dict[str, str], tokens: int, start: int) -> None
         infini, base = Path(folder) / "infini", Path(folder) / "base"
         convert_to_infini(source, infini, segment_length=min(SEGMENT_LENGTHS))
         convert_from_infini(infini, base)
-        tokenizer = AutoTokenizer.from_pretrained(infini)
-        ids = {
-            name: tokenizer(text.strip(), return_tensors="pt").input_ids[:, :tokens] for name, text in texts.items()
-        }
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
+        ids = first_tokens(load_tokenizer(infini), texts, tokens)
+        model = load_model(base)
         full = {name: perplexity(model, text_ids, start) for name, text_ids in ids.items()}
         rows = [(n, local) for n in SEGMENT_LENGTHS for local in LOCAL_ATTENTION]
         found = {}
@@ -90,15 +81,12 @@ def measure(source: str, texts: dict[str, str], tokens: int, start: int) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, .gguf file or Hub id of a model to convert")
-    parser.add_argument("--text", type=Path, action="append", help="a text file; may be given several times")
-    parser.add_argument("--tokens", type=int, default=4096, help="how much of each text is read")
+    add_text_arguments(parser, tokens=4096)
     parser.add_argument("--start", type=int, default=1024, help="where scoring starts")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    texts = {file.stem: file.read_text(encoding="utf-8") for file in arguments.text or []}
-    texts = texts or {"King James Bible": king_james_bible()}
-    measure(arguments.model or str(smollm2_file()), texts, arguments.tokens, arguments.start)
+    measure(arguments.model or str(smollm2_file()), read_texts(arguments.text), arguments.tokens, arguments.start)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Models and texts, as they are named on the command line."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_infini  # noqa: F401  (registers the model with the Auto classes)
+
+from .resources import king_james_bible
+
+
+def _location(source: str | Path) -> dict[str, str]:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": str(source)}
+
+
+def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`."""
+    return AutoModelForCausalLM.from_pretrained(**_location(source), **options)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, a `.gguf` file or on the Hub."""
+    return AutoTokenizer.from_pretrained(**_location(source))
+
+
+def segment_length_of(source: str | Path) -> int:
+    """
+    Segment length of the Infini-attention model in a folder or on the Hub.
+
+    Raises:
+        ValueError: if it is another model.
+    """
+    config = AutoConfig.from_pretrained(**_location(source))
+    if not hasattr(config, "segment_length"):
+        raise ValueError(f"{source} holds a {config.model_type} model, not one with Infini-attention.")
+    return config.segment_length
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """Adds `--text` and `--tokens`, of which `tokens` is the default."""
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        help="a text file; may be given several times (default: the King James Bible)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=tokens, help="how much of each text is read (default: %(default)s)"
+    )
+
+
+def read_texts(files: Sequence[Path] | None) -> dict[str, str]:
+    """
+    Texts by the names of their files, or the King James Bible.
+
+    Raises:
+        ValueError: if two files have the same name.
+    """
+    if not files:
+        return {"King James Bible": king_james_bible()}
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+    if len(texts) < len(files):
+        raise ValueError(f"Texts go by the names of their files, which must differ: {', '.join(map(str, files))}.")
+    return texts
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], tokens: int) -> dict[str, torch.Tensor]:
+    """Ids of the first tokens of each text, `(1, tokens)` or fewer."""
+    return {name: tokenizer(text.strip(), return_tensors="pt").input_ids[:, :tokens] for name, text in texts.items()}
