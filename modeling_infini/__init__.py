@@ -11,6 +11,7 @@ from transformers import (
 
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
+from .context_parallel import ContextParallel
 from .model_card_infini import model_card
 from .modeling_infini import (
     InfiniForCausalLM,
@@ -30,6 +31,7 @@ AutoModelForTokenClassification.register(InfiniConfig, InfiniForTokenClassificat
 AutoModelForQuestionAnswering.register(InfiniConfig, InfiniForQuestionAnswering, exist_ok=True)
 
 __all__ = [
+    "ContextParallel",
     "InfiniCache",
     "InfiniConfig",
     "InfiniForCausalLM",
