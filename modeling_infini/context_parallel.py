@@ -11,8 +11,10 @@ the piece on its left, and the sinks. So that is all that is exchanged, per laye
     window N keys and N values from the left neighbour to the right  2 * N * d   (`"sliding"`)
     sinks  keys and values of the first tokens, from rank 0 to all   2 * num_sink_tokens * d
 
-Nothing of it grows with the length. Each exchange is an autograd function with an exchange of the same size as its
-backward pass. All ranks take part in each, in one order: what a rank does not use of it, it uses with weight 0.
+Nothing of it grows with the length. Each exchange is an autograd function whose backward pass is an exchange as well.
+All ranks must take part in all of them, in one order. Forwards that is the order of the code. Backwards, autograd runs
+what is ready and was made last: it is the reverse order on every rank, as long as the loss of every rank depends on
+each exchange. So what a rank does not use of one (rank 0 has nothing before it), it uses with weight 0.
 """
 
 from typing import NamedTuple
