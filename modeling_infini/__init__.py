@@ -12,6 +12,7 @@ from transformers import (
 from .backpropagation import backpropagate, loss_in_chunks
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
+from .context_parallel import ContextParallel
 from .documents import DocumentStreams, collate_documents, load_documents, tokenize_documents
 from .model_card_infini import model_card
 from .modeling_infini import (
@@ -42,6 +43,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "ContextParallel",
     "DocumentStreams",
     "InfiniCache",
     "InfiniConfig",

@@ -1,7 +1,7 @@
 """What one decoder layer keeps of the streams: compressive memory, open segment, window and sinks."""
 
 import copy
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -54,15 +54,21 @@ class MemoryState(NamedTuple):
     normaliser: torch.Tensor
 
 
-def local_window(
-    keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: "InfiniCacheLayer | None"
-) -> Window:
+class Past(Protocol):
+    """What local attention needs of the tokens before a call: [`InfiniCacheLayer`] has it."""
+
+    def rings(self) -> tuple[torch.Tensor | None, ...]: ...
+
+    def sinks(self) -> Window: ...
+
+
+def local_window(keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: Past | None) -> Window:
     """
     The local window of each segment of a call.
 
     Args:
         keys, values: of the call, `(B, T, kv_heads, head_dim)`.
-        layer: the cache from before the call; `None`: nothing has been read.
+        layer: the cache from before the call, or what stands for it; `None`: nothing has been read.
     """
     ring = (None, None, None) if layer is None else layer.rings()
     own = Window(layout.own(keys.own, ring[0]), layout.own(values, ring[2]))
@@ -75,9 +81,7 @@ def local_window(
     return Window(*(torch.cat(states, 1) for states in zip(*parts)))
 
 
-def stream_sinks(
-    keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: "InfiniCacheLayer | None"
-) -> Window:
+def stream_sinks(keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: Past | None) -> Window:
     """Keys and values of each stream's sinks, `(R, num_sink_tokens, kv_heads, head_dim)`, after a call."""
     new = Window(keys.sinks, layout.sinks(values))
     if layer is None:
@@ -97,6 +101,30 @@ class MemoryScan(NamedTuple):
     pending: MemoryState
 
 
+def segment_writes(
+    keys: torch.Tensor, values: torch.Tensor, layout: SegmentLayout, write_strength: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, MemoryState]:
+    """
+    sigma(K) and beta of the segments of a call, `(G, kv_heads, query_length, head_dim or 1)`, and what the linear rule
+    adds for each to the memory of its stream, `(R, S, ...)`. Arguments as of [`scan_memory`].
+    """
+    dtype = memory_dtype(keys.dtype)
+    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype))
+    if layout.written is not None:
+        features = features * layout.written[:, None, :, None]
+    segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)
+    strength = None
+    if write_strength is not None:
+        strength = layout.to_segments(write_strength.unsqueeze(-1)).transpose(1, 2).to(dtype)
+        segment_values = segment_values * strength
+    return features, strength, MemoryState(*map(layout.by_stream, segment_write(features, segment_values)))
+
+
+def keep(states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    """`states` `(R, S, ...)` where `where` `(R or 1, S)`, zero elsewhere; `None`: everywhere."""
+    return states if where is None else states * where.view(*where.shape, *(1,) * (states.dim() - where.dim()))
+
+
 def scan_memory(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -114,17 +142,7 @@ def scan_memory(
         layer: the cache from before the call; `None`: nothing has been read.
         write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
     """
-    dtype = memory_dtype(keys.dtype)
-    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype))
-    if layout.written is not None:
-        features = features * layout.written[:, None, :, None]
-    segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)
-    strength = None
-    if write_strength is not None:
-        strength = layout.to_segments(write_strength.unsqueeze(-1)).transpose(1, 2).to(dtype)
-        segment_values = segment_values * strength
-    writes = MemoryState(*map(layout.by_stream, segment_write(features, segment_values)))
-
+    features, strength, writes = segment_writes(keys, values, layout, write_strength)
     if layer is None:
         start = MemoryState(*(torch.zeros_like(write[:, 0]) for write in writes))
     else:
@@ -133,9 +151,6 @@ def scan_memory(
         if not layout.ends_segment:
             return _extend_pending(features, strength, writes, start, pending, layout, config)
         writes = MemoryState(*(torch.cat([(w[:, 0] + p).unsqueeze(1), w[:, 1:]], 1) for w, p in zip(writes, pending)))
-
-    def keep(states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-        return states if where is None else states * where.view(*where.shape, *(1,) * (states.dim() - where.dim()))
 
     folded = MemoryState(*(keep(write, layout.complete) for write in writes))
     normalisers = exclusive_cumsum(start.normaliser, folded.normaliser)

@@ -129,3 +129,22 @@ def affine_scan(start: torch.Tensor, writes: torch.Tensor, corrections: torch.Te
     for write, correction in zip(writes.unbind(1), corrections.unbind(1)):
         states.append(states[-1] + write - correction @ states[-1])
     return torch.stack(states, 1)
+
+
+def affine_prefixes(writes: torch.Tensor, corrections: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The scan of [`affine_scan`] for a start that is not known yet: start + memories[:, s] - totals[:, s] start.
+
+    Args:
+        writes: `(streams, segments, ..., key_dim, value_dim)`.
+        corrections: `(streams, segments, ..., key_dim, key_dim)`.
+
+    Returns:
+        memories `(streams, segments + 1, ..., key_dim, value_dim)`, the states from an empty start; and totals
+        `(streams, segments + 1, ..., key_dim, key_dim)`.
+    """
+    # I - totals is the product of all I - corrections so far, so that totals are a state with corrections for writes.
+    both = torch.cat([writes, corrections], -1)
+    states = affine_scan(torch.zeros_like(both[:, 0]), both, corrections)
+    memories, totals = states.tensor_split([writes.shape[-1]], -1)
+    return memories, totals

@@ -46,6 +46,7 @@ from .cache_layer import (
     scan_memory,
 )
 from .configuration_infini import InfiniConfig
+from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
 from .generation_infini import InfiniGenerationMixin
 from .masks import local_attention_mask, positions_of_call, split_call, tokens_of_call
 from .memory import feature_map, read_memory
@@ -128,6 +129,7 @@ class InfiniAttention(nn.Module):
         layout: SegmentLayout | DecodeLayout,
         past_key_values: InfiniCache | None = None,
         window_columns: tuple[torch.Tensor, int] | None = None,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -138,6 +140,7 @@ class InfiniAttention(nn.Module):
             layout: where the call's tokens stand in their streams.
             window_columns: the column `(G, window)` in each window's slots and the number of columns in all, where
                 attention weights are to be returned.
+            context_parallel: the ranks that the sequence is split over, of which this one has `layout`'s columns.
 
         Returns:
             `(B, T, hidden_size)`, and the weights of local attention `(B, heads, T, columns)` if asked for.
@@ -161,7 +164,7 @@ class InfiniAttention(nn.Module):
             memory = MemoryState(layer.memory, layer.normaliser)
         else:
             queries, rotated_queries = layout.to_segments(queries), layout.to_segments(rotated_queries)
-            window, memory = self._window_and_memory(key_states, values, layout, layer, strength)
+            window, memory = self._window_and_memory(key_states, values, layout, layer, strength, context_parallel)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -194,7 +197,11 @@ class InfiniAttention(nn.Module):
         layout: SegmentLayout,
         layer: InfiniCacheLayer | None,
         strength: torch.Tensor | None,
+        context_parallel: ContextParallel | None,
     ):
+        if context_parallel is not None:
+            window = window_of_piece(keys, values, layout, context_parallel)
+            return window, memory_of_piece(keys.plain, values, layout, context_parallel, self.config, strength)
         if layer is not None:
             window, memory = layer.update(keys, values, layout, strength)
             return window, memory if layout.reads_past else None
@@ -313,6 +320,7 @@ class InfiniModel(InfiniPreTrainedModel):
         past_key_values: InfiniCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -322,11 +330,16 @@ class InfiniModel(InfiniPreTrainedModel):
             Serve only to find where packed documents start: where they do not increase, a new stream starts.
         past_key_values ([`InfiniCache`], *optional*):
             What was read so far; this call is read into it.
+        context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
+            The ranks that the sequence is split over; the inputs are this rank's columns.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if context_parallel is not None:
+            context_parallel.check_call(past_key_values is not None or use_cache, wants_attentions)
         if use_cache and past_key_values is None:
             past_key_values = InfiniCache(self.config)
         self._check_cache(past_key_values)
@@ -343,7 +356,9 @@ class InfiniModel(InfiniPreTrainedModel):
         tokens_read = None if counters is None else counters.tokens_read
         restarts = None if positions is None else find_restarts(positions, tokens, tokens_read)
         layout: DecodeLayout | SegmentLayout
-        if counters is not None and length == 1:
+        if context_parallel is not None:
+            layout = context_parallel.plan((batch_size, length), tokens, restarts, self.config, inputs_embeds.device)
+        elif counters is not None and length == 1:
             layout = DecodeLayout(
                 tokens_read,
                 None if tokens is None else tokens.squeeze(1),
@@ -364,7 +379,7 @@ class InfiniModel(InfiniPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self._rotary_angles(inputs_embeds, layout, past_key_values)
         window_mask = local_attention_mask(self.config, layout, inputs_embeds)
-        if kwargs.get("output_attentions", self.config.output_attentions):
+        if wants_attentions:
             kwargs["window_columns"] = _window_columns(self.config, layout, counters, (batch_size, length))
         if is_flash_attention_requested(self.config) and isinstance(layout, SegmentLayout) and self.config.is_sliding:
             kwargs["sliding_window"] = self.config.segment_length
@@ -379,6 +394,7 @@ class InfiniModel(InfiniPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values if checkpointed is None else checkpointed,
                 layout=layout,
+                context_parallel=context_parallel,
                 **kwargs,
             )
             if checkpointed is not None:
@@ -471,6 +487,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -480,6 +497,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             Serve only to find where packed documents start: where they do not increase, a new stream starts.
         past_key_values ([`InfiniCache`], *optional*):
             What was read so far; this call is read into it.
+        context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
+            The ranks that the sequence is split over; the inputs are this rank's columns.
 
         Example:
 
@@ -498,16 +517,26 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        last_columns = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        has_targets = labels is not None or kwargs.get("shift_labels") is not None
+        if context_parallel is not None:
+            context_parallel.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
+        reads_all = has_targets or context_parallel is not None
+        last_columns = logits_to_keep if isinstance(logits_to_keep, int) and not reads_all else 0
         if last_columns > 0 and self._can_read_in_chunks(inputs, past_key_values, use_cache, kwargs):
             outputs = self._read_in_chunks(inputs, past_key_values, last_columns, kwargs)
         else:
-            outputs = self.model(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            outputs = self.model(
+                **inputs,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                context_parallel=context_parallel,
+                **kwargs,
+            )
 
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
         loss = None
-        if labels is not None:
+        if has_targets:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -557,6 +586,14 @@ class BaseModelByAutoModel:
     def __init__(self, config: InfiniConfig):
         AutoModel.register(type(config), InfiniModel, exist_ok=True)
         super().__init__(config)  # type: ignore[call-arg]
+
+    def __call__(self, *args, **kwargs):
+        if kwargs.get("context_parallel") is not None:
+            raise ValueError(
+                "context_parallel is for InfiniForCausalLM and InfiniModel: the loss of other heads does not add up "
+                "over the ranks."
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
 class InfiniForSequenceClassification(

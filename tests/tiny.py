@@ -2,6 +2,7 @@
 
 import torch
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 
@@ -39,6 +40,23 @@ def randomize(model, seed: int = 0):
 
 def tiny_model(dtype=torch.float32, seed: int = 0, **fields) -> InfiniForCausalLM:
     return randomize(InfiniForCausalLM(tiny_config(**fields)), seed).to(dtype).eval()
+
+
+def compute_norm_and_rope_in_float64(monkeypatch) -> None:
+    """The stock norm and RoPE compute in float32; with this they compute in the dtype of their input."""
+
+    def norm(self, states):
+        return self.weight * states / (states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+    def rope(self, states, position_ids):
+        dim, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+        inv_freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = position_ids[..., None].double() * inv_freq
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", rope)
 
 
 def float64_weights(model) -> dict[str, torch.Tensor]:

@@ -1,0 +1,207 @@
+"""A sequence split over 2 and 3 gloo processes gives the logits, the loss and the gradients of one process."""
+
+import os
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import MODES, compute_norm_and_rope_in_float64, random_ids, relative_error, tiny_config, tiny_model
+from torch import distributed
+from torch.nn import functional as F
+
+from modeling_infini import ContextParallel, InfiniForSequenceClassification
+
+
+SEGMENT_LENGTH = 5
+
+
+class Case(NamedTuple):
+    """
+    A model's fields and how the sequence is split: by `shard`, or into pieces of the `lengths` of 2 and 3 ranks.
+    """
+
+    name: str
+    fields: dict
+    length: int = 33
+    lengths: dict[int, list[int]] = {}
+    has_checkpointing: bool = False
+    autocast: bool = False
+    targets: slice = slice(None)
+
+
+def cases() -> list[Case]:
+    """Both rules, all local modes, and for each of these something else that may go wrong."""
+    found = []
+    for delta in (False, True):
+        for mode in MODES:
+            rule = {"use_mem_delta_rule": delta, **mode}
+            name = "-".join(str(value) for value in rule.values())
+            found += [
+                Case(f"{name}-learned", {**rule, "learned_delta_update": True}),
+                Case(f"{name}-one-kv-head-whole-segments", {**rule, "num_key_value_heads": 1}, 35),
+                Case(f"{name}-all-kv-heads-one-segment-each", {**rule, "num_key_value_heads": 4}, 15),
+                Case(f"{name}-unequal", rule, 33, {2: [25, 8], 3: [5, 25, 3]}),
+                Case(f"{name}-last-token-alone", rule, 16, {2: [15, 1], 3: [5, 10, 1]}),
+                Case(f"{name}-checkpointing", rule, has_checkpointing=True),
+                Case(f"{name}-targets-on-last-rank", rule, targets=slice(29, 33)),
+                Case(f"{name}-targets-on-first-rank", rule, targets=slice(0, 5)),
+            ]
+    found.append(Case("autocast", {"use_mem_delta_rule": True, **MODES[2]}, autocast=True))
+    return found
+
+
+def next_of(labels: torch.Tensor) -> torch.Tensor:
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def exact_loss(logits, labels, vocab_size, num_items_in_batch, shift_labels=None, **kwargs):
+    """The stock loss, which computes in float32, in float64."""
+    shift_labels = next_of(labels) if shift_labels is None else shift_labels
+    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+def gradients(model) -> dict[str, torch.Tensor | None]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def errors_of(case: Case, context_parallel: ContextParallel) -> dict[str, float]:
+    """The relative errors of a case on this rank, by what they are errors of."""
+    model = tiny_model(torch.float32 if case.autocast else torch.float64, **case.fields)
+    if not case.autocast:
+        model.loss_function = exact_loss
+    if case.has_checkpointing:
+        model.train()
+        model.activation_checkpointing_enable()
+    ids = random_ids(2, case.length)
+    labels = torch.full_like(ids, -100)
+    labels[:, case.targets] = ids[:, case.targets]
+
+    inputs = context_parallel.shard(model.config, input_ids=ids, labels=labels)
+    rank, size = context_parallel.rank, context_parallel.size
+    if case.lengths:
+        inputs["input_ids"] = ids.split(case.lengths[size], 1)[rank]
+        inputs["shift_labels"] = next_of(labels).split(case.lengths[size], 1)[rank].contiguous()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+        expected = model(ids, labels=labels, num_items_in_batch=inputs["num_items_in_batch"], use_cache=False)
+        expected.loss.backward()
+        expected_gradients = gradients(model)
+        outputs = model(**inputs, context_parallel=context_parallel, use_cache=False)
+        outputs.loss.backward()
+    context_parallel.reduce_gradients(model)
+
+    loss = outputs.loss.detach()
+    distributed.all_reduce(loss)
+    lengths = context_parallel.gather(torch.tensor(outputs.logits.shape[1])).tolist()
+    compared = {"logits": (outputs.logits, expected.logits.split(lengths, 1)[rank]), "loss": (loss, expected.loss)}
+    compared |= {name: (gradient, expected_gradients[name]) for name, gradient in gradients(model).items()}
+    # Where only first segments have targets, the gates' gradients are 0, and nothing is relative to that.
+    return {
+        name: relative_error(mine, other) if other.any() else mine.abs().max().item()
+        for name, (mine, other) in compared.items()
+    }
+
+
+def bytes_of(context_parallel: ContextParallel, length: int, **fields) -> int:
+    model, ids = tiny_model(**fields), random_ids(1, length)
+    before = context_parallel.bytes_sent
+    inputs = context_parallel.shard(model.config, input_ids=ids, labels=ids)
+    model(**inputs, context_parallel=context_parallel, use_cache=False).loss.backward()
+    return context_parallel.bytes_sent - before
+
+
+def expected_bytes(rank: int, size: int, delta: bool, sliding: bool, sinks: int = 0) -> int:
+    """What docs/context_parallel.md says, for a batch of one row in float32."""
+    layers, kv_heads, dim, length = 2, 2, 6, SEGMENT_LENGTH
+    forward = backward = dim * (2 * dim + 1 if delta else dim + 1)
+    backward = dim * (dim + 1)
+    if sliding:
+        forward += 2 * length * dim * (rank < size - 1)
+        backward += 2 * length * dim * (rank > 0)
+        forward += 2 * sinks * dim * (rank == 0)
+        backward += 2 * sinks * dim
+    return 4 * 8 + layers * kv_heads * (forward + backward) * 4
+
+
+def refusals(context_parallel: ContextParallel) -> list[tuple[str, str]]:
+    """Patterns, and the messages that should match them."""
+    model, found = tiny_model(), []
+    rank, size = context_parallel.rank, context_parallel.size
+    call = {"context_parallel": context_parallel, "use_cache": False}
+    mask = torch.ones(1, 20, dtype=torch.long)
+
+    def refuse(pattern, function, *args, **kwargs):
+        try:
+            function(*args, **kwargs)
+            found.append((pattern, "no error"))
+        except ValueError as error:
+            found.append((pattern, str(error)))
+
+    ids, positions = random_ids(1, 20), torch.arange(20).unsqueeze(0)
+    shard = {"config": model.config, "input_ids": ids}
+    refuse(f"5 tokens are 1 segments .* {size} ranks", context_parallel.shard, model.config, ids[:, :5])
+    refuse("without padding", context_parallel.shard, **shard, attention_mask=mask.index_fill(1, mask[0, :1], 0))
+    refuse("one document per row", context_parallel.shard, **shard, position_ids=positions % 10)
+    refuse("exactly one of", context_parallel.shard, model.config)
+
+    refuse("use_cache=False", model, ids, context_parallel=context_parallel)
+    refuse("use_cache=False", model, ids, context_parallel=context_parallel, logits_to_keep=1)
+    refuse("output_attentions", model, ids, output_attentions=True, **call)
+    refuse("shift_labels instead of labels", model, ids, labels=ids, **call)
+    refuse("needs num_items_in_batch", model, ids, shift_labels=ids, **call)
+    classifier = InfiniForSequenceClassification(tiny_config(pad_token_id=0))
+    refuse("other heads", classifier, ids, **call)
+
+    # What is wrong on one rank only is refused by all.
+    is_first = rank == 0
+    refuse("without padding", model, ids, attention_mask=mask.index_fill(1, mask[0, :1], 1 - is_first), **call)
+    refuse("one document per row", model, ids, position_ids=positions % (10 if is_first else 20), **call)
+    refuse("the same rows", model, random_ids(1 + is_first, 20), **call)
+    refuse("but the ranks hold .*18.* tokens", model, ids[:, : 18 if is_first else 20], **call)
+    return found
+
+
+def work(rank: int, size: int, folder: str) -> None:
+    """What each process does; rank 0's report is what the test reads."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    context_parallel, report = ContextParallel(), {"errors": {}, "bytes": {}, "wrong_refusals": []}
+    report["wrong_refusals"] = [pair for pair in refusals(context_parallel) if not re.search(*pair)]
+    for delta in (False, True):
+        for mode in MODES:
+            fields = {"use_mem_delta_rule": delta, **mode}
+            found = [bytes_of(context_parallel, length, **fields) for length in (20, 93)]
+            is_sliding = mode["local_attention"] == "sliding"
+            expected = expected_bytes(rank, size, delta, is_sliding, mode.get("num_sink_tokens", 0))
+            report["bytes"][str(fields)] = [*found, expected]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compute_norm_and_rope_in_float64(monkeypatch)
+        for case in cases():
+            report["errors"][case.name] = errors_of(case, context_parallel)
+    torch.save(report, os.path.join(folder, f"report-{rank}"))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_together_are_one_process(size, tmp_path):
+    torch.multiprocessing.spawn(work, (size, str(tmp_path)), size)
+    for rank in range(size):
+        report = torch.load(tmp_path / f"report-{rank}")
+        assert not report["wrong_refusals"]
+        for fields, (short, long, expected) in report["bytes"].items():
+            assert short == long == expected, (rank, fields)
+        for name, errors in report["errors"].items():
+            tolerance = 0.1 if name == "autocast" else 1e-10
+            assert all(error < tolerance for error in errors.values()), (rank, name, errors)
+
+
+def test_without_a_process_group_it_says_what_to_do():
+    with pytest.raises(ValueError, match="torchrun"):
+        ContextParallel()
+
+
+def test_targets_may_be_shifted_by_the_caller():
+    model, ids = tiny_model(), random_ids(2, 12)
+    assert torch.equal(model(ids, shift_labels=next_of(ids)).loss, model(ids, labels=ids).loss)
