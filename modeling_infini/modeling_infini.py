@@ -177,6 +177,8 @@ class InfiniAttention(nn.Module):
         )
         if memory is not None:
             output = self._mix(output, self._read(queries, memory), layout)
+        if self.training and (memory is None or strength is not None):
+            output = output + self._zero(strength)
         if isinstance(layout, DecodeLayout):
             layer.decode_memory(keys, values, layout, strength)
         else:
@@ -201,6 +203,14 @@ class InfiniAttention(nn.Module):
         if not layout.reads_past:
             return window, None
         return window, scan_memory(keys.plain, values, layout, None, self.config, strength).before
+
+    def _zero(self, strength: torch.Tensor | None) -> torch.Tensor:
+        """
+        0, and a gradient of 0 for what a text within one segment does not use: processes that train on texts of
+        different lengths exchange gradients of the same parameters.
+        """
+        unused = self.head_gates().sum() if strength is None else self.head_gates().sum() + strength.sum()
+        return 0 * unused
 
     def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
