@@ -86,7 +86,10 @@ class InfiniHeadGates(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """The share of local attention, `(num_attention_heads,)`, at least in float32."""
-        return torch.sigmoid(self.scale * self.weight.to(memory_dtype(self.weight.dtype)))
+        return self.share(self.weight)
+
+    def share(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)))
 
 
 class InfiniAttention(nn.Module):
@@ -268,9 +271,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
         the gates are sharded over processes, each of them must call it.
         """
         # By layer, since PEFT keeps the gates that it trains beside the original ones.
-        gates = [module.head_gates() for module in self.modules() if isinstance(module, InfiniAttention)]
-        gates = [gate.full_tensor() if isinstance(gate, DTensor) else gate for gate in gates]
-        return torch.stack([gate.cpu() for gate in gates])
+        gates = [module.head_gates for module in self.modules() if isinstance(module, InfiniAttention)]
+        # Of sharded gates, each process has the heads that it runs, or none.
+        weights = [gate.weight.full_tensor() if isinstance(gate.weight, DTensor) else gate.weight for gate in gates]
+        return torch.stack([gate.share(weight).cpu() for gate, weight in zip(gates, weights)])
 
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
