@@ -153,6 +153,8 @@ def main() -> None:
     if checkpoint == "last":
         checkpoint = get_last_checkpoint(arguments.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_fsdp_enabled:  # Checkpoints may be sharded, the model that comes out is whole.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
     if eval_dataset is not None:

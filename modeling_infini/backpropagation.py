@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from .cache import InfiniCache
 from .masks import split_call
@@ -146,14 +147,16 @@ def _backpropagate_window(
     last_sync: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, InfiniCache]:
     """Goes forward over `chunks` from `cache` and back; only the pass over the first chunk runs in `last_sync`."""
+    # DDP talks to the other processes in a forward, of which they may have fewer; the last passes alone are in step.
+    reader = next((module.module for module in model.modules() if isinstance(module, DistributedDataParallel)), model)
     boundaries, random_states = [], []
     for index, chunk in enumerate(chunks):
         boundaries.append(cache.detached())
         random_states.append(_random_states(chunk["shift_labels"].device))
         if index < len(chunks) - 1:
             read = {name: states for name, states in chunk.items() if name not in ("labels", "shift_labels")}
-            with torch.no_grad(), no_sync():
-                model(**read, past_key_values=cache, use_cache=False, logits_to_keep=1)
+            with torch.no_grad():
+                reader(**read, past_key_values=cache, use_cache=False, logits_to_keep=1)
 
     losses: list[torch.Tensor] = []
     gradients: Inputs = {}

@@ -67,12 +67,6 @@ class InfiniConfig(LlamaConfig):
     """
 
     model_type = "infini"
-    base_model_tp_plan = {
-        **LlamaConfig.base_model_tp_plan,
-        "layers.*.self_attn.head_gates.weight": "colwise",
-        "layers.*.self_attn.head_gates": "local_params",
-        "layers.*.self_attn.write_strength": "colwise",
-    }
 
     segment_length: int = 2048
     use_mem_delta_rule: bool = False
@@ -87,6 +81,21 @@ class InfiniConfig(LlamaConfig):
     lm_head_bias: bool = False
     learned_delta_update: bool = False
     converted_from: dict | None = None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How tensor parallelism shards the modules that there are: everything of a head goes with it."""
+        plan = {
+            **LlamaConfig.base_model_tp_plan,
+            "layers.*.self_attn.head_gates.weight": "colwise",
+            "layers.*.self_attn.head_gates": "local_params",
+        }
+        if self.learned_delta_update:
+            plan["layers.*.self_attn.write_strength"] = "colwise"
+        if self.qk_norm:
+            # All heads share these weights; each process has the gradient of its own.
+            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
+        return plan
 
     @property
     def is_sliding(self) -> bool:

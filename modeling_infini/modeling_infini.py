@@ -88,7 +88,10 @@ class InfiniHeadGates(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """The share of local attention, `(num_attention_heads,)`, at least in float32."""
-        return torch.sigmoid(self.scale * self.weight.to(memory_dtype(self.weight.dtype)))
+        return self.share(self.weight)
+
+    def share(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)))
 
 
 class InfiniAttention(nn.Module):
@@ -181,6 +184,8 @@ class InfiniAttention(nn.Module):
         )
         if memory is not None:
             output = self._mix(output, self._read(queries, memory), layout)
+        if self.training and (memory is None or strength is not None):
+            output = output + self._zero(strength)
         if isinstance(layout, DecodeLayout):
             layer.decode_memory(keys, values, layout, strength)
         else:
@@ -209,6 +214,14 @@ class InfiniAttention(nn.Module):
         if not layout.reads_past:
             return window, None
         return window, scan_memory(keys.plain, values, layout, None, self.config, strength).before
+
+    def _zero(self, strength: torch.Tensor | None) -> torch.Tensor:
+        """
+        0, and a gradient of 0 for what a text within one segment does not use: processes that train on texts of
+        different lengths exchange gradients of the same parameters.
+        """
+        unused = self.head_gates().sum() if strength is None else self.head_gates().sum() + strength.sum()
+        return 0 * unused
 
     def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
@@ -266,9 +279,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
         the gates are sharded over processes, each of them must call it.
         """
         # By layer, since PEFT keeps the gates that it trains beside the original ones.
-        gates = [module.head_gates() for module in self.modules() if isinstance(module, InfiniAttention)]
-        gates = [gate.full_tensor() if isinstance(gate, DTensor) else gate for gate in gates]
-        return torch.stack([gate.cpu() for gate in gates])
+        gates = [module.head_gates for module in self.modules() if isinstance(module, InfiniAttention)]
+        # Of sharded gates, each process has the heads that it runs, or none.
+        weights = [gate.weight.full_tensor() if isinstance(gate.weight, DTensor) else gate.weight for gate in gates]
+        return torch.stack([gate.share(weight).cpu() for gate, weight in zip(gates, weights)])
 
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""

@@ -103,6 +103,12 @@ class InfiniTrainer(Trainer):
             )
         if (in_chunks or has_streams) and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func takes the logits of whole sequences, which chunks never make.")
+        if in_chunks and self.get_tp_size() > 1 and infini_module(self.model).config.qk_norm:
+            raise ValueError(
+                "With tensor parallelism, transformers sums the gradients of the queries' and keys' norms over the "
+                "processes after each backward, of which chunks have several, so that the first ones count twice. "
+                "Use FSDP2, or leave out chunk_segments and detach_every_num_segments."
+            )
 
     def _check_streams(self, dataset, batch_size: int) -> None:
         rows = self.args.world_size * batch_size
@@ -292,11 +298,13 @@ class InfiniTrainer(Trainer):
         layers: dict[str, float] = {}
         for index, share in enumerate(shares):
             layers |= {f"local_share_{name}/layer_{index}": v for name, v in _spread(share).items()}
-        for name, norms in self._state_norms.items():
-            layers |= {f"{name}_norm/layer_{index}": norm for index, norm in enumerate(norms)}
-        self._report_layers(layers, shares)
         summary = {f"local_share_{name}": value for name, value in _spread(shares).items()}
-        summary |= {f"{name}_norm_max": max(norms) for name, norms in self._state_norms.items()}
+        for name, norms in self._state_norms.items():
+            # Each process knows those of its own rows.
+            norms = self.accelerator.gather(torch.tensor([norms], device=self.args.device)).amax(0).tolist()
+            layers |= {f"{name}_norm/layer_{index}": norm for index, norm in enumerate(norms)}
+            summary[f"{name}_norm_max"] = max(norms)
+        self._report_layers(layers, shares)
         return summary | {"tokens_per_second": self._tokens_per_second(start_time)}
 
     def _report_layers(self, layers: dict[str, float], shares: torch.Tensor) -> None:

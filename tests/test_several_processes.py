@@ -1,0 +1,221 @@
+"""Two processes, on CPUs with gloo, do what one does: DDP, FSDP2 and tensor parallelism by the stock launchers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+from several_processes.tensor_parallel import compute
+from several_processes.train import CASES, RESUMED_AT, run
+from tiny import relative_error, tiny_model
+
+from modeling_infini import InfiniForCausalLM, InfiniTrainer, InfiniTrainingArguments
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "tests" / "several_processes"
+CONFIGS = ROOT / "examples" / "launch"
+FSDP_CASES = ("whole", "stock", "chunks", "streams", "resumed")
+DDP_CASES = tuple(name for name in CASES if name != "resumed")
+
+
+def launch(*command: str | Path, seconds: float = 900) -> None:
+    """Runs a launcher of several processes, and fails with what they wrote."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = launcher.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        output, _ = launcher.communicate()
+        pytest.fail(f"still running after {seconds} s:\n{output[-8000:]}")
+    assert launcher.returncode == 0, output[-8000:]
+
+
+def torchrun(*command: str | Path) -> None:
+    launch("torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+
+
+def accelerate(config: str, *command: str | Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--config_file", CONFIGS / config, "--main_process_port", str(port))
+    launch("accelerate.commands.accelerate_cli", "launch", *options, *command)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The folder of each case, as this process alone trains it."""
+    folder, results = tmp_path_factory.mktemp("one"), {}
+
+    def train(name: str) -> tuple[dict, Path]:
+        if name not in results:
+            results[name] = run(CASES[name], folder / name)
+        return results[name], folder / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    torchrun(SCRIPTS / "train.py", folder, *DDP_CASES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    accelerate("fsdp2.yaml", SCRIPTS / "train.py", folder, *FSDP_CASES)
+    return folder
+
+
+def assert_same_training(found: Path, expected: tuple[dict, Path]) -> None:
+    logs, folder = expected
+    found_logs = json.loads((found / "results.json").read_text())
+    assert found_logs.keys() == logs.keys()
+    for name, values in logs.items():
+        assert found_logs[name] == pytest.approx(values, rel=2e-6), name
+    models = [InfiniForCausalLM.from_pretrained(path / "model").state_dict() for path in (found, folder)]
+    for name, weight in models[1].items():
+        assert relative_error(models[0][name], weight) < 1e-6, name
+
+
+def assert_resumed(folder: Path) -> None:
+    logs = json.loads((folder / "results.json").read_text())
+    assert len(logs["loss"]) > RESUMED_AT
+    for name in [name for name in logs if not name.endswith(" resumed")]:
+        assert logs[f"{name} resumed"] == pytest.approx(logs[name], rel=1e-9), name
+
+
+class TestDDP:
+    @pytest.mark.parametrize("name", DDP_CASES)
+    def test_trains_as_one_process(self, ddp, one_process, name):
+        assert_same_training(ddp / name, one_process(name))
+
+    def test_streams_go_on_from_a_checkpoint(self, ddp):
+        assert_resumed(ddp / "streams")
+        memories = (ddp / "streams" / f"checkpoint-{RESUMED_AT}").glob("memory-of-streams-*")
+        assert sorted(path.name for path in memories) == ["memory-of-streams-0", "memory-of-streams-1"]
+
+    def test_evaluation_leaves_the_memory_of_training(self, ddp, one_process, tmp_path):
+        case = CASES["streams"]
+        never = {name: value for name, value in case.arguments.items() if name != "eval_steps"}
+        logs = run(type(case)(arguments=never, streams=True), tmp_path)
+        assert json.loads((ddp / "streams" / "results.json").read_text())["loss"] == pytest.approx(logs["loss"])
+
+
+class TestFSDP2:
+    @pytest.mark.parametrize("name", FSDP_CASES)
+    def test_trains_as_one_process(self, fsdp2, one_process, name):
+        assert_same_training(fsdp2 / name, one_process(name))
+
+    @pytest.mark.parametrize("name", [name for name in FSDP_CASES if CASES[name].resumes])
+    def test_goes_on_from_a_sharded_checkpoint(self, fsdp2, name):
+        checkpoint = fsdp2 / name / f"checkpoint-{RESUMED_AT}"
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            assert len(list((checkpoint / part).glob("*.distcp"))) == 2
+        assert_resumed(fsdp2 / name)
+
+
+TENSOR_PARALLEL = {
+    "grouped": {},
+    "delta": {"use_mem_delta_rule": True, "num_key_value_heads": 4},
+    "sinks": {"local_attention": "sliding", "num_sink_tokens": 2, "learned_delta_update": True},
+    "qwen": {
+        "local_attention": "sliding",
+        "use_mem_delta_rule": True,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "lm_head_bias": True,
+    },
+}
+
+
+class TestTensorParallel:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("tensor-parallel")
+        for name, fields in TENSOR_PARALLEL.items():
+            tiny_model(torch.float64, **fields).save_pretrained(folder / name)
+        torchrun(SCRIPTS / "tensor_parallel.py", folder)
+        return folder
+
+    @pytest.mark.parametrize("name", TENSOR_PARALLEL)
+    def test_gives_what_one_process_gives(self, folder, name):
+        model = InfiniForCausalLM.from_pretrained(folder / name)
+        expected = compute(model)
+        gates = model.model.layers[0].self_attn.head_gates.weight
+        for rank in range(2):
+            found = load_file(folder / name / f"results-{rank}.safetensors")
+            # Of four heads, each process has its own two.
+            torch.testing.assert_close(found.pop("gates here"), gates.detach()[2 * rank : 2 * rank + 2])
+            assert found.keys() == expected.keys()
+            assert torch.equal(found["generated"], expected["generated"])
+            for key, tensor in expected.items():
+                assert relative_error(found[key], tensor) < 1e-6, key
+
+    def test_refuses_chunks_with_norms_of_heads(self, monkeypatch, tmp_path):
+        arguments = InfiniTrainingArguments(str(tmp_path), chunk_segments=1, use_cpu=True, report_to=[])
+        trainer = InfiniTrainer(tiny_model(qk_norm=True), arguments)
+        monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+        with pytest.raises(ValueError, match="qk_norm"):
+            trainer._check_arguments()
+
+    @pytest.mark.parametrize("fields", TENSOR_PARALLEL.values(), ids=list(TENSOR_PARALLEL))
+    def test_plan_names_only_what_there_is(self, fields):
+        model = tiny_model(**fields)
+        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+        for rule in model.tp_plan:
+            assert rule.replace("*", "0") in names
+
+
+class TestLaunchConfigurations:
+    @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    def test_is_understood_by_accelerate(self, config):
+        assert load_config_from_file(str(CONFIGS / config)).num_processes == 2
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("config", "runner"), [("ddp.yaml", ()), ("fsdp2.yaml", (SCRIPTS / "cpu_as_accelerator.py",))]
+    )
+    def test_runs_the_training_script(self, tmp_path, config, runner):
+        corpus = tmp_path / "corpus"
+        corpus.mkdir()
+        for index in range(4):
+            (corpus / f"{index}.txt").write_text("It was the best of times, it was the worst of times. " * (9 + index))
+        arguments = {
+            "train_files": corpus,
+            "eval_files": corpus,
+            "vocab_size": 300,
+            "config_overrides": "hidden_size=32,intermediate_size=48,num_hidden_layers=2,num_attention_heads=4,"
+            "num_key_value_heads=2,head_dim=8,segment_length=16,max_position_embeddings=64",
+            "chunk_segments": 2,
+            "max_steps": 2,
+            "save_steps": 1,
+            "per_device_train_batch_size": 1,
+            "output_dir": tmp_path / "out",
+        }
+        options = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+        accelerate(config, *runner, ROOT / "examples" / "train_clm.py", *options, "--use_cpu")
+        model = InfiniForCausalLM.from_pretrained(tmp_path / "out")
+        assert model.config.num_hidden_layers == 2
+        assert (tmp_path / "out" / "checkpoint-1").is_dir()
+        assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] < 7
