@@ -105,7 +105,7 @@ class InfiniTrainer(Trainer):
             raise ValueError("compute_loss_func takes the logits of whole sequences, which chunks never make.")
         if in_chunks and self.get_tp_size() > 1 and infini_module(self.model).config.qk_norm:
             raise ValueError(
-                "With tensor parallelism, transformers sums the gradients of the queries' and keys' norms over the "
+                "With tensor parallelism and qk_norm, transformers sums the gradients of these norms over the "
                 "processes after each backward, of which chunks have several, so that the first ones count twice. "
                 "Use FSDP2, or leave out chunk_segments and detach_every_num_segments."
             )
