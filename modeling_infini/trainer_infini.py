@@ -110,6 +110,12 @@ class InfiniTrainer(Trainer):
                 "Use FSDP2, or leave out chunk_segments and detach_every_num_segments."
             )
 
+        if self.get_cp_size() > 1:
+            raise ValueError(
+                "The context parallelism of accelerate exchanges keys and values and no memory, and is wrong for this "
+                "model. Use modeling_infini.ContextParallel in a loop of your own."
+            )
+
     def _check_streams(self, dataset, batch_size: int) -> None:
         rows = self.args.world_size * batch_size
         if isinstance(dataset, DocumentStreams) and dataset.num_streams != rows:
