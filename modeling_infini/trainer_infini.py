@@ -109,7 +109,6 @@ class InfiniTrainer(Trainer):
                 "processes after each backward, of which chunks have several, so that the first ones count twice. "
                 "Use FSDP2, or leave out chunk_segments and detach_every_num_segments."
             )
-
         if self.get_cp_size() > 1:
             raise ValueError(
                 "The context parallelism of accelerate exchanges keys and values and no memory, and is wrong for this "

@@ -304,6 +304,12 @@ def test_other_heads_train_as_by_the_stock_trainer(tmp_path):
         InfiniTrainer(ours, InfiniTrainingArguments(str(tmp_path), **COMMON, chunk_segments=1), train_dataset=dataset)
 
 
+def test_context_parallelism_without_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(InfiniTrainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match=r"wrong for this model. Use modeling_infini\.ContextParallel"):
+        infini_trainer(tiny_model(), tmp_path, documents(20, 20))
+
+
 def test_what_cannot_be_done_is_refused(tmp_path):
     model = InfiniForCausalLM(tiny_config())
     with pytest.raises(TypeError, match="InfiniTrainingArguments"):
