@@ -40,7 +40,7 @@ from .generation_infini import InfiniGenerationMixin
 from .masks import local_attention_mask, positions_of_call, tokens_of_call
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
-from .rotary import RotaryAngles, angle_positions, relative_angles, rotate
+from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
 from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts, plan_segments
 
 
@@ -389,7 +389,7 @@ class InfiniModel(InfiniPreTrainedModel):
         table = None if cache is None else cache.angle_table
         if table is None or table[0].dtype != inputs_embeds.dtype:
             positions = angle_positions(self.config, inputs_embeds.device)
-            table = tuple(angles.squeeze(0) for angles in self.rotary_emb(inputs_embeds, positions))
+            table = angle_table(*self.rotary_emb(inputs_embeds, positions))
             if cache is not None:
                 cache.angle_table = table
         if isinstance(layout, DecodeLayout):
