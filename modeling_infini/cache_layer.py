@@ -115,7 +115,8 @@ def scan_memory(
         write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
     """
     dtype = memory_dtype(keys.dtype)
-    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype))
+    # Contiguous, lest each product of the features makes a copy that autograd keeps.
+    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype).contiguous())
     if layout.written is not None:
         features = features * layout.written[:, None, :, None]
     segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)

@@ -196,15 +196,17 @@ class InfiniAttention(nn.Module):
     def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
         heads = memory.memory.shape[1]
-        features = feature_map(rearrange(queries, "g l (h r) d -> g h (r l) d", h=heads).to(memory.memory.dtype))
+        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=heads).to(memory.memory.dtype)
+        features = feature_map(grouped.contiguous())
         read = read_memory(features, *memory, self.config.memory_eps)
         return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
 
     def _mix(self, local: torch.Tensor, read: torch.Tensor, layout: SegmentLayout | DecodeLayout) -> torch.Tensor:
         """g * local + (1 - g) * read, and local alone in a stream's first segment; `(G, length, heads, head_dim)`."""
         has_memory = (layout.segment_index > 0).unsqueeze(1)
-        local_share = torch.where(has_memory, self.head_gates().to(read.dtype), 1)
-        return torch.lerp(read, local.to(read.dtype), local_share[:, None, :, None]).to(local.dtype)
+        memory_share = torch.where(has_memory, 1 - self.head_gates().to(read.dtype), 0)
+        # From `local`, whose layout the result takes: it is the one that the output projection wants.
+        return torch.lerp(local.to(read.dtype), read, memory_share[:, None, :, None]).to(local.dtype)
 
 
 def _by_column(
