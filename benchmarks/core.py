@@ -14,15 +14,13 @@ import copy
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
+from timing import interleaved_medians
 
 
 SIZE = {
@@ -35,18 +33,6 @@ SIZE = {
 }
 SMALL = {**SIZE, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 SEGMENT_LENGTH = 512
-
-
-def interleaved_medians(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each run; the runs take turns, so that a slow moment of the machine meets them all."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 def infini(size: dict, **fields) -> InfiniForCausalLM:

@@ -109,7 +109,8 @@ def segment_writes(
     adds for each to the memory of its stream, `(R, S, ...)`. Arguments as of [`scan_memory`].
     """
     dtype = memory_dtype(keys.dtype)
-    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype))
+    # Contiguous, lest each product of the features makes a copy that autograd keeps.
+    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype).contiguous())
     if layout.written is not None:
         features = features * layout.written[:, None, :, None]
     segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)

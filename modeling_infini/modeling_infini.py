@@ -51,7 +51,7 @@ from .generation_infini import InfiniGenerationMixin
 from .masks import local_attention_mask, positions_of_call, split_call, tokens_of_call
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
-from .rotary import RotaryAngles, angle_positions, relative_angles, rotate
+from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
 from .streams import DecodeLayout, SegmentLayout, find_restarts, plan_segments
 
 
@@ -226,15 +226,17 @@ class InfiniAttention(nn.Module):
     def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
         heads = memory.memory.shape[1]
-        features = feature_map(rearrange(queries, "g l (h r) d -> g h (r l) d", h=heads).to(memory.memory.dtype))
+        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=heads).to(memory.memory.dtype)
+        features = feature_map(grouped.contiguous())
         read = read_memory(features, *memory, self.config.memory_eps)
         return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
 
     def _mix(self, local: torch.Tensor, read: torch.Tensor, layout: SegmentLayout | DecodeLayout) -> torch.Tensor:
         """g * local + (1 - g) * read, and local alone in a stream's first segment; `(G, length, heads, head_dim)`."""
         has_memory = (layout.segment_index > 0).unsqueeze(1)
-        local_share = torch.where(has_memory, self.head_gates().to(read.dtype), 1)
-        return torch.lerp(read, local.to(read.dtype), local_share[:, None, :, None]).to(local.dtype)
+        memory_share = torch.where(has_memory, 1 - self.head_gates().to(read.dtype), 0)
+        # From `local`, whose layout the result takes: it is the one that the output projection wants.
+        return torch.lerp(local.to(read.dtype), read, memory_share[:, None, :, None]).to(local.dtype)
 
 
 def _by_column(
@@ -446,7 +448,7 @@ class InfiniModel(InfiniPreTrainedModel):
         table = None if cache is None else cache.angle_table
         if table is None or table[0].dtype != inputs_embeds.dtype:
             positions = angle_positions(self.config, inputs_embeds.device)
-            table = tuple(angles.squeeze(0) for angles in self.rotary_emb(inputs_embeds, positions))
+            table = angle_table(*self.rotary_emb(inputs_embeds, positions))
             if cache is not None:
                 cache.angle_table = table
         if isinstance(layout, DecodeLayout):

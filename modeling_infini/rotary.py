@@ -3,12 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from transformers.models.llama.modeling_llama import rotate_half
 
 from .configuration_infini import InfiniConfig
 
 
-# cos and sin
+# cos, and sin with the signs of rotate_half: negative in the first half of the head
 Angles = tuple[torch.Tensor, ...]
 
 
@@ -34,7 +33,15 @@ class RotaryAngles(NamedTuple):
 def rotate(states: torch.Tensor, angles: Angles) -> torch.Tensor:
     """RoPE of `states` `(B, T, heads, head_dim)`, in their dtype (under autocast, the angles' is another)."""
     cos, sin = angles
-    return (states * cos.unsqueeze(2) + rotate_half(states) * sin.unsqueeze(2)).to(states.dtype)
+    # Bit for bit Llama's, with a roll for its rotate_half, whose two slices autograd would pad with zeros and add up.
+    swapped = states.roll(states.shape[-1] // 2, -1)
+    return (states * cos.unsqueeze(2) + swapped * sin.unsqueeze(2)).to(states.dtype)
+
+
+def angle_table(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+    """The table for [`relative_angles`], from Llama's cos and sin at [`angle_positions`], each `(1, K, head_dim)`."""
+    first, second = sin.squeeze(0).chunk(2, -1)
+    return cos.squeeze(0), torch.cat([-first, second], -1)
 
 
 def angle_positions(config: InfiniConfig, device: torch.device) -> torch.Tensor:
@@ -50,7 +57,7 @@ def relative_angles(
     Looks up the angles of a call.
 
     Args:
-        table: cos and sin at the positions of [`angle_positions`], `(K, head_dim)`.
+        table: see [`angle_table`], `(K, head_dim)`.
         offsets: `(B or 1, T)`, offset of each token in its segment.
         position: `(B,)`, position of each token in its stream, in a decode step.
     """
