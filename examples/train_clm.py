@@ -20,6 +20,7 @@ processes, run it by `accelerate launch --config_file examples/launch/ddp.yaml e
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
@@ -52,6 +53,19 @@ class ModelArguments:
         default=0, metadata={"help": "Rank of LoRA adapters; the gates are trained in full. 0: train all weights."}
     )
     lora_targets: str = field(default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "What LoRA adapts."})
+
+    def __post_init__(self):
+        if self.lora_rank and self.model is None:
+            raise ValueError("--lora_rank adapts a checkpoint: name one by --model.")
+
+    def config_fields(self) -> dict:
+        """The fields in `config_overrides`, with their types."""
+        if not self.config_overrides:
+            return {}
+        parsed = InfiniConfig()
+        parsed.update_from_string(self.config_overrides)
+        names = [override.split("=")[0] for override in self.config_overrides.split(",")]
+        return {name: getattr(parsed, name) for name in names}
 
 
 @dataclass
@@ -94,12 +108,13 @@ def train_tokenizer(documents, text_column: str, vocab_size: int) -> PreTrainedT
 def load_model(arguments: ModelArguments, documents, text_column: str):
     if arguments.model is None:
         tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size)
-        config = InfiniConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-        config.update_from_string(arguments.config_overrides) if arguments.config_overrides else None
-        config.validate()
-        return InfiniForCausalLM(config), tokenizer
+        special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        return InfiniForCausalLM(InfiniConfig(**special, **arguments.config_fields())), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    # Weights that are trained are float32: small steps would round away in bfloat16. Those under LoRA stand still.
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype="auto" if arguments.lora_rank else torch.float32
+    )
     if arguments.lora_rank:
         lora = LoraConfig(
             r=arguments.lora_rank,
@@ -161,7 +176,8 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if isinstance(model, PeftModel) and trainer.is_world_process_zero():
+    # Merging under FSDP would need all processes' shards: there, load the adapters and merge them afterwards.
+    if isinstance(model, PeftModel) and trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
         merged = Path(arguments.output_dir) / "merged"
         model.merge_and_unload().save_pretrained(merged)
         tokenizer.save_pretrained(merged)

@@ -15,6 +15,7 @@ dL/ds_c to the chunk before it. The gradients are those of one pass over the who
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,16 +46,32 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def chunk_lengths(length: int, num_segments: int | None, segment_length: int, cache: InfiniCache) -> list[int]:
+def chunk_lengths(
+    length: int,
+    chunk_segments: int | None,
+    detach_segments: int | None,
+    segment_length: int,
+    cache: InfiniCache,
+) -> list[list[int]]:
     """
-    How `length` columns are cut into chunks of `num_segments` segments (`None`: not at all). Chunks end where the
-    segments of the rows' streams do, if these stand at the same offset; their number depends on `length` alone, so
-    that processes which must run equally many need not talk about it.
+    How `length` columns are cut: into windows of `detach_segments` segments, and these into chunks of
+    `chunk_segments`; `None`: not at all. Cuts are where segments of the rows' streams end, if these stand at the same
+    offset; the last chunk is longer by that offset at most. How many there are depends on `length` alone, so that
+    processes which must run equally many need not talk about it.
     """
-    chunk = length if num_segments is None else num_segments * segment_length
+    window = length if detach_segments is None else detach_segments * segment_length
+    chunk = window if chunk_segments is None else chunk_segments * segment_length
     offset = 0 if cache.tokens_read is None else int((cache.tokens_read % segment_length).max())
-    ends = [*(end - offset for end in range(chunk, length, chunk)), length]
-    return [end - start for start, end in zip([0, *ends], ends)]
+    lengths: list[list[int]] = []
+    done = 0
+    for start in range(0, length, window):
+        end_of_window = min(start + window, length)
+        lengths.append([])
+        for end in (*range(start + chunk, end_of_window, chunk), end_of_window):
+            end = end if end == length else end - offset
+            lengths[-1].append(end - done)
+            done = end
+    return lengths
 
 
 def prepared_inputs(inputs: Inputs) -> Inputs:
@@ -94,7 +111,8 @@ def backpropagate(
         num_items_in_batch: what the sum of the tokens' losses is divided by. `None`: the number of targets.
         compute_loss: as `Trainer.compute_loss` with `return_outputs=True`. `None`: the model's own loss.
         backward: what to call in place of `loss.backward()`, e.g. `accelerator.backward`.
-        loss_scale: the factor that `backward` applies to a loss (of a gradient scaler).
+        loss_scale: the factor that `backward` applies to a loss: of a gradient scaler, or 1 / gradient accumulation
+            steps with `accelerator.backward`.
         no_sync: a context for all passes but the last, e.g. the `no_sync` of DDP.
 
     Returns:
@@ -115,14 +133,13 @@ def backpropagate(
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     segment_length, length = module.config.segment_length, inputs["shift_labels"].shape[1]
-    windows = chunk_lengths(length, detach_every_num_segments, segment_length, cache)
+    windows = chunk_lengths(length, chunk_segments, detach_every_num_segments, segment_length, cache)
+    chunks = iter(split_call(inputs, [chunk for window in windows for chunk in window], cache.tokens_read))
     losses = []
-    for index, window in enumerate(split_call(inputs, windows, cache.tokens_read)):
-        lengths = chunk_lengths(windows[index], chunk_segments, segment_length, cache)
-        chunks = split_call(window, lengths, cache.tokens_read)
-        is_last = index == len(windows) - 1
+    for index, window in enumerate(windows):
+        last_sync = nullcontext if index == len(windows) - 1 else no_sync
         loss, cache = _backpropagate_window(
-            model, chunks, cache, compute_loss, backward, loss_scale, no_sync, nullcontext if is_last else no_sync
+            model, list(islice(chunks, len(window))), cache, compute_loss, backward, loss_scale, no_sync, last_sync
         )
         losses.append(loss)
     return torch.stack(losses).sum(), cache
@@ -167,9 +184,10 @@ def _backpropagate_window(
         is_rerun = index < len(chunks) - 1
         sync = last_sync if index == 0 else no_sync
         with sync(), _random_states_from(random_states[index]) if is_rerun else nullcontext():
-            loss, _ = compute_loss({**chunks[index], "past_key_values": cache, "use_cache": False})
+            # The outputs are not kept: of all chunks, their logits would be the largest tensors.
+            loss = compute_loss({**chunks[index], "past_key_values": cache, "use_cache": False})[0]
             states = cache.state_dict()
-            # d(state . gradient) / d(state) = gradient, whatever `backward` does to a loss on its way.
+            # d(state . gradient) / d(state) = gradient, which `backward` has scaled once already.
             handed_on = [(states[name] * gradient).sum() for name, gradient in gradients.items()]
             backward(loss + sum(handed_on) / loss_scale if handed_on else loss)
         if final is None:
@@ -211,7 +229,7 @@ def loss_in_chunks(
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     length = inputs["shift_labels"].shape[1]
-    lengths = chunk_lengths(length, chunk_segments, module.config.segment_length, cache)
+    (lengths,) = chunk_lengths(length, chunk_segments, None, module.config.segment_length, cache)
     for chunk in split_call(inputs, lengths, cache.tokens_read):
         yield compute_loss({**chunk, "past_key_values": cache, "use_cache": False})
 
@@ -220,20 +238,25 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
     """The states of the random generators that a model on `device` draws from, for dropout."""
     states = {"cpu": torch.get_rng_state()}
     if device.type not in ("cpu", "meta"):
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+        states[device.type] = torch.get_device_module(device).get_rng_state()
     return states
 
 
 @contextmanager
 def _random_states_from(states: dict[str, torch.Tensor]) -> Iterator[None]:
     """Draws from earlier states of the random generators, and goes on from the present ones afterwards."""
-    device_type = next((name for name in states if name != "cpu"), None)
-    devices = [] if device_type is None else [torch.get_device_module(device_type).current_device()]
-    with torch.random.fork_rng(devices, device_type=device_type or "cuda"):
-        torch.set_rng_state(states["cpu"])
-        if device_type is not None:
-            torch.get_device_module(device_type).set_rng_state(states[device_type])
+    present = {name: _generators(name).get_rng_state() for name in states}
+    for name, state in states.items():
+        _generators(name).set_rng_state(state)
+    try:
         yield
+    finally:
+        for name, state in present.items():
+            _generators(name).set_rng_state(state)
+
+
+def _generators(device_type: str) -> Any:
+    return torch if device_type == "cpu" else torch.get_device_module(device_type)
 
 
 __all__ = ["backpropagate", "loss_in_chunks"]

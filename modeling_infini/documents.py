@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # The builder of `datasets` that reads files of each ending.
 BUILDERS = {
     ".txt": "text",
-    ".md": "text",
     ".json": "json",
     ".jsonl": "json",
     ".parquet": "parquet",
@@ -36,7 +35,7 @@ def load_documents(
     One document per row, in its column "text" unless the source names it otherwise.
 
     Args:
-        source: files, or a folder of files, of one kind: `.txt` and `.md` (a document each), `.json` and `.jsonl`,
+        source: files, or a folder of files, of one kind: `.txt` (a document each), `.json` and `.jsonl`,
             `.parquet`; or the id of a dataset of the Hub.
         split: of a dataset of the Hub; files are one split, "train".
         streaming: read as training goes, without a copy on disk.
@@ -90,6 +89,7 @@ def tokenize_documents(
 
     Raises:
         KeyError: if there is no column `text_column`; the message names those that there are.
+        ValueError: if a row has no text.
     """
     columns = documents.column_names
     if columns is None:
@@ -98,6 +98,8 @@ def tokenize_documents(
         raise KeyError(f'There is no column "{text_column}" in the documents; there are {", ".join(columns)}.')
 
     def tokenize(batch: dict) -> dict:
+        if None in batch[text_column]:
+            raise ValueError(f'The column "{text_column}" has rows without a text. Leave them out by `filter`.')
         # A text longer than the tokenizer's model_max_length is what this model is for.
         ids = tokenizer(batch[text_column], verbose=False)["input_ids"]
         eos = tokenizer.eos_token_id
@@ -117,21 +119,23 @@ def tokenize_documents(
 def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
     """
     A batch of whole documents, padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each
-    `(batch, longest)`. Labels are those of the documents, or else their ids: an EOS token at a document's end is a
-    target, whatever the tokenizer pads with. Rows of [`DocumentStreams`] are stacked as they are.
+    `(batch, longest)`, and `position_ids` where the documents have them. Labels are those of the documents, or else
+    their unmasked ids: an EOS token at a document's end is a target, whatever the tokenizer pads with. Rows of
+    [`DocumentStreams`] are stacked as they are.
     """
     if "shift_labels" in features[0]:
         return {name: torch.stack([feature[name] for feature in features]) for name in features[0]}
-    documents, labels = (
-        [torch.as_tensor(feature.get(name, feature["input_ids"])) for feature in features]
-        for name in ("input_ids", "labels")
-    )
-    mask = [torch.ones_like(document) for document in documents]
-    return {
-        "input_ids": pad_sequence(documents, batch_first=True),
-        "attention_mask": pad_sequence(mask, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
+
+    def pad(name: str, default: list[torch.Tensor], padding_value: int = 0) -> torch.Tensor:
+        rows = [torch.as_tensor(feature.get(name, row)) for feature, row in zip(features, default)]
+        return pad_sequence(rows, batch_first=True, padding_value=padding_value)
+
+    documents = [torch.as_tensor(feature["input_ids"]) for feature in features]
+    mask = pad("attention_mask", [torch.ones_like(document) for document in documents])
+    batch = {"input_ids": pad("input_ids", documents), "attention_mask": mask}
+    if "position_ids" in features[0]:
+        batch["position_ids"] = pad("position_ids", documents)
+    return {**batch, "labels": pad("labels", documents, -100).masked_fill(mask == 0, -100)}
 
 
 class DocumentStreams(IterableDataset):

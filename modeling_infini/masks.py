@@ -10,6 +10,10 @@ from .configuration_infini import InfiniConfig
 from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts
 
 
+# Of packed sequences, for the attention backend: they describe columns, and the backend gets segments.
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
 def tokens_of_call(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
     """The mask of the call's own columns, `(B, T)` bool, from one that may cover the whole history."""
     if attention_mask is None:
@@ -37,18 +41,19 @@ def _columns_of_call(states: torch.Tensor, name: str, length: int) -> torch.Tens
     return states[:, states.shape[1] - length :]
 
 
-def split_call(
-    inputs: dict[str, torch.Tensor | None], lengths: Sequence[int], tokens_read: torch.Tensor | None
-) -> list[dict[str, torch.Tensor]]:
+def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:
     """
     Cuts the inputs of one call into those of several calls that read the same.
 
     Args:
-        inputs: `input_ids` or `inputs_embeds`, and whatever else has a column for each of theirs, `(B, T, ...)`.
+        inputs: `input_ids` or `inputs_embeds`, what has a column for each of theirs, `(B, T, ...)`, and anything else,
+            which goes into each call as it is.
         lengths: number of columns of each call; their sum is T.
         tokens_read: `(B,)`, tokens read before the call; `None`: nothing has been read.
     """
     inputs = {name: states for name, states in inputs.items() if states is not None}
+    if len(lengths) == 1:
+        return [inputs]
     batch_size, length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
     tokens = tokens_of_call(inputs.get("attention_mask"), batch_size, length)
     if tokens is not None:
@@ -56,8 +61,15 @@ def split_call(
     if "position_ids" in inputs:
         positions = positions_of_call(inputs["position_ids"], batch_size, length)
         inputs["position_ids"] = canonical_position_ids(find_restarts(positions, tokens, tokens_read))
-    pieces = zip(*(states.split(list(lengths), 1) for states in inputs.values()))
-    return [dict(zip(inputs, (states.contiguous() for states in piece))) for piece in pieces]
+    by_column = {name: states for name, states in inputs.items() if has_columns(states, batch_size, length)}
+    whole = {name: state for name, state in inputs.items() if name not in (*by_column, *PACKING_ARGUMENTS)}
+    pieces = zip(*(states.split(list(lengths), 1) for states in by_column.values()))
+    return [{**whole, **dict(zip(by_column, (states.contiguous() for states in piece)))} for piece in pieces]
+
+
+def has_columns(states, batch_size: int, length: int) -> bool:
+    """Whether `states` is a tensor `(B, T, ...)`."""
+    return isinstance(states, torch.Tensor) and states.shape[:2] == (batch_size, length)
 
 
 def local_attention_mask(config: InfiniConfig, layout: SegmentLayout | DecodeLayout, states: torch.Tensor):

@@ -48,7 +48,7 @@ from .cache_layer import (
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
 from .generation_infini import InfiniGenerationMixin
-from .masks import local_attention_mask, positions_of_call, split_call, tokens_of_call
+from .masks import PACKING_ARGUMENTS, local_attention_mask, positions_of_call, split_call, tokens_of_call
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
@@ -65,9 +65,6 @@ STATE_FIELDS = (
     "learned_delta_update",
     "memory_eps",
 )
-
-# Of packed sequences, for the attention backend: they describe columns, and the backend gets segments.
-PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 # A prompt is read in calls of about this many tokens where only its last logits are asked for.
 PREFILL_TOKENS = 4096

@@ -7,17 +7,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, get_reporting_integration_callbacks
-from transformers.trainer_pt_utils import IterableDatasetShard
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
 from .cache import InfiniCache
 from .documents import DocumentStreams, collate_documents
+from .masks import has_columns
 
 
 @dataclass
@@ -66,20 +67,24 @@ class InfiniTrainer(Trainer):
     - [`DocumentStreams`] as datasets: the memory is carried from step to step, and saved in checkpoints.
     - Gates with their own learning rate, without decay, and frozen at first.
     - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory stops training.
-    - `eval_loss` is the mean over all tokens, not over batches.
+    - `eval_loss` is the mean over all tokens, not over batches. (Documents that several processes read twice to fill
+      their last batches count twice.)
 
     Documents are batched by [`collate_documents`] unless `data_collator` is given.
-    Other heads than the causal language model's are trained as by `Trainer`, with the gates' options and logs.
+    Other heads than the causal language model's, and anything with DeepSpeed, are trained as by `Trainer`, with the
+    gates' options and logs, but norms of the memory are not known and NaN in it is not looked for.
     """
 
     args: InfiniTrainingArguments
 
-    def __init__(self, model=None, args: InfiniTrainingArguments | None = None, data_collator=None, **kwargs):
+    def __init__(
+        self, model=None, args: InfiniTrainingArguments | None = None, data_collator=None, *positional, **kwargs
+    ):
         if args is None:
             args = InfiniTrainingArguments("tmp_trainer")
         if not isinstance(args, InfiniTrainingArguments):
             raise TypeError(f"InfiniTrainer takes InfiniTrainingArguments, got {type(args).__name__}.")
-        super().__init__(model, args, data_collator, **kwargs)
+        super().__init__(model, args, data_collator, *positional, **kwargs)
         self._is_causal_lm = self._loss_shifts_labels and hasattr(infini_module(self.model), "lm_head")
         if data_collator is None and self._is_causal_lm:
             self.data_collator = collate_documents
@@ -101,8 +106,25 @@ class InfiniTrainer(Trainer):
                 "DeepSpeed counts each backward, of which chunks and streams over steps have several, as a batch. Use "
                 "FSDP2 or DDP, or leave out chunk_segments, detach_every_num_segments and DocumentStreams."
             )
-        if (in_chunks or has_streams) and self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func takes the logits of whole sequences, which chunks never make.")
+        if (in_chunks or has_streams) and not self._loss_is_a_sum:
+            raise ValueError(
+                "compute_loss_func and a loss that is a mean (loss_is_scaled_for_ga=False) need the logits of whole "
+                "sequences, which chunks never make."
+            )
+        if has_streams and (self.args.auto_find_batch_size or self.accelerator.split_batches):
+            raise ValueError(
+                "auto_find_batch_size and split_batches change how many streams a process reads, each of which has a "
+                "memory of its own. Turn them off with DocumentStreams."
+            )
+        if self.args.n_gpu > 1 and self._is_causal_lm:
+            raise ValueError(
+                f"DataParallel on {self.args.n_gpu} GPUs cannot carry memories. Start a process for each by torchrun "
+                "or accelerate launch, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+        if self.args.gate_frozen_steps and self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed keeps gradients to itself: gates cannot be frozen by gate_frozen_steps.")
+        if self.args.gate_learning_rate is not None and self.optimizer is not None:
+            raise ValueError("gate_learning_rate is for the optimizer that the Trainer makes; set it in your own.")
         if in_chunks and self.get_tp_size() > 1 and infini_module(self.model).config.qk_norm:
             raise ValueError(
                 "With tensor parallelism and qk_norm, transformers sums the gradients of these norms over the "
@@ -123,15 +145,20 @@ class InfiniTrainer(Trainer):
                 f"with batches of {batch_size} read {rows} streams."
             )
 
+    @property
+    def _loss_is_a_sum(self) -> bool:
+        """Whether the loss is a sum over tokens divided by `num_items_in_batch`, and so that of chunks adds up."""
+        return self.compute_loss_func is None and self.loss_is_scaled_for_ga is not False
+
+    @property
+    def _runs_in_chunks(self) -> bool:
+        """Whether this class runs the model, be it in one chunk; if not, `Trainer` does."""
+        return self._is_causal_lm and self._loss_is_a_sum and not self.is_deepspeed_enabled
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if "shift_labels" not in self._signature_columns:  # type: ignore[attr-defined]
             self._signature_columns = [*self._signature_columns, "shift_labels"]  # type: ignore[assignment, misc]
-
-    # Optimizer
-
-    def get_decay_parameter_names(self, model):
-        return [name for name in super().get_decay_parameter_names(model) if "head_gates." not in name]
 
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None
@@ -148,11 +175,9 @@ class InfiniTrainer(Trainer):
             )
         return optimizer
 
-    # Training
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._tokens_since_log += _count_tokens(inputs)
-        if not self._is_causal_lm or self.is_deepspeed_enabled:
+        if not self._runs_in_chunks:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._backpropagate(model, inputs, num_items_in_batch)
@@ -202,7 +227,10 @@ class InfiniTrainer(Trainer):
         inputs.setdefault("attention_mask", torch.ones_like(inputs["shift_labels"]))
         padding = {"labels": -100, "shift_labels": -100}
         return {
-            name: F.pad(states, (0, longest - length), value=padding.get(name, 0)) for name, states in inputs.items()
+            name: F.pad(states, (0, 0) * (states.dim() - 2) + (0, longest - length), value=padding.get(name, 0))
+            if has_columns(states, *inputs["shift_labels"].shape)
+            else states
+            for name, states in inputs.items()
         }
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -216,8 +244,6 @@ class InfiniTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
-    # Evaluation
-
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         dataset = dataloader.dataset
         while isinstance(dataset, IterableDatasetShard):
@@ -225,15 +251,17 @@ class InfiniTrainer(Trainer):
         self._check_streams(dataset, self.args.eval_batch_size)
         self._evaluation = _Evaluation(is_stream=isinstance(dataset, DocumentStreams))
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        totals = torch.tensor([self._evaluation.loss, self._evaluation.targets], dtype=torch.float64)
-        loss, targets = self.accelerator.reduce(totals.to(self.args.device), "sum").tolist()
+        loss, targets = self._evaluation.loss, self._evaluation.targets
+        if self.args.world_size > 1:
+            totals = torch.tensor([loss, targets], dtype=torch.float64, device=self.args.device)
+            loss, targets = self.accelerator.reduce(totals, "sum").tolist()
         if targets > 0:
             output.metrics[f"{metric_key_prefix}_loss"] = loss / targets
         self._evaluation = _Evaluation(is_stream=False)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if not self._is_causal_lm or self.is_deepspeed_enabled or inputs.get("labels") is None:
+        if not self._runs_in_chunks or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         evaluation = self._evaluation
         inputs = self._equally_long(prepared_inputs(self._prepare_inputs(inputs)))
@@ -250,6 +278,7 @@ class InfiniTrainer(Trainer):
             memory = outputs["past_key_values"]
             if not prediction_loss_only:
                 logits.append(outputs["logits"])
+            del outputs
         total = torch.stack(losses).sum()
         evaluation.memory = memory
         evaluation.loss += total.item()
@@ -264,8 +293,6 @@ class InfiniTrainer(Trainer):
         # What compute_loss multiplies by, for an average over devices of what was divided by the targets of all.
         world = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return loss / world, outputs
-
-    # Checkpoints
 
     def _memory_folder(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"memory-of-streams-{self.args.process_index}"
@@ -289,8 +316,6 @@ class InfiniTrainer(Trainer):
         self._check_streams(self.train_dataset, self._train_batch_size)
         self._memory_of_streams = None
         return super().train(*args, **kwargs)
-
-    # Logs
 
     def log(self, logs, start_time=None):
         if "loss" in logs and start_time is not None and self.is_in_train:

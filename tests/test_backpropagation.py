@@ -35,7 +35,8 @@ def plain_gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), gradients(model)
 
 
-def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-10):
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-6):
+    # The model's own loss and the stock norm compute in float32, whatever the model does.
     scale = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() < bound * scale, name
@@ -97,7 +98,7 @@ def test_chunked_gradients_equal_those_of_the_reference(fields, chunk_segments, 
         return loss / (ids.shape[1] - 1), outputs
 
     backpropagate(model, {"input_ids": ids, "labels": ids}, chunk_segments=chunk_segments, compute_loss=float64_loss)
-    assert_same_gradients(gradients(model), expected)
+    assert_same_gradients(gradients(model), expected, 1e-10)
 
 
 @pytest.mark.parametrize("fields", MODES)
@@ -117,11 +118,11 @@ def test_detaching_cuts_gradients_at_every_kth_segment(fields, use_mem_delta_rul
         model.zero_grad()
         inputs = {"input_ids": ids, "labels": ids}
         _, found = backpropagate(model, inputs, chunk_segments=chunk_segments, detach_every_num_segments=2)
-        assert_same_gradients(gradients(model), expected, 1e-6)
+        assert_same_gradients(gradients(model), expected)
         assert relative_error(found.layers[-1].memory, cache.layers[-1].memory) < 1e-12
     _, whole = plain_gradients(model, **inputs)
     with pytest.raises(AssertionError):
-        assert_same_gradients(whole, expected, 1e-6)
+        assert_same_gradients(whole, expected)
 
 
 @pytest.mark.parametrize("fields", MODES)
@@ -230,16 +231,43 @@ def test_boundaries_between_segments_hold_no_keys_that_nobody_sees():
                 assert torch.equal(model(ids[:, columns], past_key_values=boundary).logits, expected)
 
 
-def test_chunks_end_with_segments_and_are_equally_many_at_any_offset():
+@pytest.mark.parametrize("detach_segments", [None, 1, 3])
+@pytest.mark.parametrize("chunk_segments", [None, 1, 2])
+def test_chunks_end_with_segments_and_are_equally_many_at_any_offset(chunk_segments, detach_segments):
     model = tiny_model(segment_length=5)
+    counts = set()
     for read in range(1, 11):
         cache = model(random_ids(1, read), use_cache=True).past_key_values
-        lengths = chunk_lengths(31, 2, 5, cache)
-        assert sum(lengths) == 31
-        assert len(lengths) == 4
+        windows = chunk_lengths(38, chunk_segments, detach_segments, 5, cache)
+        lengths = [length for window in windows for length in window]
+        assert sum(lengths) == 38
         assert all(length > 0 for length in lengths)
         ends = torch.tensor(lengths).cumsum(0)[:-1] + read
         assert not (ends % 5).any()
+        counts.add(tuple(map(len, windows)))
+    assert len(counts) == 1
+
+
+def test_what_has_no_columns_goes_into_each_chunk():
+    model = tiny_model(torch.float64)
+    ids = random_ids(1, 23)
+    positions = torch.cat([torch.arange(9), torch.arange(14)]).unsqueeze(0)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 9, 23]), "max_length_q": 14, "seq_idx": (positions == 0).cumsum(1)}
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    _, expected = plain_gradients(model, **inputs)
+    for chunk_segments in (None, 1):
+        model.zero_grad()
+        backpropagate(model, {**inputs, **packed, "output_hidden_states": False}, chunk_segments=chunk_segments)
+        assert_same_gradients(gradients(model), expected)
+
+
+def test_a_backward_that_scales_the_loss_is_told_of():
+    model = tiny_model(torch.float64)
+    inputs = {"input_ids": random_ids(1, 23), "labels": random_ids(1, 23)}
+    _, expected = plain_gradients(model, **inputs)
+    model.zero_grad()
+    backpropagate(model, inputs, chunk_segments=1, backward=lambda loss: (loss / 4).backward(), loss_scale=1 / 4)
+    assert_same_gradients({name: 4 * gradient for name, gradient in gradients(model).items()}, expected)
 
 
 def test_loss_in_chunks_is_the_loss():

@@ -68,6 +68,8 @@ def test_sources_that_cannot_be_read_are_named(tmp_path, tokenizer):
     write_jsonl(tmp_path)
     with pytest.raises(ValueError, match=r"The files are json, text\. Give files of one kind"):
         load_documents(tmp_path)
+    with pytest.raises(ValueError, match="rows without a text"):
+        tokenize_documents(datasets.Dataset.from_dict({"text": ["one", None]}), tokenizer)
     with pytest.raises(KeyError, match='no column "body" in the documents; there are text'):
         tokenize_documents(load_documents(tmp_path / "0.txt"), tokenizer, text_column="body")
 
@@ -79,6 +81,11 @@ def test_batches_of_documents_keep_the_last_token_as_a_target():
     assert batch["labels"].tolist() == [[5, 6, 0], [7, -100, -100]]
     batch = collate_documents([{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7], "labels": [7]}])
     assert batch["labels"].tolist() == [[-100, 6, 0], [7, -100, -100]]
+    padded = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "position_ids": [0, 0, 1]}
+    batch = collate_documents([padded, {**padded, "input_ids": [7, 8, 9]}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert batch["labels"].tolist() == [[5, 6, -100], [7, 8, -100]]
     rows = list(DocumentStreams([[5, 6, 0]], 2, 2))
     batch = collate_documents(rows[:2])
     assert batch["shift_labels"].tolist() == [[6, 0], [-100, -100]]
