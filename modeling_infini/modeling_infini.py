@@ -280,8 +280,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
         # By layer, since PEFT keeps the gates that it trains beside the original ones.
         gates = [module.head_gates for module in self.modules() if isinstance(module, InfiniAttention)]
         # Of sharded gates, each process has the heads that it runs, or none.
-        weights = [gate.weight.full_tensor() if isinstance(gate.weight, DTensor) else gate.weight for gate in gates]
-        return torch.stack([gate.share(weight).cpu() for gate, weight in zip(gates, weights)])
+        shares = [
+            gate.share(gate.weight.full_tensor()) if isinstance(gate.weight, DTensor) else gate() for gate in gates
+        ]
+        return torch.stack([share.cpu() for share in shares])
 
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
