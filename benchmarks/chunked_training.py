@@ -17,17 +17,10 @@ from statistics import median
 import torch
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM, backpropagate
+from sizes import SIZE
 
 
-SIZE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "segment_length": 512,
-}
+SEGMENT_LENGTH = 512
 LONG, SHORT = 131_072, 8_192
 
 
@@ -58,14 +51,16 @@ def main() -> None:
     parser.add_argument("--step", type=int, metavar="TOKENS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = InfiniForCausalLM(InfiniConfig(**SIZE, local_attention=arguments.local_attention))
+    model = InfiniForCausalLM(
+        InfiniConfig(**SIZE, segment_length=SEGMENT_LENGTH, local_attention=arguments.local_attention)
+    )
     if arguments.step:
         step(model, torch.randint(0, SIZE["vocab_size"], (1, arguments.step)), arguments.chunk_segments)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
 
     long, short = (LONG // 16, SHORT // 16) if arguments.short else (LONG, SHORT)
-    what = f'"{arguments.local_attention}", chunks of {arguments.chunk_segments} segments of {SIZE["segment_length"]}'
+    what = f'"{arguments.local_attention}", chunks of {arguments.chunk_segments} segments of {SEGMENT_LENGTH}'
     peaks = {tokens: peak_memory(arguments, tokens) for tokens in (long, short)}
     print(
         f"1. peak memory of a step on {long:,} tokens: {peaks[long] / peaks[short]:.3f} x that on {short:,} "

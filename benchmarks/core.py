@@ -20,17 +20,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
+from sizes import SIZE
 from timing import interleaved_medians
 
 
-SIZE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-}
 SMALL = {**SIZE, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 SEGMENT_LENGTH = 512
 

@@ -20,17 +20,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
+from sizes import SIZE
 from timing import interleaved_seconds
 
 
-SIZE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-}
 # infini-transformer-pytorch has as many KV heads as heads, and makes its intermediate size of the width.
 LUCIDRAINS_SIZE = {**SIZE, "intermediate_size": 1365, "num_key_value_heads": 8}
 SHORT = {

@@ -176,8 +176,10 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    # Merging under FSDP would need all processes' shards: there, load the adapters and merge them afterwards.
-    if isinstance(model, PeftModel) and trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
+    if isinstance(model, PeftModel) and trainer.is_world_process_zero():
+        if trainer.is_fsdp_enabled:  # Merging would need the shards of all processes.
+            print(f"The adapters are in {arguments.output_dir}: load them in one process to merge them.")
+            return
         merged = Path(arguments.output_dir) / "merged"
         model.merge_and_unload().save_pretrained(merged)
         tokenizer.save_pretrained(merged)

@@ -79,9 +79,9 @@ def prepared_inputs(inputs: Inputs) -> Inputs:
     inputs = {name: states for name, states in inputs.items() if states is not None}
     if "labels" not in inputs and "shift_labels" not in inputs:
         raise ValueError("Training needs labels (or shift_labels, already moved one column to the left).")
-    inputs.setdefault("shift_labels", shifted_labels(inputs["labels"]) if "labels" in inputs else None)
-    inputs.setdefault("labels", inputs["shift_labels"])
-    return inputs
+    if "shift_labels" not in inputs:
+        inputs["shift_labels"] = shifted_labels(inputs["labels"])
+    return {"labels": inputs["shift_labels"], **inputs}
 
 
 def backpropagate(
@@ -125,11 +125,8 @@ def backpropagate(
         if count is not None and count < 1:
             raise ValueError(f"{name}={count} must be at least 1.")
     inputs = prepared_inputs(inputs)
-    if num_items_in_batch is None:
-        num_items_in_batch = (inputs["shift_labels"] != -100).sum().clamp(min=1)
     if compute_loss is None:
-        compute_loss = _model_loss(model, num_items_in_batch)
-
+        compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     segment_length, length = module.config.segment_length, inputs["shift_labels"].shape[1]
@@ -145,7 +142,11 @@ def backpropagate(
     return torch.stack(losses).sum(), cache
 
 
-def _model_loss(model: nn.Module, num_items_in_batch: torch.Tensor | int) -> ComputeLoss:
+def _model_loss(model: nn.Module, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> ComputeLoss:
+    """The model's own loss, divided by `num_items_in_batch`, or else by the number of `targets` `(B, T)`."""
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != -100).sum().clamp(min=1)
+
     def compute_loss(chunk: dict):
         outputs = model(**chunk, num_items_in_batch=num_items_in_batch)
         return outputs["loss"], outputs
@@ -222,10 +223,8 @@ def loss_in_chunks(
         The share of each chunk in the loss, and the model's outputs for it.
     """
     inputs = prepared_inputs(inputs)
-    if num_items_in_batch is None:
-        num_items_in_batch = (inputs["shift_labels"] != -100).sum().clamp(min=1)
     if compute_loss is None:
-        compute_loss = _model_loss(model, num_items_in_batch)
+        compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     length = inputs["shift_labels"].shape[1]

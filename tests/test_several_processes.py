@@ -22,7 +22,7 @@ from modeling_infini import InfiniForCausalLM, InfiniTrainer, InfiniTrainingArgu
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "several_processes"
 CONFIGS = ROOT / "examples" / "launch"
-FSDP_CASES = ("whole", "stock", "chunks", "streams", "resumed")
+FSDP_CASES = ("whole", "stock", "chunks", "truncated", "streams", "resumed")
 DDP_CASES = tuple(name for name in CASES if name != "resumed")
 
 

@@ -1,0 +1,10 @@
+"""The model that is measured: one size, so that the figures of all benchmarks stand beside each other."""
+
+SIZE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
