@@ -147,6 +147,35 @@ def test_going_on_from_a_cache_equals_reading_on_with_gradients_cut_there(fields
         assert relative_error(model(random_ids(2, 9), past_key_values=after).logits, expected_logits) < 1e-12
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("fields", MODES)
+@pytest.mark.parametrize("use_mem_delta_rule", [False, True])
+def test_rows_that_go_on_at_unequal_offsets_have_the_gradients_of_one_pass(fields, use_mem_delta_rule, dtype, bound):
+    model = tiny_model(dtype, use_mem_delta_rule=use_mem_delta_rule, **fields)
+    read, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 23, dtype=torch.long)
+    read[0, :3] = mask[1, -6:] = 0
+    with torch.no_grad():
+        cache = model(random_ids(2, 8), attention_mask=read, use_cache=True).past_key_values
+    ids = random_ids(2, 23, seed=1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    model(**inputs, past_key_values=cache.detached()).loss.backward()
+    expected = gradients(model)
+    for chunk_segments in (1, 2):
+        model.zero_grad()
+        _, after = backpropagate(model, inputs, chunk_segments=chunk_segments, past_key_values=cache)
+        assert_same_gradients(gradients(model), expected, bound)
+        assert after.tokens_read.tolist() == [5 + 23, 8 + 17]
+        assert after.layers[0].memory.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_single_token_is_read_and_trains_nothing():
+    model = tiny_model()
+    loss, cache = backpropagate(model, {"input_ids": random_ids(2, 1), "labels": random_ids(2, 1)}, chunk_segments=1)
+    assert loss == 0
+    assert cache.tokens_read.tolist() == [1, 1]
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
 @pytest.mark.usefixtures("float64_norm_and_rope")
 def test_dropout_is_the_same_when_a_chunk_runs_again():
     model = tiny_model(torch.float64, attention_dropout=0.3).train()
