@@ -82,6 +82,10 @@ def to_infini(
     use_mem_delta_rule: Annotated[
         bool, typer.Option("--use-mem-delta-rule", help="Write the memory with the delta rule.")
     ] = False,
+    memory_norm_init_scale: Annotated[
+        float | None,
+        typer.Option(help="Norm the queries and keys of the memory, with learned scales that start at this."),
+    ] = None,
     dtype: Dtype = "auto",
     max_shard_size: ShardSize = "5GB",
     allow_bin: Annotated[
@@ -107,6 +111,7 @@ def to_infini(
             head_gate_init_value=head_gate_init_value,
             head_gates=head_gates,
             use_mem_delta_rule=use_mem_delta_rule,
+            memory_norm_init_scale=memory_norm_init_scale,
             dtype=dtype,
             max_shard_size=max_shard_size,
             allow_bin=allow_bin,

@@ -16,7 +16,9 @@ from .small_files import copy_licence, copy_tokenizer, generation_fields, write_
 from .to_infini import has_own_head
 
 
-MEMORY_WEIGHTS = ("head_gates.weight", "write_strength.weight")
+# Besides the gates, what may be in a memory has no place elsewhere.
+MEMORY_EXTENSIONS = ("write_strength.weight", "memory_query_norm.weight", "memory_key_norm.weight")
+MEMORY_WEIGHTS = ("head_gates.weight", *MEMORY_EXTENSIONS)
 
 
 def convert_from_infini(
@@ -93,7 +95,7 @@ def convert_from_infini(
 def _require_untrained(checkpoint: Checkpoint, config: InfiniConfig) -> None:
     initial = torch.tensor(config.head_gate_init_value / config.head_gate_scale, dtype=torch.float32)
     for name in checkpoint.shapes:
-        if name.endswith("write_strength.weight"):
+        if name.endswith(MEMORY_EXTENSIONS):
             raise ValueError(f"{name} would be lost: {config.model_type} alone has it. Pass drop_gates to drop it.")
         if name.endswith("head_gates.weight") and not (checkpoint.read(name) == initial).all():
             raise ValueError(

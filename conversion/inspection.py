@@ -57,8 +57,7 @@ class Inspection:
             "segments": f"{config.segment_length:,} tokens{self._base_positions()}",
             "local attention": f"{config.local_attention}: "
             + (local if config.is_sliding else "the tokens of the own segment"),
-            "memory": f"{'delta' if config.use_mem_delta_rule else 'linear'} rule"
-            + (", learned write strength" if config.learned_delta_update else ""),
+            "memory": config.memory_rule,
             "state": f"{self.state_nbytes / 1e6:,.1f} MB per sequence, whatever its length; full attention keeps as "
             f"much for {self.state_nbytes / full_attention_token:,.0f} tokens",
         }

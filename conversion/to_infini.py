@@ -1,6 +1,7 @@
 """Retrofits pretrained models with a compressive memory and head gates."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +25,8 @@ logger = logging.get_logger(__name__)
 # Buffers that old Llama checkpoints hold beside their weights.
 LEGACY_BUFFER = "rotary_emb.inv_freq"
 
+MEMORY_NORMS = ("memory_query_norm.weight", "memory_key_norm.weight")
+
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 HeadGates = str | os.PathLike | Sequence[float | Sequence[float]]
@@ -39,6 +42,7 @@ def convert_to_infini(
     head_gate_init_value: float = 4.0,
     head_gates: HeadGates | None = None,
     use_mem_delta_rule: bool = False,
+    memory_norm_init_scale: float | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str = "5GB",
     allow_bin: bool = False,
@@ -65,6 +69,7 @@ def convert_to_infini(
         head_gates: logits per layer or per head instead: a list with a number, or a list of one number per head, for
             each layer; or the path of a JSON file that holds it.
         use_mem_delta_rule: write the memory with the delta rule.
+        memory_norm_init_scale: norm the queries and keys of the memory, by heads with learned scales that start here.
         dtype: of the saved weights; `"auto"` keeps each weight's own. Gates are always in float32.
         max_shard_size: of an output file, in bytes or as in `"5GB"`.
         allow_bin: read PyTorch `.bin` files where there are no safetensors.
@@ -92,6 +97,7 @@ def convert_to_infini(
         origin=_origin(checkpoint, head_gates),
         head_gate_init_value=head_gate_init_value,
         use_mem_delta_rule=use_mem_delta_rule,
+        memory_norm_init_scale=memory_norm_init_scale,
     )
     gates = _gate_weights(config, head_gates)
     shapes, weights = _output_weights(checkpoint, config, gates, weight_dtype)
@@ -182,6 +188,10 @@ def _output_weights(
             layer = int(name.split(".")[2])
             shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
             weights[name] = gates[layer].clone
+        elif name.endswith(MEMORY_NORMS):
+            scale = math.log(config.memory_norm_init_scale)
+            shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
+            weights[name] = partial(torch.full, shape.shape, scale)
         elif name in found and found[name].shape == shape.shape:
             source = found.pop(name)
             shapes[name] = source if dtype is None else source.to(dtype)

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_files import describe, read_cache, write_cache
-from .cache_layer import InfiniCacheLayer, KeyStates
+from .cache_layer import InfiniCacheLayer, KeyStates, RecordedCall
 from .configuration_infini import InfiniConfig
 from .rotary import Angles, relative_angles
 from .streams import DecodeLayout, SegmentLayout, plan_segments
@@ -126,7 +126,9 @@ class InfiniCache(Cache):
     def nbytes(self) -> int:
         """Size of all tensors of the cache, in bytes."""
         tensors = [*self.state_dict().values(), *(self.angle_table or ())]
-        tensors += [state for layer in self.layers for pair in layer.record or () for state in pair]
+        tensors += [
+            state for layer in self.layers for call in layer.record or () for state in call if state is not None
+        ]
         if self._recording is not None:
             tensors += [state for layer in self._recording.layers for state in layer.states().values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -380,7 +382,7 @@ class _Recording:
         self.layers, self.counters = self._replay(cache, tokens[:, :count], restarts[:, :count])
         self.tokens, self.restarts = [tokens[:, count:].clone()], [restarts[:, count:].clone()]
         for layer in cache.layers:
-            layer.record = [tuple(torch.cat(states, 1)[:, count:].clone() for states in zip(*layer.record))]
+            layer.record = [RecordedCall.joined(layer.record).map(lambda states: states[:, count:].clone())]
 
     def restore(self, cache: InfiniCache, count: int) -> None:
         """Puts `cache` back to where it was after the first `count` recorded columns."""
@@ -388,7 +390,7 @@ class _Recording:
         layers, counters = self._replay(cache, tokens, restarts)
         self.tokens, self.restarts = [tokens], [restarts]
         for layer, restored in zip(cache.layers, layers):
-            record = tuple(torch.cat(states, 1)[:, :count] for states in zip(*layer.record))
+            record = RecordedCall.joined(layer.record).map(lambda states: states[:, :count])
             layer.reset()
             for name, state in restored.states().items():
                 setattr(layer, name, state)
@@ -414,9 +416,10 @@ class _Recording:
         )
         angles = relative_angles(cache.angle_table, layout.offsets, config)
         for layer, source in zip(layers, cache.layers):
-            keys, values, *strength = (torch.cat(states, 1)[:, :count] for states in zip(*source.record))
-            layer_layout, layer_angles = layout.to(keys.device), angles.to(keys.device)
-            layer.update(KeyStates.rotated(keys, layer_angles, layer_layout), values, layer_layout, *strength)
+            call = RecordedCall.joined(source.record).map(lambda states: states[:, :count])
+            layer_layout, layer_angles = layout.to(call.keys.device), angles.to(call.keys.device)
+            key_states = KeyStates.rotated(call.keys, layer_angles, layer_layout, call.normed_keys)
+            layer.update(key_states, call.values, layer_layout, call.write_strength)
         counters.advance(layout, count)
         return layers, counters
 

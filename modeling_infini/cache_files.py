@@ -38,6 +38,7 @@ FINGERPRINT_FIELDS = (
     "num_sink_tokens",
     "use_mem_delta_rule",
     "learned_delta_update",
+    "memory_norm_init_scale",
     "memory_eps",
     "qk_norm",
 )

@@ -23,21 +23,33 @@ from .streams import DecodeLayout, SegmentLayout, take
 class KeyStates(NamedTuple):
     """
     The keys of a call, `(B, T, kv_heads, head_dim)`: without RoPE (`plain`), rotated as their own segment sees them
-    (`own`), as the next one sees them (`next`), and the sinks `(R, num_sink_tokens, kv_heads, head_dim)` among them.
+    (`own`), as the next one sees them (`next`), and the sinks `(R, num_sink_tokens, kv_heads, head_dim)` among them;
+    and as the memory gets them (`normed`), `None` where that is without RoPE and no more.
     """
 
     plain: torch.Tensor
     own: torch.Tensor
     next: torch.Tensor | None
     sinks: torch.Tensor | None
+    normed: torch.Tensor | None
+
+    @property
+    def of_memory(self) -> torch.Tensor:
+        return self.plain if self.normed is None else self.normed
 
     @classmethod
-    def rotated(cls, keys: torch.Tensor, angles: RotaryAngles, layout: SegmentLayout | DecodeLayout) -> "KeyStates":
+    def rotated(
+        cls,
+        keys: torch.Tensor,
+        angles: RotaryAngles,
+        layout: SegmentLayout | DecodeLayout,
+        normed: torch.Tensor | None,
+    ) -> "KeyStates":
         next_keys = None if angles.next is None else rotate(keys, angles.next)
         sinks = None
         if angles.sinks is not None:
             sinks = rotate(layout.sinks(keys) if isinstance(layout, SegmentLayout) else keys, angles.sinks)
-        return cls(keys, rotate(keys, angles.own), next_keys, sinks)
+        return cls(keys, rotate(keys, angles.own), next_keys, sinks, normed)
 
 
 class Window(NamedTuple):
@@ -45,6 +57,26 @@ class Window(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class RecordedCall(NamedTuple):
+    """
+    What a call is read again from: keys without RoPE, values and keys as the memory gets them if that differs,
+    `(batch, T, kv_heads, head_dim)`, and write strengths `(batch, T, kv_heads)` if the model learns them.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    normed_keys: torch.Tensor | None
+    write_strength: torch.Tensor | None
+
+    def map(self, function) -> "RecordedCall":
+        return RecordedCall(*(None if states is None else function(states) for states in self))
+
+    @staticmethod
+    def joined(calls: "list[RecordedCall]") -> "RecordedCall":
+        """Calls one after the other, as one."""
+        return RecordedCall(*(None if states[0] is None else torch.cat(states, 1) for states in zip(*calls)))
 
 
 class MemoryState(NamedTuple):
@@ -138,7 +170,7 @@ def scan_memory(
     Writes the segments of a call, all at once but for a scan over M and z.
 
     Args:
-        keys: without RoPE, `(B, T, kv_heads, head_dim)`.
+        keys: as the memory gets them, `(B, T, kv_heads, head_dim)`.
         values: `(B, T, kv_heads, head_dim)`.
         layer: the cache from before the call; `None`: nothing has been read.
         write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
@@ -212,8 +244,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         memory, normaliser: M `(batch, kv_heads, head_dim, head_dim)` and z `(batch, kv_heads, head_dim)` over the
             complete segments; float32, or float64 in a float64 model.
         pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
-        record: while recording, keys (without RoPE) and values of the last calls, `(batch, T, kv_heads, head_dim)`,
-            and their write strengths `(batch, T, kv_heads)` if the model learns them.
+        record: while recording, the last calls.
     """
 
     is_compileable = False
@@ -232,7 +263,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.normaliser: torch.Tensor | None = None
         self.pending_memory: torch.Tensor | None = None
         self.pending_normaliser: torch.Tensor | None = None
-        self.record: list[tuple[torch.Tensor, ...]] | None = None
+        self.record: list[RecordedCall] | None = None
         self._is_shared_with_graph = False
 
     @property
@@ -267,7 +298,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         for name, state in self.states().items():
             setattr(self, name, function(state))
         if self.record is not None:
-            self.record = [tuple(map(function, call)) for call in self.record]
+            self.record = [call.map(function) for call in self.record]
 
     def __deepcopy__(self, memo: dict) -> "InfiniCacheLayer":
         # Clones, since states that carry a gradient cannot be deep-copied.
@@ -303,19 +334,20 @@ class InfiniCacheLayer(CacheLayerMixin):
         return layer
 
     def _prepare_update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, write_strength: torch.Tensor | None
+        self, key_states: KeyStates, value_states: torch.Tensor, write_strength: torch.Tensor | None
     ) -> None:
+        keys = key_states.plain
         if not self.is_initialized:
-            self.lazy_initialization(key_states.transpose(1, 2), value_states.transpose(1, 2))
-        if self.keys.shape[0] != key_states.shape[0]:
+            self.lazy_initialization(keys.transpose(1, 2), value_states.transpose(1, 2))
+        if self.keys.shape[0] != keys.shape[0]:
             raise ValueError(
-                f"The cache holds {self.keys.shape[0]} rows, but the inputs have {key_states.shape[0]}. To continue "
+                f"The cache holds {self.keys.shape[0]} rows, but the inputs have {keys.shape[0]}. To continue "
                 "each row several times (beams, num_return_sequences), first call "
                 "`cache.batch_repeat_interleave(n)`, on a copy.deepcopy of the cache if you need it again."
             )
-        if self.keys.dtype != key_states.dtype:
+        if self.keys.dtype != keys.dtype:
             raise ValueError(
-                f"The cache holds {self.keys.dtype} keys, but the model computes in {key_states.dtype}. Load the "
+                f"The cache holds {self.keys.dtype} keys, but the model computes in {keys.dtype}. Load the "
                 "model with the dtype that the cache was made with."
             )
         # What stands in the ring is overwritten in place, except where autograd may have saved it.
@@ -325,8 +357,7 @@ class InfiniCacheLayer(CacheLayerMixin):
                 setattr(self, name, None if ring is None else ring.clone())
         self._is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
-            call = (key_states, value_states, write_strength)
-            self.record.append(tuple(states for states in call if states is not None))
+            self.record.append(RecordedCall(keys, value_states, key_states.normed, write_strength))
 
     def rings(self) -> tuple[torch.Tensor | None, ...]:
         """The last N tokens in `keys`, `next_keys` and `values`, `(batch, N, kv_heads, head_dim)`."""
@@ -356,9 +387,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         Returns:
             What each segment of the call sees: its local window, and the memory before it.
         """
-        self._prepare_update(key_states.plain, value_states, write_strength)
+        self._prepare_update(key_states, value_states, write_strength)
         window = local_window(key_states, value_states, layout, self)
-        scan = scan_memory(key_states.plain, value_states, layout, self, self.config, write_strength)
+        scan = scan_memory(key_states.of_memory, value_states, layout, self, self.config, write_strength)
 
         if key_states.sinks is not None:
             old_sinks = self.sinks()
@@ -390,7 +421,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         Returns:
             All slots of the cache, `(batch, slots, kv_heads, head_dim)`, for a mask to choose from.
         """
-        self._prepare_update(key_states.plain, value_states, write_strength)
+        self._prepare_update(key_states, value_states, write_strength)
         if layout.restarts is not None:
             for name in self.MEMORY_STATES:
                 state = getattr(self, name)
@@ -425,7 +456,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         Adds one token per row to what the open segment will write, and writes it where the segment ends.
 
         Args:
-            key_states: without RoPE, `(B, 1, kv_heads, head_dim)`.
+            key_states: as the memory gets them, `(B, 1, kv_heads, head_dim)`.
             value_states: `(B, 1, kv_heads, head_dim)`.
             write_strength: `(B, 1, kv_heads)`; `None` is 1.
         """

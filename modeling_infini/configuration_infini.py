@@ -58,6 +58,10 @@ class InfiniConfig(LlamaConfig):
         learned_delta_update (`bool`, defaults to `False`):
             Learn how strongly each token is written to the memory, per KV head: beta = sigmoid(W x) scales what the
             linear or the delta rule adds to M (not to z), as in infini-transformer-pytorch, whose weight is 1 - beta.
+        memory_norm_init_scale (`float`, *optional*):
+            RMS-norm on the queries and keys of the memory, not on those of local attention, each head's times a
+            learned scale that starts here; `None`: no norm. The greater the scale, the more sharply sigma tells keys
+            apart: what a token that is not to be remembered weighs in later reads falls exponentially with it.
         converted_from (`dict`, *optional*):
             What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
             besides those of its fields that have no meaning here. Written by conversions, read by model cards.
@@ -80,6 +84,7 @@ class InfiniConfig(LlamaConfig):
     qk_norm: bool = False
     lm_head_bias: bool = False
     learned_delta_update: bool = False
+    memory_norm_init_scale: float | int | None = None
     converted_from: dict | None = None
 
     @property
@@ -92,6 +97,10 @@ class InfiniConfig(LlamaConfig):
         }
         if self.learned_delta_update:
             plan["layers.*.self_attn.write_strength"] = "colwise"
+        if self.memory_norm_init_scale is not None:
+            for name in ("memory_query_norm", "memory_key_norm"):
+                plan[f"layers.*.self_attn.{name}.weight"] = "colwise"
+                plan[f"layers.*.self_attn.{name}"] = "local_params"
         if self.qk_norm:
             # All heads share these weights; each process has the gradient of its own.
             plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
@@ -101,6 +110,16 @@ class InfiniConfig(LlamaConfig):
     def is_sliding(self) -> bool:
         """Whether local attention is a sliding window (with or without sinks)."""
         return self.local_attention == "sliding"
+
+    @property
+    def memory_rule(self) -> str:
+        """How the memory is written and read, in words."""
+        rule = f"{'delta' if self.use_mem_delta_rule else 'linear'} rule"
+        extensions = [
+            *(["a learned write strength"] if self.learned_delta_update else []),
+            *(["a norm of its queries and keys"] if self.memory_norm_init_scale is not None else []),
+        ]
+        return f"{rule}, with {' and '.join(extensions)}" if extensions else rule
 
     @property
     def longest_distance(self) -> int:
@@ -163,6 +182,10 @@ class InfiniConfig(LlamaConfig):
             raise ValueError(f"memory_eps={self.memory_eps} must be positive: it bounds a denominator.")
         if self.head_gate_scale <= 0:
             raise ValueError(f"head_gate_scale={self.head_gate_scale} must be positive.")
+        if self.memory_norm_init_scale is not None and self.memory_norm_init_scale <= 0:
+            raise ValueError(
+                f"memory_norm_init_scale={self.memory_norm_init_scale} must be positive, or None: no norm."
+            )
         self._validate_rope()
 
     def _validate_rope(self):

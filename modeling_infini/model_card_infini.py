@@ -125,8 +125,7 @@ def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
     rows = {
         "segment length": f"{config.segment_length:,} tokens",
         "local attention": local if config.is_sliding else "within each segment",
-        "rule of the memory": ("delta" if config.use_mem_delta_rule else "linear")
-        + (", with a learned write strength" if config.learned_delta_update else ""),
+        "memory": config.memory_rule,
         "share of local attention in the gates": f"{local_shares.mean():.1%} on average, "
         f"{local_shares.min():.1%} to {local_shares.max():.1%}",
         "state per sequence": f"{state_nbytes(config) / 1e6:,.1f} MB, whatever the length",

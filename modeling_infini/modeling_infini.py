@@ -5,6 +5,7 @@ Infini-attention for transformers: a Llama whose attention is local, plus a comp
                                               └> memory read     ┴> gate -> output
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ STATE_FIELDS = (
     "num_sink_tokens",
     "use_mem_delta_rule",
     "learned_delta_update",
+    "memory_norm_init_scale",
     "memory_eps",
 )
 
@@ -89,6 +91,26 @@ class InfiniHeadGates(nn.Module):
 
     def share(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)))
+
+
+class InfiniMemoryNorm(nn.Module):
+    """
+    RMS-norm of each head's queries or keys on their way to the memory, times a learned scale: exp(weight) x / rms(x).
+
+    As for CLIP's temperature (arXiv 2103.00020), the logarithm is what is learned: one step of Adam changes a scale by
+    the same ratio wherever it stands.
+    """
+
+    def __init__(self, config: InfiniConfig, num_heads: int):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.full((num_heads,), math.log(config.memory_norm_init_scale or 1)))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`(..., heads, head_dim)` -> the same, at least in float32."""
+        states = states.to(memory_dtype(states.dtype))
+        normed = nn.functional.rms_norm(states, states.shape[-1:], eps=self.eps)
+        return normed * self.weight.to(states.dtype).exp().unsqueeze(-1)
 
 
 class InfiniAttention(nn.Module):
@@ -120,6 +142,9 @@ class InfiniAttention(nn.Module):
         self.head_gates = InfiniHeadGates(config)
         if config.learned_delta_update:
             self.write_strength = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
+        if config.memory_norm_init_scale is not None:
+            self.memory_query_norm = InfiniMemoryNorm(config, config.num_attention_heads)
+            self.memory_key_norm = InfiniMemoryNorm(config, config.num_key_value_heads)
 
     def forward(
         self,
@@ -155,15 +180,18 @@ class InfiniAttention(nn.Module):
         strength = None
         if self.config.learned_delta_update:
             strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
+        memory_queries, memory_keys = queries, None
+        if self.config.memory_norm_init_scale is not None:
+            memory_queries, memory_keys = self.memory_query_norm(queries), self.memory_key_norm(keys)
 
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        key_states = KeyStates.rotated(keys, position_embeddings, layout)
+        key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)
         rotated_queries = rotate(queries, position_embeddings.own)
         if isinstance(layout, DecodeLayout):
             window = layer.decode_window(key_states, values, layout, strength)
             memory = MemoryState(layer.memory, layer.normaliser)
         else:
-            queries, rotated_queries = layout.to_segments(queries), layout.to_segments(rotated_queries)
+            memory_queries, rotated_queries = map(layout.to_segments, (memory_queries, rotated_queries))
             window, memory = self._window_and_memory(key_states, values, layout, layer, strength, context_parallel)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -180,11 +208,11 @@ class InfiniAttention(nn.Module):
             **kwargs,
         )
         if memory is not None:
-            output = self._mix(output, self._read(queries, memory), layout)
+            output = self._mix(output, self._read(memory_queries, memory), layout)
         if self.training and (memory is None or strength is not None):
             output = output + self._zero(strength)
         if isinstance(layout, DecodeLayout):
-            layer.decode_memory(keys, values, layout, strength)
+            layer.decode_memory(key_states.of_memory, values, layout, strength)
         else:
             output = layout.to_columns(output)
 
@@ -203,14 +231,14 @@ class InfiniAttention(nn.Module):
     ):
         if context_parallel is not None:
             window = window_of_piece(keys, values, layout, context_parallel)
-            return window, memory_of_piece(keys.plain, values, layout, context_parallel, self.config, strength)
+            return window, memory_of_piece(keys.of_memory, values, layout, context_parallel, self.config, strength)
         if layer is not None:
             window, memory = layer.update(keys, values, layout, strength)
             return window, memory if layout.reads_past else None
         window = local_window(keys, values, layout, None)
         if not layout.reads_past:
             return window, None
-        return window, scan_memory(keys.plain, values, layout, None, self.config, strength).before
+        return window, scan_memory(keys.of_memory, values, layout, None, self.config, strength).before
 
     def _zero(self, strength: torch.Tensor | None) -> torch.Tensor:
         """
@@ -263,7 +291,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["head_gates"]
+    _keep_in_fp32_modules_strict = ["head_gates", "memory_query_norm", "memory_key_norm"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -305,6 +333,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InfiniHeadGates):
             init.constant_(module.weight, self.config.head_gate_init_value / self.config.head_gate_scale)
+        if isinstance(module, InfiniMemoryNorm):
+            init.constant_(module.weight, math.log(self.config.memory_norm_init_scale))
 
 
 @auto_docstring

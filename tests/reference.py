@@ -28,7 +28,7 @@ class Head:
     """One query head's view of a KV head over one stream: lists of what was read, and the memory in plain tensors."""
 
     def __init__(self, dim):
-        self.keys, self.values, self.strengths = [], [], []
+        self.keys, self.memory_keys, self.values, self.strengths = [], [], [], []
         self.memory = torch.zeros(dim, dim, dtype=torch.float64)
         self.normaliser = torch.zeros(dim, dtype=torch.float64)
 
@@ -39,7 +39,7 @@ def read(head, query, eps):
 
 
 def close_segment(head, length, delta, eps):
-    keys, values, strengths = head.keys[-length:], head.values[-length:], head.strengths[-length:]
+    keys, values, strengths = head.memory_keys[-length:], head.values[-length:], head.strengths[-length:]
     memory, normaliser = head.memory, head.normaliser
     for key, value, strength in zip(keys, values, strengths):
         features = sigma(key)
@@ -103,11 +103,17 @@ def reference_stream(ids, weights, config):
                 query_weight, key_weight = (weights[f"{at}.self_attn.{n}_norm.weight"] for n in "qk")
                 queries = torch.stack([rms_norm(q, query_weight, config.rms_norm_eps) for q in queries])
                 keys = torch.stack([rms_norm(k, key_weight, config.rms_norm_eps) for k in keys])
+            memory_queries, memory_keys = queries, keys
+            if config.memory_norm_init_scale is not None:
+                scale = {n: weights[f"{at}.self_attn.memory_{n}_norm.weight"].exp() for n in ("query", "key")}
+                memory_queries = [s * rms_norm(q, 1, config.rms_norm_eps) for s, q in zip(scale["query"], queries)]
+                memory_keys = [s * rms_norm(k, 1, config.rms_norm_eps) for s, k in zip(scale["key"], keys)]
             strengths = torch.ones(kv_heads, dtype=torch.float64)
             if config.learned_delta_update:
                 strengths = torch.sigmoid(linear(h, f"{at}.self_attn.write_strength"))
-            for head, key, value, strength in zip(states[layer], keys, values, strengths):
+            for head, key, memory_key, value, strength in zip(states[layer], keys, memory_keys, values, strengths):
                 head.keys.append(key)
+                head.memory_keys.append(memory_key)
                 head.values.append(value)
                 head.strengths.append(strength)
             outputs = []
@@ -117,7 +123,7 @@ def reference_stream(ids, weights, config):
                 attentions[layer][index].append(seen)
                 if position >= length:
                     gate = torch.sigmoid(config.head_gate_scale * weights[f"{at}.self_attn.head_gates.weight"][index])
-                    output = gate * output + (1 - gate) * read(head, query, config.memory_eps)
+                    output = gate * output + (1 - gate) * read(head, memory_queries[index], config.memory_eps)
                 outputs.append(output)
             if (position + 1) % length == 0:
                 for head in states[layer]:

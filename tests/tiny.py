@@ -88,6 +88,7 @@ def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6
         "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
         "qk_norm": draw(st.booleans()),
         "learned_delta_update": draw(st.booleans()),
+        "memory_norm_init_scale": draw(st.sampled_from([None, 1.5])),
     }
 
 
