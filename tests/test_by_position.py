@@ -8,12 +8,9 @@ import torch
 from base_models import base_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MODES, VOCABULARY, random_ids, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tiny import MODES, random_ids, tiny_model
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast
+from words import random_text, save_word_tokenizer
 
 from evaluation.by_position import by_bucket, doubling_buckets, main, markdown, name_and_source, report
 from evaluation.losses import memory_off, token_losses, window_losses
@@ -167,13 +164,10 @@ class TestBuckets:
 class TestCommandLine:
     @pytest.fixture
     def folder(self, tmp_path):
-        words = [f"w{index}" for index in range(VOCABULARY)]
-        tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, "w0"))
-        tokenizer.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(tmp_path / "infini")
+        save_word_tokenizer(tmp_path / "infini")
         tiny_model().save_pretrained(tmp_path / "infini")
         base_model().save_pretrained(tmp_path / "base")
-        (tmp_path / "book.txt").write_text(" ".join(words[index] for index in random_ids(600).tolist()))
+        (tmp_path / "book.txt").write_text(random_text(600))
         return tmp_path
 
     def test_end_to_end(self, folder, capsys):

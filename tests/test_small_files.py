@@ -56,6 +56,15 @@ class TestTokenizer:
         for file in ("tokenizer.json", "chat_template.jinja"):
             assert (tmp_path / "again" / file).read_bytes() == (base_folder / file).read_bytes()
 
+    def test_keeps_its_special_tokens_both_ways(self, tmp_path, base_folder, tokenizer):
+        tokenizer.add_special_tokens({"bos_token": "a", "eos_token": "b", "pad_token": "<pad>"})
+        tokenizer.save_pretrained(base_folder)
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=8)
+        convert_from_infini(tmp_path / "ours", tmp_path / "again")
+        for name in ("ours", "again"):
+            found = AutoTokenizer.from_pretrained(tmp_path / name)
+            assert found.special_tokens_map == tokenizer.special_tokens_map
+
     def test_without_a_class_gets_that_of_the_source(self, tmp_path, base_folder, tokenizer):
         (base_folder / "tokenizer_config.json").unlink()
         convert(base_folder)

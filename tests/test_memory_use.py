@@ -1,0 +1,271 @@
+"""What the memory does: against sums by hand over a whole document, and against the model with another memory."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import MODES, config_fields, random_ids, relative_error, tiny_model
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from words import random_text, save_word_tokenizer
+
+from evaluation.losses import memory_off
+from evaluation.memory_use import MemoryUse, MemoryUseCallback, main, markdown, memory_use
+
+
+N = 5
+RULES = [
+    {"use_mem_delta_rule": False},
+    {"use_mem_delta_rule": True},
+    {"use_mem_delta_rule": True, "learned_delta_update": True, "qk_norm": True},
+]
+
+
+def states_by_hand(model, ids):
+    """
+    Of each layer, in one forward of a whole document: queries `(heads, T, d)`, keys and values, repeated for the heads
+    of their group, write strengths `(heads, T)`, and the mix of local attention and memory `(heads, T, d)`.
+    """
+    config, seen = model.config, {}
+
+    def by_head(states, groups=1):
+        heads = states.reshape(len(ids[0]), -1, config.head_dim).transpose(0, 1)
+        return heads.repeat_interleave(groups, 0)
+
+    def keep(name, of_output=True):
+        def hook(module, inputs, output):
+            seen.setdefault(name, []).append(output if of_output else inputs[0])
+
+        return hook
+
+    norm = {"q_proj": "q_norm", "k_proj": "k_norm"} if config.qk_norm else {}
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, norm.get(name, name)).register_forward_hook(keep(name))
+        layer.self_attn.o_proj.register_forward_hook(keep("mix", of_output=False))
+        if config.learned_delta_update:
+            layer.self_attn.write_strength.register_forward_hook(keep("strength"))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    for index in range(config.num_hidden_layers):
+        strengths = torch.ones(config.num_attention_heads, len(ids[0]))
+        if config.learned_delta_update:
+            strengths = seen["strength"][index][0].sigmoid().T.repeat_interleave(groups, 0)
+        queries, mix = by_head(seen["q_proj"][index]), by_head(seen["mix"][index])
+        yield queries, by_head(seen["k_proj"][index], groups), by_head(seen["v_proj"][index], groups), strengths, mix
+
+
+def memory_by_hand(keys, values, strengths, config, segments, left_out=()):
+    """M and z `(heads, d, d)` after the first `segments`, but for those `left_out`."""
+    memory, normaliser = torch.zeros_like(keys[:, :1].mT * values[:, :1]), torch.zeros_like(keys[:, 0])
+    for segment in range(segments):
+        if segment in left_out:
+            continue
+        part = slice(segment * config.segment_length, (segment + 1) * config.segment_length)
+        features, targets = torch.nn.functional.elu(keys[:, part]) + 1, values[:, part]
+        if config.use_mem_delta_rule and normaliser.any():
+            targets = targets - features @ memory / (features @ normaliser[..., None])
+        memory = memory + torch.einsum("htk,htv,ht->hkv", features, targets, strengths[:, part].to(keys.dtype))
+        normaliser = normaliser + features.sum(1)
+    return memory, normaliser
+
+
+def read_by_hand(queries, memory, normaliser):
+    features = torch.nn.functional.elu(queries) + 1
+    denominator = features @ normaliser[..., None]
+    return torch.where(denominator > 0, features @ memory / denominator.clamp(min=1e-30), 0)
+
+
+def norms(states):
+    """Of each head of `(heads, T, d)`."""
+    return states.flatten(1).norm(dim=1)
+
+
+@pytest.mark.usefixtures("float64_norm_and_rope")
+class TestAgainstSumsByHand:
+    @settings(max_examples=25)
+    @given(fields=config_fields(), segments=st.integers(1, 7), rest=st.integers(1, 6), max_spans=st.integers(1, 8))
+    def test_all_numbers(self, fields, segments, rest, max_spans):
+        model = tiny_model(torch.float64, **fields)
+        n = model.config.segment_length
+        rest = min(rest, n)
+        ids = random_ids(1, segments * n + rest)
+        use = memory_use(model, ids, max_spans)
+        assert use.spans[0][0] == 0
+        assert use.spans[-1][1] == segments * n
+        assert all(end == start for (_, end), (start, _) in zip(use.spans, use.spans[1:]))
+        assert len(use.spans) == min(segments, max_spans)
+        assert torch.equal(use.local_share, model.local_shares())
+
+        for index, (queries, keys, values, strengths, mix) in enumerate(states_by_hand(model, ids)):
+            share = use.local_share[index][:, None, None]
+            one_of_group = slice(None, None, 4 // model.config.num_key_value_heads)
+            squares = torch.zeros(2, 4, dtype=torch.float64)
+            for segment in range(segments + 1):
+                part = slice(segment * n, (segment + 1) * n)
+                read = read_by_hand(queries[:, part], *memory_by_hand(keys, values, strengths, model.config, segment))
+                local = (mix[:, part] - (1 - share) * read) / share
+                if segment > 0:
+                    squares += torch.stack([read.square().sum((1, 2)), local.square().sum((1, 2))])
+                if segment == segments:
+                    torch.testing.assert_close(use.read_rms[-1, index], read.square().mean((1, 2)).sqrt())
+                    torch.testing.assert_close(use.local_rms[-1, index], local.square().mean((1, 2)).sqrt())
+            # Over the whole document, whatever the spans.
+            tokens = [end - max(start, n) for start, end in use.spans] + [rest]
+            for found, expected in zip((use.read_rms, use.local_rms), squares):
+                weights = torch.tensor(tokens, dtype=torch.float64)[:, None] * model.config.head_dim
+                torch.testing.assert_close((found[:, index].nan_to_num().square() * weights).sum(0), expected)
+
+            last = queries[:, segments * n :]
+            read = read_by_hand(last, *memory_by_hand(keys, values, strengths, model.config, segments))
+            for span, (start, end) in enumerate(use.spans):
+                memory, normaliser = memory_by_hand(keys, values, strengths, model.config, end // n)
+                expected = memory.flatten(1).norm(dim=1)[one_of_group]
+                torch.testing.assert_close(use.memory_norm[span, index], expected)
+                torch.testing.assert_close(use.normaliser_norm[span, index], normaliser.norm(dim=1)[one_of_group])
+                left_out = range(start // n, end // n)
+                without = memory_by_hand(keys, values, strengths, model.config, segments, left_out)
+                change = norms(read_by_hand(last, *without) - read)
+                torch.testing.assert_close(use.read_change[span, index], change / norms(read), rtol=1e-8, atol=1e-10)
+                expected = (1 - share[:, 0, 0]) * change / norms(mix[:, segments * n :])
+                torch.testing.assert_close(use.output_change[span, index], expected, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("rule", RULES)
+    def test_the_model_itself_with_a_span_left_out(self, rule, mode):
+        """The mix of a layer of the model moves as said when its memory is put to what it is without a span."""
+        model, ids = tiny_model(torch.float64, **rule, **mode), random_ids(1, 4 * N + 3)
+        use = memory_use(model, ids)
+        for index, (_, keys, values, strengths, mix) in enumerate(states_by_hand(model, ids)):
+            for span in range(4):
+                cache, seen = model.new_cache(), []
+                with torch.no_grad():
+                    model(ids[:, : 4 * N], past_key_values=cache)
+                    memory, normaliser = memory_by_hand(keys, values, strengths, model.config, 4, [span])
+                    cache.layers[index].memory = memory[None, ::2]
+                    cache.layers[index].normaliser = normaliser[None, ::2]
+                    o_proj = model.model.layers[index].self_attn.o_proj
+                    handle = o_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+                    model(ids[:, 4 * N :], past_key_values=cache)
+                    handle.remove()
+                found = seen[0].view(3, 4, 6).transpose(0, 1)
+                change = norms(found - mix[:, 4 * N :]) / norms(mix[:, 4 * N :])
+                assert relative_error(use.output_change[span, index], change) < 1e-8
+
+
+class TestMemoryUse:
+    def test_top_mass_by_hand(self):
+        model, ids = tiny_model(segment_length=200), random_ids(1, 401)
+        use = memory_use(model, ids)
+        for index, (_, keys, *_) in enumerate(states_by_hand(model, ids)):
+            mass = (torch.nn.functional.elu(keys[::2, :400]) + 1).sum(-1).view(2, 2, 200)
+            top = mass.sort(-1, descending=True).values[..., :2].sum(-1)
+            torch.testing.assert_close(use.top_mass[index], (top / mass.sum(-1)).mean(1))
+
+    def test_leaves_the_model_as_it_was(self):
+        model, ids = tiny_model(), random_ids(1, 17)
+        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        memory_use(model, ids)
+        with pytest.raises(IndexError):
+            memory_use(model, ids + 100)
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_runs_with_any_attention_and_dtype(self, attention, dtype):
+        model = tiny_model(dtype)
+        model.set_attn_implementation(attention)
+        use, expected = memory_use(model, random_ids(1, 33)), memory_use(tiny_model(), random_ids(1, 33))
+        tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+        for name in ("memory_norm", "read_rms", "local_rms", "output_change"):
+            found, target = getattr(use, name).nan_to_num(), getattr(expected, name).nan_to_num()
+            assert found.dtype == torch.float32
+            assert relative_error(found, target) < tolerance
+
+    def test_reaches_a_model_that_peft_has_wrapped(self):
+        peft = pytest.importorskip("peft")
+        ids, expected = random_ids(1, 33), memory_use(tiny_model(), random_ids(1, 33))
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], modules_to_save=["head_gates"])
+        wrapped = peft.get_peft_model(tiny_model(), config).eval()
+        torch.testing.assert_close(memory_use(wrapped, ids).output_change, expected.output_change)
+
+    def test_an_output_without_memory_does_not_change(self):
+        model, ids = tiny_model(), random_ids(1, 33)
+        with memory_off(model):
+            use = memory_use(model, ids)
+        assert use.local_share.eq(1).all()
+        assert use.output_change.eq(0).all()
+        assert use.read_change.gt(0).all()
+
+    def test_effective_spans(self):
+        def effective(changes):
+            none = torch.zeros(0)
+            changes = torch.tensor(changes)[:, None, None]
+            return MemoryUse([], none, none, none, none, none, none, changes, none).effective_spans.item()
+
+        assert effective([0.5, 0.5, 0.5, 0.5]) == pytest.approx(4)
+        assert effective([0.0, 0.3, 0.0, 0.0]) == pytest.approx(1)
+        assert effective([0.1, 0.3]) == pytest.approx(0.16 / 0.1)
+
+    def test_refuses_a_document_within_one_segment(self):
+        with pytest.raises(ValueError, match="5 tokens has no memory to read: it must be longer"):
+            memory_use(tiny_model(), random_ids(1, 5))
+
+
+def test_callback_logs_at_each_evaluation(tmp_path):
+    model, ids = tiny_model(), random_ids(1, 23)
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(2, 12).tolist()]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.add_callback(MemoryUseCallback(trainer, ids))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "memory/local_share_min" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    expected = memory_use(model.eval(), ids).summary()
+    assert {name: logged[-1][f"memory/{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_command_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    tiny_model().save_pretrained(tmp_path / "infini")
+    save_word_tokenizer(tmp_path / "infini")
+    (tmp_path / "book.txt").write_text(random_text(100))
+    options = ("--text", tmp_path / "book.txt", "--tokens", 63, "--spans", 4, "--output", tmp_path / "docs" / "use")
+    main([str(argument) for argument in (tmp_path / "infini", *options)])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in table if line.startswith("| ")] == [
+        "| layer",
+        "| 0",
+        "| 1",
+        "| tokens",
+        "| 0 to 14",
+        "| 15 to 29",
+        "| 30 to 44",
+        "| 45 to 59",
+        "| last segment",
+    ]
+    found = json.loads(
+        (tmp_path / "docs" / "use.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    assert found["settings"]["tokens"] == 63
+    assert found["spans"] == [[0, 15], [15, 30], [30, 45], [45, 60]]
+    assert len(found["read_change"]) == 4
+    assert len(found["read_change"][0]) == 2
+    assert found["summary"]["effective_spans_mean"] <= 4
+    assert (tmp_path / "docs" / "use.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_span_of_the_first_segment_alone_reads_nothing():
+    use = memory_use(tiny_model(), random_ids(1, 3 * N))
+    assert use.read_rms[0].isnan().all()
+    assert not math.isnan(use.read_rms[1:].sum())
+    assert use.to_dict()["read_rms"][0][0] == [None] * 4
+    assert markdown(use).splitlines()[-3].startswith("| 0 to 4 |")
