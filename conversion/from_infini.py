@@ -17,7 +17,13 @@ from .to_infini import has_own_head
 
 
 # Besides the gates, what may be in a memory has no place elsewhere.
-MEMORY_EXTENSIONS = ("write_strength.weight", "memory_query_norm.weight", "memory_key_norm.weight")
+MEMORY_EXTENSIONS = (
+    "write_strength.weight",
+    "memory_query_norm.weight",
+    "memory_key_norm.weight",
+    "memory_write_gate.weight",
+    "memory_write_gate.bias",
+)
 MEMORY_WEIGHTS = ("head_gates.weight", *MEMORY_EXTENSIONS)
 
 

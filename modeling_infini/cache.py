@@ -418,7 +418,7 @@ class _Recording:
         for layer, source in zip(layers, cache.layers):
             call = RecordedCall.joined(source.record).map(lambda states: states[:, :count])
             layer_layout, layer_angles = layout.to(call.keys.device), angles.to(call.keys.device)
-            key_states = KeyStates.rotated(call.keys, layer_angles, layer_layout, call.normed_keys)
+            key_states = KeyStates.rotated(call.keys, layer_angles, layer_layout, call.memory_keys)
             layer.update(key_states, call.values, layer_layout, call.write_strength)
         counters.advance(layout, count)
         return layers, counters

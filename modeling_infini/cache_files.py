@@ -39,6 +39,7 @@ FINGERPRINT_FIELDS = (
     "use_mem_delta_rule",
     "learned_delta_update",
     "memory_norm_init_scale",
+    "memory_write_gate",
     "memory_eps",
     "qk_norm",
 )

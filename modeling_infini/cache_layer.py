@@ -24,18 +24,18 @@ class KeyStates(NamedTuple):
     """
     The keys of a call, `(B, T, kv_heads, head_dim)`: without RoPE (`plain`), rotated as their own segment sees them
     (`own`), as the next one sees them (`next`), and the sinks `(R, num_sink_tokens, kv_heads, head_dim)` among them;
-    and as the memory gets them (`normed`), `None` where that is without RoPE and no more.
+    and as the memory gets them (`memory`), `None` where that is without RoPE and no more.
     """
 
     plain: torch.Tensor
     own: torch.Tensor
     next: torch.Tensor | None
     sinks: torch.Tensor | None
-    normed: torch.Tensor | None
+    memory: torch.Tensor | None
 
     @property
     def of_memory(self) -> torch.Tensor:
-        return self.plain if self.normed is None else self.normed
+        return self.plain if self.memory is None else self.memory
 
     @classmethod
     def rotated(
@@ -43,13 +43,13 @@ class KeyStates(NamedTuple):
         keys: torch.Tensor,
         angles: RotaryAngles,
         layout: SegmentLayout | DecodeLayout,
-        normed: torch.Tensor | None,
+        memory: torch.Tensor | None,
     ) -> "KeyStates":
         next_keys = None if angles.next is None else rotate(keys, angles.next)
         sinks = None
         if angles.sinks is not None:
             sinks = rotate(layout.sinks(keys) if isinstance(layout, SegmentLayout) else keys, angles.sinks)
-        return cls(keys, rotate(keys, angles.own), next_keys, sinks, normed)
+        return cls(keys, rotate(keys, angles.own), next_keys, sinks, memory)
 
 
 class Window(NamedTuple):
@@ -67,7 +67,7 @@ class RecordedCall(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
-    normed_keys: torch.Tensor | None
+    memory_keys: torch.Tensor | None
     write_strength: torch.Tensor | None
 
     def map(self, function) -> "RecordedCall":
@@ -357,7 +357,7 @@ class InfiniCacheLayer(CacheLayerMixin):
                 setattr(self, name, None if ring is None else ring.clone())
         self._is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
-            self.record.append(RecordedCall(keys, value_states, key_states.normed, write_strength))
+            self.record.append(RecordedCall(keys, value_states, key_states.memory, write_strength))
 
     def rings(self) -> tuple[torch.Tensor | None, ...]:
         """The last N tokens in `keys`, `next_keys` and `values`, `(batch, N, kv_heads, head_dim)`."""

@@ -62,6 +62,10 @@ class InfiniConfig(LlamaConfig):
             RMS-norm on the queries and keys of the memory, not on those of local attention, each head's times a
             learned scale that starts here; `None`: no norm. The greater the scale, the more sharply sigma tells keys
             apart: what a token that is not to be remembered weighs in later reads falls exponentially with it.
+        memory_write_gate (`bool`, defaults to `False`):
+            Learn how much of each token is remembered, per KV head: log g, with the gate g = sigmoid(W x + b), is
+            added to the key that the memory gets. Where sigma is exponential, that multiplies what the token adds to M
+            and z by g, so that a token may weigh nothing in later reads. Starts at g = 0.95.
         converted_from (`dict`, *optional*):
             What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
             besides those of its fields that have no meaning here. Written by conversions, read by model cards.
@@ -85,6 +89,7 @@ class InfiniConfig(LlamaConfig):
     lm_head_bias: bool = False
     learned_delta_update: bool = False
     memory_norm_init_scale: float | int | None = None
+    memory_write_gate: bool = False
     converted_from: dict | None = None
 
     @property
@@ -101,6 +106,8 @@ class InfiniConfig(LlamaConfig):
             for name in ("memory_query_norm", "memory_key_norm"):
                 plan[f"layers.*.self_attn.{name}.weight"] = "colwise"
                 plan[f"layers.*.self_attn.{name}"] = "local_params"
+        if self.memory_write_gate:
+            plan["layers.*.self_attn.memory_write_gate"] = "colwise"
         if self.qk_norm:
             # All heads share these weights; each process has the gradient of its own.
             plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
@@ -118,6 +125,7 @@ class InfiniConfig(LlamaConfig):
         extensions = [
             *(["a learned write strength"] if self.learned_delta_update else []),
             *(["a norm of its queries and keys"] if self.memory_norm_init_scale is not None else []),
+            *(["a write gate"] if self.memory_write_gate else []),
         ]
         return f"{rule}, with {' and '.join(extensions)}" if extensions else rule
 

@@ -65,6 +65,7 @@ STATE_FIELDS = (
     "use_mem_delta_rule",
     "learned_delta_update",
     "memory_norm_init_scale",
+    "memory_write_gate",
     "memory_eps",
 )
 
@@ -113,6 +114,25 @@ class InfiniMemoryNorm(nn.Module):
         return normed * self.weight.to(states.dtype).exp().unsqueeze(-1)
 
 
+class InfiniWriteGate(nn.Linear):
+    """
+    How much of each token is remembered: log g, where g = sigmoid(W x + b), one per KV head.
+
+    Added to a key in the range where sigma is exponential, it multiplies what the token adds to M and z: the input
+    gate of an LSTM, for a memory whose reads are relative to all that was written.
+    """
+
+    INITIAL_LOGIT = 3.0
+
+    def __init__(self, config: InfiniConfig):
+        super().__init__(config.hidden_size, config.num_key_value_heads)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden_size)` -> `(..., kv_heads)`, at least in float32."""
+        logits = super().forward(hidden_states)
+        return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
+
+
 class InfiniAttention(nn.Module):
     """Local attention with RoPE over segments, mixed by a gate per head with a read of the memory (without RoPE)."""
 
@@ -145,6 +165,8 @@ class InfiniAttention(nn.Module):
         if config.memory_norm_init_scale is not None:
             self.memory_query_norm = InfiniMemoryNorm(config, config.num_attention_heads)
             self.memory_key_norm = InfiniMemoryNorm(config, config.num_key_value_heads)
+        if config.memory_write_gate:
+            self.memory_write_gate = InfiniWriteGate(config)
 
     def forward(
         self,
@@ -183,6 +205,9 @@ class InfiniAttention(nn.Module):
         memory_queries, memory_keys = queries, None
         if self.config.memory_norm_init_scale is not None:
             memory_queries, memory_keys = self.memory_query_norm(queries), self.memory_key_norm(keys)
+        if self.config.memory_write_gate:
+            memory_keys = keys if memory_keys is None else memory_keys
+            memory_keys = memory_keys + self.memory_write_gate(hidden_states).unsqueeze(-1)
 
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)
@@ -335,6 +360,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, self.config.head_gate_init_value / self.config.head_gate_scale)
         if isinstance(module, InfiniMemoryNorm):
             init.constant_(module.weight, math.log(self.config.memory_norm_init_scale))
+        if isinstance(module, InfiniWriteGate):
+            init.constant_(module.bias, InfiniWriteGate.INITIAL_LOGIT)
 
 
 @auto_docstring

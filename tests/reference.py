@@ -108,6 +108,9 @@ def reference_stream(ids, weights, config):
                 scale = {n: weights[f"{at}.self_attn.memory_{n}_norm.weight"].exp() for n in ("query", "key")}
                 memory_queries = [s * rms_norm(q, 1, config.rms_norm_eps) for s, q in zip(scale["query"], queries)]
                 memory_keys = [s * rms_norm(k, 1, config.rms_norm_eps) for s, k in zip(scale["key"], keys)]
+            if config.memory_write_gate:
+                gates = torch.sigmoid(linear(h, f"{at}.self_attn.memory_write_gate"))
+                memory_keys = [key + gate.log() for key, gate in zip(memory_keys, gates)]
             strengths = torch.ones(kv_heads, dtype=torch.float64)
             if config.learned_delta_update:
                 strengths = torch.sigmoid(linear(h, f"{at}.self_attn.write_strength"))

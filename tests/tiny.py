@@ -89,6 +89,7 @@ def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6
         "qk_norm": draw(st.booleans()),
         "learned_delta_update": draw(st.booleans()),
         "memory_norm_init_scale": draw(st.sampled_from([None, 1.5])),
+        "memory_write_gate": draw(st.booleans()),
     }
 
 
