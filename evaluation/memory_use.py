@@ -124,8 +124,8 @@ class _Layer:
     What is followed of one layer.
 
     Attributes:
-        queries, local, output: of the last call, `(tokens, heads, head_dim)`: queries without RoPE, the output of
-            local attention, and its mix with the memory.
+        queries, local, output: of the last call, `(tokens, heads, head_dim)`: queries as they read the memory, the
+            output of local attention, and its mix with the memory.
         without: the memory had each span not been written: M `(spans, kv_heads, head_dim, head_dim)` and z.
     """
 
@@ -150,6 +150,8 @@ class _Layer:
     def hooks(self) -> Iterator[Any]:
         """Registers what keeps `queries` and `output`."""
         queries = self.attention.q_norm if self.config.qk_norm else self.attention.q_proj
+        if self.config.memory_norm_init_scale is not None:
+            queries = self.attention.memory_query_norm
         yield queries.register_forward_hook(lambda module, inputs, output: self._keep("queries", output))
         yield self.attention.o_proj.register_forward_pre_hook(lambda module, inputs: self._keep("output", inputs[0]))
 
@@ -164,9 +166,12 @@ class _Layer:
 
     def add_write(self, span: int, layer: InfiniCacheLayer) -> None:
         """Writes the segment of the last call into the memories without another span."""
-        (keys, values, *strengths), dtype = layer.record[0], layer.memory.dtype
-        features, values = feature_map(keys[0].transpose(0, 1).to(dtype)), values[0].transpose(0, 1).to(dtype)
-        strength = strengths[0][0].transpose(0, 1).unsqueeze(-1).to(dtype) if strengths else None
+        call = layer.record[0]
+        keys = call.keys if call.memory_keys is None else call.memory_keys
+        keys, values = (states[0].transpose(0, 1).to(layer.memory.dtype) for states in (keys, call.values))
+        features, strength = feature_map(keys), None
+        if call.write_strength is not None:
+            strength = call.write_strength[0].transpose(0, 1).unsqueeze(-1).to(layer.memory.dtype)
         memory, normaliser = segment_write(features, values if strength is None else values * strength)
         if self.config.use_mem_delta_rule:
             corrections = delta_correction(features, self.without.normaliser, self.config.memory_eps, strength)
@@ -251,7 +256,7 @@ def memory_use(
         for index, ids in enumerate(segments):
             before = [(state.memory, state.normaliser) for state in cache.layers]
             for state in cache.layers:
-                # The record has keys, values and strengths as they are written.
+                # The record has what is written.
                 state.record = []
             model(input_ids=ids.to(model.device), past_key_values=cache, logits_to_keep=1)
             is_last = index == len(segments) - 1

@@ -21,13 +21,15 @@ RULES = [
     {"use_mem_delta_rule": False},
     {"use_mem_delta_rule": True},
     {"use_mem_delta_rule": True, "learned_delta_update": True, "qk_norm": True},
+    {"memory_norm_init_scale": 1.5, "memory_write_gate": True},
 ]
 
 
 def states_by_hand(model, ids):
     """
-    Of each layer, in one forward of a whole document: queries `(heads, T, d)`, keys and values, repeated for the heads
-    of their group, write strengths `(heads, T)`, and the mix of local attention and memory `(heads, T, d)`.
+    Of each layer, in one forward of a whole document: queries `(heads, T, d)`, keys and values of the memory, repeated
+    for the heads of their group, write strengths `(heads, T)`, and the mix of local attention and memory
+    `(heads, T, d)`.
     """
     config, seen = model.config, {}
 
@@ -41,10 +43,16 @@ def states_by_hand(model, ids):
 
         return hook
 
-    norm = {"q_proj": "q_norm", "k_proj": "k_norm"} if config.qk_norm else {}
+    names = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
+    if config.qk_norm:
+        names |= {"queries": "q_norm", "keys": "k_norm"}
+    if config.memory_norm_init_scale is not None:
+        names |= {"queries": "memory_query_norm", "keys": "memory_key_norm"}
     for layer in model.model.layers:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            getattr(layer.self_attn, norm.get(name, name)).register_forward_hook(keep(name))
+        for name, module in names.items():
+            getattr(layer.self_attn, module).register_forward_hook(keep(name))
+        if config.memory_write_gate:
+            layer.self_attn.memory_write_gate.register_forward_hook(keep("log_gates"))
         layer.self_attn.o_proj.register_forward_hook(keep("mix", of_output=False))
         if config.learned_delta_update:
             layer.self_attn.write_strength.register_forward_hook(keep("strength"))
@@ -55,8 +63,11 @@ def states_by_hand(model, ids):
         strengths = torch.ones(config.num_attention_heads, len(ids[0]))
         if config.learned_delta_update:
             strengths = seen["strength"][index][0].sigmoid().T.repeat_interleave(groups, 0)
-        queries, mix = by_head(seen["q_proj"][index]), by_head(seen["mix"][index])
-        yield queries, by_head(seen["k_proj"][index], groups), by_head(seen["v_proj"][index], groups), strengths, mix
+        queries, mix = by_head(seen["queries"][index]), by_head(seen["mix"][index])
+        keys, values = (by_head(seen[name][index], groups) for name in ("keys", "values"))
+        if config.memory_write_gate:
+            keys = keys + seen["log_gates"][index][0].T.repeat_interleave(groups, 0).unsqueeze(-1)
+        yield queries, keys, values, strengths, mix
 
 
 def memory_by_hand(keys, values, strengths, config, segments, left_out=()):
