@@ -23,6 +23,7 @@ from .modeling_infini import (
     InfiniModel,
     InfiniPreTrainedModel,
 )
+from .write_sparsity import sparse_writes
 
 
 AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
@@ -60,6 +61,7 @@ __all__ = [
     "load_documents",
     "loss_in_chunks",
     "model_card",
+    "sparse_writes",
     "state_nbytes",
     "tokenize_documents",
 ]

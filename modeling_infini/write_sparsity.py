@@ -1,0 +1,69 @@
+"""A pressure on write gates in training: of a long text, most is not worth remembering."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from .modeling_infini import InfiniWriteGate
+
+
+class _AddLoss(torch.autograd.Function):
+    """
+    A tensor as it is, in whose backward a loss takes part: as the auxiliary losses of mixtures of experts are added,
+    so that no trainer, loss function or chunk needs to know of it.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return gradient, gradient.new_ones(())
+
+
+def write_penalty(log_gates: torch.Tensor, margin: float) -> torch.Tensor:
+    """
+    How far tokens are, on average, from weighing exp(-margin) of the one that the memory of their row and head
+    remembers best: the mean of max(0, log g - max log g + margin). No label of what is worth remembering is used.
+
+    Args:
+        log_gates: log g, `(batch, length, kv_heads)`.
+    """
+    return torch.relu(log_gates - log_gates.amax(1, keepdim=True) + margin).mean()
+
+
+@contextmanager
+def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iterator[None]:
+    """
+    Inside, each call of a model in training adds `weight` times the [`write_penalty`] of each layer to its gradients,
+    whatever the trainer.
+
+    A loss alone stops to teach what not to write once filler is a small share of what is read at the lengths trained
+    on. The penalty goes on, and a memory that has learned on short texts holds on longer ones.
+
+    Args:
+        weight: of the penalty, against a loss in nats.
+        margin: in nats; 20 is a weight of 2e-9, of which a million are 0.002.
+
+    Raises:
+        TypeError: if the model has no write gates.
+    """
+    gates = [module for module in model.modules() if isinstance(module, InfiniWriteGate)]
+    if not gates:
+        raise TypeError("The model has no write gates: make it with memory_write_gate=True.")
+
+    def add_penalty(gate: nn.Module, arguments: tuple, log_gates: torch.Tensor) -> torch.Tensor:
+        if not (gate.training and log_gates.requires_grad):
+            return log_gates
+        return _AddLoss.apply(log_gates, weight * write_penalty(log_gates, margin))
+
+    with ExitStack() as hooks:
+        for gate in gates:
+            hooks.callback(gate.register_forward_hook(add_penalty).remove)
+        yield
+
+
+__all__ = ["sparse_writes", "write_penalty"]
