@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 
 class Example(NamedTuple):
@@ -20,3 +21,8 @@ class Example(NamedTuple):
     input_ids: torch.Tensor
     answer_positions: torch.Tensor
     facts: dict[str, Any]
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """What a tokenizer puts before every text, its BOS token or nothing: `(tokens,)`."""
+    return torch.tensor(tokenizer("", verbose=False).input_ids, dtype=torch.long)

@@ -64,7 +64,8 @@ def hide(
 
     Args:
         length: number of tokens in all.
-        pieces: depth and ids of each: at depth 0 all filler stands after it, at depth 1 before it.
+        pieces: depth and ids of each: at depth 0 all filler stands after it, at depth 1 before it. Of pieces at the
+            same depth, what is first here is first there.
 
     Returns:
         `(length,)`.
@@ -75,7 +76,7 @@ def hide(
     pieces = sorted(pieces, key=lambda piece: piece[0])
     room = length - sum(len(ids) for _, ids in pieces)
     if room < 0:
-        raise ValueError(f"{length - room} tokens do not fit into {length}.")
+        raise ValueError(f"What is hidden and asked for takes {length - room} tokens: {length} are too few.")
     passage = filler.passage(int(generator.integers(len(filler.ids))), room)
     cuts = [round(depth * room) for depth, _ in pieces]
     parts = list(passage.tensor_split(cuts))

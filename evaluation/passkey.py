@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .examples import Example
+from .examples import Example, opening_ids
 from .haystacks import Filler, encode, hide
 
 
@@ -98,15 +98,14 @@ def passkey_example(
         ValueError: if the words alone are longer.
     """
     key = draw_number(generator)
-    opening = torch.tensor(tokenizer("", verbose=False).input_ids, dtype=torch.long)
-    opening = torch.cat([opening, encode(tokenizer, wording.opening)])
+    opening = torch.cat([opening_ids(tokenizer), encode(tokenizer, wording.opening)])
     answer = encode(tokenizer, " " + key)
     end = torch.cat([encode(tokenizer, " " + wording.question), answer])
-    pieces = [(depth, encode(tokenizer, " " + wording.needle.format(key=key)))]
+    pieces = [(0.0, opening), (depth, encode(tokenizer, " " + wording.needle.format(key=key)))]
     for _ in range(num_decoys):
         decoy = DECOYS[generator.integers(len(DECOYS))].format(key=draw_number(generator))
         pieces.append((generator.random(), encode(tokenizer, " " + decoy)))
-    middle = hide(filler, length - len(opening) - len(end), pieces, generator)
+    ids = hide(filler, length, [*pieces, (1.0, end)], generator)
     has_digit = [any(map(str.isdigit, tokenizer.decode([token]))) for token in answer.tolist()]
     positions = torch.arange(length - len(answer), length)[torch.tensor(has_digit)]
-    return Example(torch.cat([opening, middle, end]), positions, {"depth": depth, "answer": key})
+    return Example(ids, positions, {"depth": depth, "answer": key})

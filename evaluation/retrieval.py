@@ -1,0 +1,342 @@
+"""
+Whether a model finds what stands far back: the passkey task by length and depth, with the standard heatmap, and other
+tasks of recall.
+
+    python -m evaluation.retrieval model --lengths 4096 131072 --fillers sentence moby_dick.txt --output docs/passkey
+
+prints a Markdown table, and writes docs/passkey.jsonl, a line per trial as soon as it is done, and docs/passkey.png.
+Called again, it goes on after the last trial in the file: more lengths, trials and fillers may be asked for.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from .examples import Example
+from .haystacks import Filler, repeated_sentence, text_filler
+from .loading import load_model, load_tokenizer
+from .losses import Progress, memory_off
+from .mqar import mqar_example
+from .needle import needle_example
+from .passkey import passkey_example
+from .resources import king_james_bible
+from .variable_tracking import variable_tracking_example
+
+
+class Task(NamedTuple):
+    """
+    Attributes:
+        draw: a trial from a tokenizer, filler, length, depth and random generator.
+        has_depth: whether the depth is a matter of the task.
+    """
+
+    draw: Callable[[PreTrainedTokenizerBase, Filler, int, float, np.random.Generator], Example]
+    has_depth: bool
+
+
+TASKS = {
+    "passkey": Task(passkey_example, True),
+    "needle": Task(needle_example, True),
+    "mqar": Task(
+        lambda tokenizer, filler, length, depth, generator: mqar_example(tokenizer, filler, length, generator), False
+    ),
+    "variable_tracking": Task(
+        lambda tokenizer, filler, length, depth, generator: variable_tracking_example(
+            tokenizer, filler, length, generator
+        ),
+        False,
+    ),
+}
+
+
+class Score(NamedTuple):
+    """
+    Attributes:
+        token_accuracy: the share of answer tokens that are the most probable ones.
+        exact: whether all of them are.
+        found: the most probable tokens, `(answers,)`.
+    """
+
+    token_accuracy: float
+    exact: bool
+    found: torch.Tensor
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel, example: Example, chunk_length: int = 4096, progress: Progress | None = None
+) -> Score:
+    """
+    Reads an example through the model's own cache, chunk by chunk: in constant memory if that is an [`InfiniCache`].
+
+    Args:
+        chunk_length: number of tokens in a call.
+    """
+    cache, found = None, []
+    # The last token predicts nothing.
+    inputs, asked = example.input_ids[:-1], example.answer_positions - 1
+    for start in range(0, len(inputs), chunk_length):
+        chunk = inputs[start : start + chunk_length]
+        kept = asked[(asked >= start) & (asked < start + len(chunk))] - start
+        keep: Any = kept.to(model.device) if len(kept) else 1
+        outputs = model(
+            chunk.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep
+        )
+        cache = outputs.past_key_values
+        if len(kept):
+            found.append(outputs.logits[0].argmax(-1).cpu())
+        if progress is not None:
+            progress(len(chunk))
+    tokens = torch.cat(found)
+    is_right = tokens == example.input_ids[example.answer_positions]
+    return Score(is_right.double().mean().item(), bool(is_right.all()), tokens)
+
+
+class Setting(NamedTuple):
+    """What trials have in common: `depth` is the number of the part, of `depths`, that holds what is sought."""
+
+    task: str
+    filler: str
+    length: int
+    depth: int
+    depths: int
+
+
+def draw_example(
+    tokenizer: PreTrainedTokenizerBase, filler: Filler, setting: Setting, trial: int, seed: int
+) -> Example:
+    """The same for the same arguments, whatever was drawn before. The depth is anywhere within the setting's part."""
+    generator = np.random.default_rng([seed, setting.length, setting.depth, setting.depths, trial])
+    depth = (setting.depth + generator.random()) / setting.depths
+    return TASKS[setting.task].draw(tokenizer, filler, setting.length, depth, generator)
+
+
+Row = dict[str, Any]
+
+
+def run_trials(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fillers: dict[str, Filler],
+    settings: Iterable[tuple[Setting, int]],
+    seed: int = 0,
+    chunk_length: int = 4096,
+    progress: Progress | None = None,
+) -> Iterator[Row]:
+    """
+    Runs trials one by one.
+
+    Args:
+        fillers: by the name that a setting has for it.
+        settings: and the number of the trial in each.
+
+    Yields:
+        For each the fields of its setting, `trial`, `seed`, the facts of its example, `found` (text), `token_accuracy`
+        and `exact`: what [`markdown`] and [`plot`] take.
+    """
+    for setting, trial in settings:
+        example = draw_example(tokenizer, fillers[setting.filler], setting, trial, seed)
+        scored = score(model, example, chunk_length, progress)
+        facts = {**example.facts}
+        if "depth" in facts:
+            facts["depth_drawn"] = facts.pop("depth")
+        results = {
+            "found": tokenizer.decode(scored.found),
+            "token_accuracy": scored.token_accuracy,
+            "exact": scored.exact,
+        }
+        yield {**setting._asdict(), "trial": trial, "seed": seed, **facts, **results}
+
+
+class RetrievalCallback(TrainerCallback):
+    """
+    Logs how well examples are answered, as `eval_{name}_exact` and `eval_{name}_token_accuracy`, after each
+    evaluation: `trainer.add_callback(RetrievalCallback(trainer, "passkey", examples))`. They are also in the metrics
+    of the evaluation, by which the best checkpoint can be chosen.
+    """
+
+    def __init__(self, trainer: Trainer, name: str, examples: Sequence[Example], chunk_length: int = 4096):
+        self.trainer, self.name, self.examples, self.chunk_length = trainer, name, examples, chunk_length
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+        was_training = model.training
+        model.eval()
+        scores = [score(model, example, self.chunk_length) for example in self.examples]
+        model.train(was_training)
+        found = {
+            f"eval_{self.name}_exact": float(np.mean([scored.exact for scored in scores])),
+            f"eval_{self.name}_token_accuracy": float(np.mean([scored.token_accuracy for scored in scores])),
+        }
+        if metrics is not None:
+            metrics.update(found)
+        self.trainer.log(found)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def _groups(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple, list[Row]]:
+    """Rows that agree in all of the named fields, in the order of these fields."""
+    keys = sorted({tuple(row[name] for name in names) for row in rows})
+    return {key: [row for row in rows if tuple(row[name] for name in names) == key] for key in keys}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of exact answers by task, filler and length, with the worst of the depths."""
+    lines = [
+        "| task | filler | tokens | trials | exact | tokens right | worst depth |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for (task, filler, length), group in _groups(rows, ("task", "filler", "length")).items():
+        worst = ""
+        if TASKS[task].has_depth:
+            by_depth = _groups(group, ("depth", "depths"))
+            (part, parts), worst_rows = min(by_depth.items(), key=lambda item: _mean(item[1], "exact"))
+            right = sum(row["exact"] for row in worst_rows)
+            worst = f"{part / parts:.0%} to {(part + 1) / parts:.0%}: {right} of {len(worst_rows)}"
+        right = sum(row["exact"] for row in group)
+        shares = f"{right} ({right / len(group):.0%})", f"{_mean(group, 'token_accuracy'):.1%}"
+        lines.append(f"| {' | '.join([task, filler, f'{length:,}', f'{len(group)}', *shares, worst])} |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], file: str | Path) -> None:
+    """The heatmap, depth by length, of exact answers; one per task and filler. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    panels = _groups(rows, ("task", "filler"))
+    figure = Figure(figsize=(1.5 + 5 * len(panels), 4.5), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((task, filler), group) in zip(all_axes, panels.items()):
+        lengths = sorted({row["length"] for row in group})
+        parts = max(row["depths"] for row in group)
+        shares = np.full((parts, len(lengths)), np.nan)
+        for (part, depths, length), cell in _groups(group, ("depth", "depths", "length")).items():
+            shares[part * parts // depths : (part + 1) * parts // depths, lengths.index(length)] = _mean(cell, "exact")
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", extent=(0, len(lengths), 100, 0))
+        for (part, column), share in np.ndenumerate(shares):
+            if not np.isnan(share):
+                axes.text(column + 0.5, (part + 0.5) * 100 / parts, f"{share:.0%}", ha="center", va="center", size=8)
+        axes.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
+        axes.set(title=f"{task}: exact answers, filler: {filler}", xlabel="tokens", ylabel="depth (% of the filler)")
+    figure.colorbar(image, ax=all_axes)
+    figure.savefig(file, dpi=150)
+
+
+def find_filler(tokenizer: PreTrainedTokenizerBase, name: str) -> Filler:
+    """
+    Filler by its name on the command line: `sentence`, `bible` or a text file.
+
+    Raises:
+        FileNotFoundError: if it is none of them.
+    """
+    if name == "sentence":
+        return repeated_sentence(tokenizer)
+    if name == "bible":
+        return text_filler(tokenizer, "King James Bible", king_james_bible())
+    file = Path(name)
+    if not file.is_file():
+        raise FileNotFoundError(f'The filler "{name}" is neither "sentence" nor "bible" nor a text file.')
+    return text_filler(tokenizer, file.stem, file.read_text(encoding="utf-8"))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """By which weights are known: hexadecimal, different where any weight or dtype is."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _start_or_continue(file: Path, made_by: dict[str, str]) -> list[Row]:
+    """
+    The trials that a file holds; a new file, of `made_by` alone, if there is none.
+
+    Raises:
+        ValueError: if another model made them, or the same with its memory on instead of off.
+    """
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(made_by) + "\n", encoding="utf-8")
+        return []
+    first, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    if first != made_by:
+        raise ValueError(f"{file} holds trials of {first}, not of {made_by}: name another --output.")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder, a .gguf file or a Hub id of a causal language model")
+    parser.add_argument("--task", choices=TASKS, default="passkey", help="(default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="in tokens (default: 4096)")
+    parser.add_argument(
+        "--fillers",
+        nargs="+",
+        default=["sentence", "bible"],
+        help='"sentence" (repeated), "bible" (the King James Bible) or text files (default: sentence bible)',
+    )
+    parser.add_argument(
+        "--depths", type=int, default=10, help="into how many parts the depth is divided (default: %(default)s)"
+    )
+    parser.add_argument("--trials", type=int, default=5, help="for each part of the depth (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the trials (default: %(default)s)")
+    parser.add_argument("--memory-off", action="store_true", help="shut the memory out")
+    parser.add_argument("--chunk-length", type=int, default=4096, help="tokens in a call (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--output", help="where to write OUTPUT.jsonl, as it goes, and OUTPUT.png")
+    options = parser.parse_args(arguments)
+    if options.output and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--output draws a heatmap: pip install matplotlib")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    tokenizer = load_tokenizer(options.model)
+    fillers = {filler.name: filler for filler in (find_filler(tokenizer, name) for name in options.fillers)}
+    model = load_model(options.model, dtype=options.dtype, device_map=options.device)
+    file = Path(f"{options.output}.jsonl") if options.output else None
+    made_by = {"weights": weights_digest(model), "memory": "off" if options.memory_off else "on"}
+    rows = [] if file is None else _start_or_continue(file, made_by)
+    done = {(Setting(*(row[name] for name in Setting._fields)), row["trial"], row["seed"]) for row in rows}
+    wanted = [
+        (Setting(options.task, filler, length, depth, options.depths), trial)
+        for length in options.lengths
+        for filler in fillers
+        for trial in range(options.trials)
+        for depth in range(options.depths)
+    ]
+    wanted = [(setting, trial) for setting, trial in wanted if (setting, trial, options.seed) not in done]
+    total = sum(setting.length - 1 for setting, _ in wanted)
+    with (
+        tqdm(total=total, unit="token", unit_scale=True, file=sys.stderr) as progress,
+        memory_off(model) if options.memory_off else nullcontext(),
+    ):
+        run = run_trials(model, tokenizer, fillers, wanted, options.seed, options.chunk_length, progress.update)
+        for row in run:
+            rows.append(row)
+            progress.set_postfix(exact=f"{_mean(rows, 'exact'):.0%}")
+            if file is not None:
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(row) + "\n")
+    print(markdown(rows))
+    if options.output:
+        plot(rows, f"{options.output}.png")
+
+
+if __name__ == "__main__":
+    main()

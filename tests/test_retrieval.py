@@ -1,0 +1,218 @@
+"""Scores are those of greedy generation; tables, files and callbacks show these scores."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import MODES, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from words import WORDS, random_text, save_word_tokenizer
+
+from evaluation.examples import Example
+from evaluation.haystacks import Filler
+from evaluation.loading import load_tokenizer
+from evaluation.retrieval import (
+    RetrievalCallback,
+    Setting,
+    draw_example,
+    main,
+    markdown,
+    plot,
+    run_trials,
+    score,
+    weights_digest,
+)
+from modeling_infini import InfiniTrainer, InfiniTrainingArguments
+
+
+def random_example(length: int, answers: int, seed: int = 0) -> Example:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(WORDS), (length,), generator=generator)
+    return Example(ids, torch.arange(length - answers, length), {})
+
+
+def answered_by(model, example: Example) -> Example:
+    """The same prompt, with what the model generates for its answer."""
+    start = int(example.answer_positions[0])
+    generated = model.generate(
+        example.input_ids[None, :start], max_new_tokens=len(example.answer_positions), do_sample=False
+    )
+    return example._replace(input_ids=generated[0])
+
+
+class TestScore:
+    @pytest.mark.parametrize("chunk_length", [1, 4, 7, 100])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_exact_is_what_greedy_generation_finds(self, mode, chunk_length):
+        model = tiny_model(**mode)
+        example = answered_by(model, random_example(23, 4))
+        assert score(model, example, chunk_length).exact
+        for place in range(4):
+            wrong = example.input_ids.clone()
+            wrong[19 + place] = (wrong[19 + place] + 1) % len(WORDS)
+            found = score(model, example._replace(input_ids=wrong), chunk_length)
+            assert not found.exact
+            assert found.token_accuracy < 1
+            assert found.found[place] == example.input_ids[19 + place]
+
+    def test_answers_anywhere_are_those_of_one_forward(self):
+        model, example = tiny_model(), random_example(31, 1)
+        positions = torch.tensor([1, 5, 6, 17, 30])
+        with torch.no_grad():
+            expected = model(example.input_ids[None], use_cache=False).logits[0, positions - 1].argmax(-1)
+        ids = example.input_ids.clone()
+        ids[30] = expected[-1]
+        found = score(model, Example(ids, positions, {}), chunk_length=6)
+        assert torch.equal(found.found, expected)
+        assert found.token_accuracy == (expected == ids[positions]).double().mean().item() > 0
+
+    def test_of_a_model_with_full_attention(self):
+        config = LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+        model.generation_config.eos_token_id = None
+        assert score(model, answered_by(model, random_example(20, 3)), chunk_length=8).exact
+
+    def test_progress_is_of_all_tokens_that_are_read(self):
+        read = []
+        score(tiny_model(), random_example(20, 2), 8, read.append)
+        assert read == [8, 8, 3]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    # What the prompts are made of are unknown words, so that any of the answer is.
+    save_word_tokenizer(tmp_path / "model")
+    (tmp_path / "book.txt").write_text(random_text(200))
+    return tmp_path / "model"
+
+
+class TestTrials:
+    def test_a_trial_is_the_same_whatever_was_drawn_before(self, folder):
+        tokenizer, filler = load_tokenizer(folder), Filler("words", torch.arange(len(WORDS)))
+        settings = [Setting("passkey", "words", 80, depth, 4) for depth in (0, 3)]
+        first, second = (draw_example(tokenizer, filler, setting, 1, seed=5) for setting in settings)
+        again = draw_example(tokenizer, filler, settings[1], 1, seed=5)
+        assert torch.equal(second.input_ids, again.input_ids)
+        assert 0 <= first.facts["depth"] < 0.25
+        assert 0.75 <= second.facts["depth"] < 1
+        other = draw_example(tokenizer, filler, settings[1], 1, seed=6)
+        assert other.facts != second.facts
+
+    def test_rows_hold_what_was_found(self, folder):
+        model, tokenizer = tiny_model(), load_tokenizer(folder)
+        fillers = {"words": Filler("words", torch.arange(len(WORDS)))}
+        setting = Setting("variable_tracking", "words", 130, 0, 1)
+        (row,) = run_trials(model, tokenizer, fillers, [(setting, 3)], seed=2)
+        example = draw_example(tokenizer, fillers["words"], setting, 3, 2)
+        expected = score(model, example)
+        assert row["token_accuracy"] == expected.token_accuracy
+        assert row["exact"] == expected.exact
+        assert row["found"] == tokenizer.decode(expected.found)
+        assert (row["length"], row["trial"], row["seed"]) == (130, 3, 2)
+        assert row["answer"] == example.facts["answer"]
+
+
+def row(task="passkey", filler="words", length=64, depth=0, exact=True, share=1.0):
+    return {
+        **Setting(task, filler, length, depth, 2)._asdict(),
+        "exact": exact,
+        "token_accuracy": share,
+    }
+
+
+class TestReport:
+    ROWS = [
+        row(depth=0),
+        row(depth=0),
+        row(depth=1),
+        row(depth=1, exact=False, share=0.6),
+        row(length=128, exact=False, share=0.2),
+        row("mqar", exact=False, share=0.5),
+    ]
+
+    def test_table(self):
+        lines = markdown(self.ROWS).splitlines()
+        assert lines[2:] == [
+            "| mqar | words | 64 | 1 | 0 (0%) | 50.0% |  |",
+            "| passkey | words | 64 | 4 | 3 (75%) | 90.0% | 50% to 100%: 1 of 2 |",
+            "| passkey | words | 128 | 1 | 0 (0%) | 20.0% | 0% to 50%: 0 of 1 |",
+        ]
+
+    def test_heatmap(self, tmp_path, monkeypatch):
+        figure_module = pytest.importorskip("matplotlib.figure")
+        drawn = []
+        monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+        plot(self.ROWS, tmp_path / "map.png")
+        images = {
+            axes.get_title(): axes.images[0].get_array().filled(-1) for axes in drawn[0].axes if axes.get_title()
+        }
+        shares = images["passkey: exact answers, filler: words"]
+        assert np.array_equal(shares, [[1.0, 0.0], [0.5, -1.0]])
+
+
+class TestCallback:
+    @pytest.mark.parametrize("kind", [(Trainer, TrainingArguments), (InfiniTrainer, InfiniTrainingArguments)])
+    def test_metrics_of_an_evaluation(self, kind, tmp_path):
+        trainer_class, arguments_class = kind
+        model = tiny_model()
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(20).view(2, 10)]
+        arguments = arguments_class(str(tmp_path), report_to="none", use_cpu=True)
+        trainer = trainer_class(model, arguments, eval_dataset=rows)
+        examples = [answered_by(model.eval(), random_example(23, 4)), random_example(23, 4, seed=1)]
+        expected = [score(model, example) for example in examples]
+        trainer.add_callback(RetrievalCallback(trainer, "recall", examples, chunk_length=6))
+        model.train()
+        metrics = trainer.evaluate()
+        assert metrics["eval_recall_exact"] == 0.5 == np.mean([found.exact for found in expected])
+        assert metrics["eval_recall_token_accuracy"] == np.mean([found.token_accuracy for found in expected])
+        logged = trainer.state.log_history[-1]
+        assert logged["eval_recall_exact"] == 0.5
+
+
+class TestCommandLine:
+    def run(self, folder, *options):
+        book = folder.parent / "book.txt"
+        main([str(option) for option in (folder, "--fillers", book, "--depths", 2, "--trials", 1, *options)])
+
+    def test_goes_on_where_it_stopped(self, folder, capsys):
+        pytest.importorskip("matplotlib")
+        output = folder.parent / "found" / "passkey"
+        self.run(folder, "--lengths", 80, "--output", output)
+        lines = output.with_suffix(".jsonl").read_text().splitlines()
+        assert json.loads(lines[0]) == {"weights": weights_digest(tiny_model()), "memory": "on"}
+        assert len(lines) == 3
+        first_table = capsys.readouterr().out
+        assert "| passkey | book | 80 | 2 |" in first_table
+        assert output.with_suffix(".png").stat().st_size > 1000
+
+        self.run(folder, "--lengths", 80, 90, "--output", output)
+        more = output.with_suffix(".jsonl").read_text().splitlines()
+        assert more[:3] == lines
+        assert [json.loads(line)["length"] for line in more[3:]] == [90, 90]
+        assert "| passkey | book | 90 | 2 |" in capsys.readouterr().out
+
+    def test_trials_of_another_model_are_not_mixed_in(self, folder):
+        pytest.importorskip("matplotlib")
+        output = folder.parent / "passkey"
+        self.run(folder, "--lengths", 80, "--output", output)
+        before = output.with_suffix(".jsonl").read_text()
+        with pytest.raises(ValueError, match="name another --output"):
+            self.run(folder, "--lengths", 80, "--output", output, "--memory-off")
+        tiny_model(seed=1).save_pretrained(folder)
+        with pytest.raises(ValueError, match="name another --output"):
+            self.run(folder, "--lengths", 80, "--output", output)
+        assert output.with_suffix(".jsonl").read_text() == before
+
+    @pytest.mark.parametrize("task", ["needle", "variable_tracking"])
+    def test_other_tasks(self, task, folder, capsys):
+        self.run(folder, "--task", task, "--lengths", 130)
+        assert f"| {task} | book | 130 | 2 |" in capsys.readouterr().out
+
+    def test_an_unknown_filler_is_refused(self, folder):
+        with pytest.raises(FileNotFoundError, match='neither "sentence" nor "bible" nor a text file'):
+            main([str(folder), "--fillers", "nothing.txt"])
