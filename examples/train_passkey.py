@@ -1,0 +1,256 @@
+"""
+Trains a small model from scratch, tokenizer included, to find a passkey in texts far longer than those it trains on;
+or goes on with a converted checkpoint.
+
+    python examples/train_passkey.py --train_files austen/ shakespeare/ sotu/ --output_dir passkey-model
+    python -m evaluation.retrieval passkey-model --lengths 131072 1048576 --fillers sentence moby_dick.txt
+
+What the filler is, how the number is announced and what other numbers there are varies, and only the answer is
+trained on. Texts grow from 80 to 32,768 tokens as the model masters them; after that six in ten are of the greatest
+length, the others of any. Where the number stands is never told to the model or the loss: what teaches it to write
+little is the pressure of `sparse_writes`, which looks at no label.
+
+Each option of `transformers.TrainingArguments` and `InfiniTrainingArguments` is one of this script.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import IterableDataset
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
+
+from evaluation.haystacks import REPEATED_SENTENCE, Filler, repeated_sentence, text_filler
+from evaluation.loading import load_tokenizer
+from evaluation.passkey import DECOYS, TRAINING_WORDINGS, passkey_example
+from modeling_infini import (
+    InfiniConfig,
+    InfiniForCausalLM,
+    InfiniTrainer,
+    InfiniTrainingArguments,
+    load_documents,
+    sparse_writes,
+)
+
+
+END_OF_TEXT = "<|endoftext|>"
+# So often are the prompts in what the tokenizer is trained on: their words are tokens, as those of the texts are.
+PROMPTS_IN_VOCABULARY = 300
+# Texts shorter than this have no opening words and no other numbers.
+SHORT = 256
+# A stage is mastered by the mean loss of so many logs in a row.
+LOGS_OF_MASTERY = 3
+MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+    "segment_length": 64,
+    "local_attention": "sliding",
+    "memory_norm_init_scale": 3.0,
+    "memory_write_gate": True,
+    "memory_eps": 1e-12,
+}
+TRAINING = {
+    "max_steps": 1400,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.95,
+    "per_device_train_batch_size": 1,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@dataclass
+class RecipeArguments:
+    train_files: list[str] = field(metadata={"help": "Texts for the filler and the tokenizer: files or folders."})
+    model: str | None = field(
+        default=None, metadata={"help": "An Infini-attention checkpoint: a folder or a Hub id. Default: from scratch."}
+    )
+    config_overrides: str = field(
+        default="{}", metadata={"help": "Fields of InfiniConfig as JSON: '{\"memory_write_gate\": true}'."}
+    )
+    vocab_size: int = field(default=1024, metadata={"help": "Of the tokenizer of a model from scratch."})
+    lengths: list[int] = field(
+        default_factory=lambda: [80, 128, 512, 2048, 8192, 32768],
+        metadata={"help": "Tokens of a text, stage by stage."},
+    )
+    tokens_per_step: int = field(default=8192, metadata={"help": "Of all texts of a step, at least one."})
+    mastery: float = field(
+        default=0.15, metadata={"help": "The next stage starts when the loss of three logs in a row is less."}
+    )
+    rate_decay: float = field(default=0.85, metadata={"help": "Of the learning rate, from stage to stage."})
+    release_stage: int = field(
+        default=3, metadata={"help": "From this stage on gates are trained and `write_sparsity` presses."}
+    )
+    write_sparsity: float = field(default=0.003, metadata={"help": "Weight of the penalty on writes; 0: none."})
+
+
+class Curriculum(TrainerCallback):
+    """Goes on to longer texts when the present ones are mastered, and holds the head gates still at first."""
+
+    def __init__(self, model: InfiniForCausalLM, arguments: RecipeArguments):
+        self.model = model
+        self.arguments = arguments
+        self.segment_length = model.config.segment_length
+        self.losses: deque[float] = deque(maxlen=LOGS_OF_MASTERY)
+        self.penalty = ExitStack()
+        self.stage = 0
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the longest texts."""
+        return self.arguments.lengths[self.stage]
+
+    def _enter(self, stage: int) -> None:
+        self.stage = stage
+        self.losses.clear()
+        # Between short texts and questions, only short segments have an end.
+        self.model.config.segment_length = min(self.segment_length, max(32, self.length // 4))
+        releases = stage == min(self.arguments.release_stage, len(self.arguments.lengths) - 1)
+        if releases and self.arguments.write_sparsity > 0:
+            self.penalty.enter_context(sparse_writes(self.model, self.arguments.write_sparsity))
+        for name, parameter in self.model.named_parameters():
+            if "head_gates" in name:
+                parameter.requires_grad_(self.stage >= self.arguments.release_stage)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Not before: an optimizer made now would leave out what is held still.
+        self._enter(0)
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        lr_scheduler.base_lrs = [args.learning_rate * self.arguments.rate_decay**self.stage] * len(
+            lr_scheduler.base_lrs
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        self.losses.append(logs["loss"])
+        has_mastered = len(self.losses) == LOGS_OF_MASTERY and np.mean(self.losses) < self.arguments.mastery
+        if has_mastered and self.stage + 1 < len(self.arguments.lengths):
+            self._enter(self.stage + 1)
+            print(f"step {state.global_step}: on to {self.length:,} tokens", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.penalty.close()
+        self.model.config.segment_length = self.segment_length
+
+
+class PasskeyTexts(IterableDataset):
+    """Batches of texts that end in a question and its answer, the only part with labels."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, fillers: Sequence[Filler], curriculum: Curriculum, seed: int
+    ):
+        self.tokenizer = tokenizer
+        self.fillers = fillers
+        self.curriculum = curriculum
+        self.generator = np.random.default_rng(seed)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            length = self._draw_length()
+            rows = max(1, self.curriculum.arguments.tokens_per_step // length)
+            texts = [self._draw_text(length) for _ in range(rows)]
+            yield {name: torch.stack([text[name] for text in texts]) for name in ("input_ids", "labels")}
+
+    def _draw_length(self) -> int:
+        shortest, longest = self.curriculum.arguments.lengths[0], self.curriculum.length
+        if self.generator.random() < 0.6:
+            return longest
+        return round(math.exp(self.generator.uniform(math.log(shortest), math.log(longest))))
+
+    def _draw_text(self, length: int) -> dict[str, torch.Tensor]:
+        draw = self.generator
+        wording = TRAINING_WORDINGS[draw.integers(len(TRAINING_WORDINGS))]
+        decoys = 0
+        if length < SHORT:
+            wording = wording._replace(opening="")
+        else:
+            decoys = int(draw.integers(1 + min(8, length // SHORT)))
+        filler = self.fillers[0 if draw.random() < 0.25 else draw.integers(1, len(self.fillers))]
+        # The start of the text is the hardest place: the most comes after it.
+        depth = draw.random() if draw.random() < 0.6 else 0.0
+        example = passkey_example(self.tokenizer, filler, length - 1, depth, draw, wording, decoys)
+        ids = torch.cat([example.input_ids, torch.tensor([self.tokenizer.eos_token_id])])
+        labels = torch.full_like(ids, -100)
+        labels[example.answer_positions[0] :] = ids[example.answer_positions[0] :]
+        return {"input_ids": ids, "labels": labels}
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of single digits, trained on the filler and on what numbers are announced in."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    wordings = [" ".join((wording.opening, wording.needle, wording.question)) for wording in TRAINING_WORDINGS]
+    prompts = " ".join([REPEATED_SENTENCE, *wordings, *DECOYS])
+    tokenizer.train_from_iterator([*texts, *[prompts] * PROMPTS_IN_VOCABULARY], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> InfiniForCausalLM:
+    overrides = json.loads(recipe.config_overrides)
+    if recipe.model is not None:
+        return InfiniForCausalLM.from_pretrained(recipe.model, **overrides)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return InfiniForCausalLM(InfiniConfig(**{**MODEL, **special, "vocab_size": len(tokenizer), **overrides}))
+
+
+def main() -> None:
+    parser = HfArgumentParser((RecipeArguments, InfiniTrainingArguments), description=__doc__)
+    parser.set_defaults(**TRAINING)
+    recipe, arguments = parser.parse_args_into_dataclasses()
+    set_seed(arguments.seed)
+    texts = [document["text"] for document in load_documents(recipe.train_files)]
+    tokenizer = load_tokenizer(recipe.model) if recipe.model else train_tokenizer(texts, recipe.vocab_size)
+    fillers = [repeated_sentence(tokenizer), text_filler(tokenizer, "training texts", "\n".join(texts))]
+    model = make_model(tokenizer, recipe)
+    curriculum = Curriculum(model, recipe)
+    print(f"{model.num_parameters():,} parameters, {len(fillers[1].ids):,} tokens of filler", flush=True)
+    trainer = InfiniTrainer(
+        model,
+        arguments,
+        data_collator=lambda batches: batches[0],
+        train_dataset=PasskeyTexts(tokenizer, fillers, curriculum, arguments.seed),
+        processing_class=tokenizer,
+        callbacks=[curriculum],
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()
