@@ -68,6 +68,7 @@ DECOYS = (
     "The letter was dated {key}.",
 )
 NUM_DIGITS = 5
+NEAR = 50
 
 
 def draw_number(generator: np.random.Generator) -> str:
@@ -83,13 +84,15 @@ def passkey_example(
     generator: np.random.Generator,
     wording: Wording = PAPER_WORDING,
     num_decoys: int = 0,
+    near_decoys: float = 0.0,
 ) -> Example:
     """
     A text of exactly `length` tokens, the answer included.
 
     Args:
         depth: of the number: 0 at the start of the filler, 1 at its end.
-        num_decoys: number of sentences with other numbers, anywhere.
+        num_decoys: number of sentences with other numbers.
+        near_decoys: the probability of each to stand within 50 tokens of the number, and not anywhere.
 
     Returns:
         The answers are the tokens that have digits; `facts` are the depth and the answer.
@@ -104,7 +107,10 @@ def passkey_example(
     pieces = [(0.0, opening), (depth, encode(tokenizer, " " + wording.needle.format(key=key)))]
     for _ in range(num_decoys):
         decoy = DECOYS[generator.integers(len(DECOYS))].format(key=draw_number(generator))
-        pieces.append((generator.random(), encode(tokenizer, " " + decoy)))
+        decoy_depth = generator.random()
+        if near_decoys > 0 and generator.random() < near_decoys:
+            decoy_depth = min(1.0, max(0.0, depth + generator.uniform(-1, 1) * NEAR / length))
+        pieces.append((decoy_depth, encode(tokenizer, " " + decoy)))
     ids = hide(filler, length, [*pieces, (1.0, end)], generator)
     has_digit = [any(map(str.isdigit, tokenizer.decode([token]))) for token in answer.tolist()]
     positions = torch.arange(length - len(answer), length)[torch.tensor(has_digit)]

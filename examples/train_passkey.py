@@ -105,6 +105,9 @@ class RecipeArguments:
     release_stage: int = field(
         default=3, metadata={"help": "From this stage on gates are trained and `write_sparsity` presses."}
     )
+    near_decoys: float = field(
+        default=0.0, metadata={"help": "The probability of other numbers to stand close to the one in question."}
+    )
     write_sparsity: float = field(default=0.003, metadata={"help": "Weight of the penalty on writes; 0: none."})
 
 
@@ -192,9 +195,10 @@ class PasskeyTexts(IterableDataset):
         else:
             decoys = int(draw.integers(1 + min(8, length // SHORT)))
         filler = self.fillers[0 if draw.random() < 0.25 else draw.integers(1, len(self.fillers))]
+        near = self.curriculum.arguments.near_decoys
         # The start of the text is the hardest place: the most comes after it.
         depth = draw.random() if draw.random() < 0.6 else 0.0
-        example = passkey_example(self.tokenizer, filler, length - 1, depth, draw, wording, decoys)
+        example = passkey_example(self.tokenizer, filler, length - 1, depth, draw, wording, decoys, near)
         ids = torch.cat([example.input_ids, torch.tensor([self.tokenizer.eos_token_id])])
         labels = torch.full_like(ids, -100)
         labels[example.answer_positions[0] :] = ids[example.answer_positions[0] :]
@@ -224,7 +228,8 @@ def make_model(tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> I
     overrides = json.loads(recipe.config_overrides)
     if recipe.model is not None:
         return InfiniForCausalLM.from_pretrained(recipe.model, **overrides)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    # No pad token: it is the EOS token, whose embedding is to be learned.
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return InfiniForCausalLM(InfiniConfig(**{**MODEL, **special, "vocab_size": len(tokenizer), **overrides}))
 
 

@@ -11,7 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence
 from evaluation.mqar import mqar_example
 from evaluation.needle import CITIES, DEEDS, KINDS, THINGS, needle_example
-from evaluation.passkey import DECOYS, HELD_OUT_WORDINGS, NUM_DIGITS, PAPER_WORDING, TRAINING_WORDINGS, passkey_example
+from evaluation.passkey import (
+    DECOYS,
+    HELD_OUT_WORDINGS,
+    NEAR,
+    NUM_DIGITS,
+    PAPER_WORDING,
+    TRAINING_WORDINGS,
+    passkey_example,
+)
 from evaluation.variable_tracking import variable_tracking_example
 
 
@@ -219,6 +227,22 @@ class TestPasskey:
 
 
 class TestPasskeyWordings:
+    def test_near_decoys_stand_around_the_number(self, tokenizer, filler):
+        distances = []
+        for seed in range(20):
+            generator = np.random.default_rng(seed)
+            length = 5000
+            example = passkey_example(tokenizer, filler, length, 0.5, generator, num_decoys=1, near_decoys=1.0)
+            text = tokenizer.decode(example.input_ids)
+            needle = PAPER_WORDING.needle.format(key=example.facts["answer"])
+            before, after = text.split(needle)
+            pattern = "|".join(decoy.replace("{key}", r"\d{5}") for decoy in DECOYS)
+            ((side, match),) = [(side, match) for side in (before, after) for match in re.finditer(pattern, side)]
+            gap = side[match.end() :] if side is before else side[: match.start()]
+            distances.append(len(tokenizer(gap).input_ids) * (-1 if side is before else 1))
+        assert max(map(abs, distances)) <= NEAR + 2
+        assert min(distances) < 0 < max(distances)
+
     def test_training_has_the_paper_s_and_none_of_those_held_out(self):
         assert PAPER_WORDING in TRAINING_WORDINGS
         for part in ("needle", "question"):

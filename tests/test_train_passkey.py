@@ -1,0 +1,112 @@
+"""The recipe of `examples/train_passkey.py`: its stages, what it holds still, and that its model is one of the Hub."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from words import random_text
+
+from evaluation.haystacks import repeated_sentence
+from evaluation.loading import load_model, load_tokenizer
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import train_passkey
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text(random_text(3000))
+
+    def run(output: str, *options):
+        arguments = ["--train_files", tmp_path / "book.txt", "--output_dir", tmp_path / output, "--use_cpu"]
+        arguments += ["--tokens_per_step", 1024, "--lengths", 128, 512, "--vocab_size", 400, "--logging_steps", 1]
+        monkeypatch.setattr(sys, "argv", ["train_passkey.py", *map(str, [*arguments, *options])])
+        train_passkey.main()
+        return tmp_path / output
+
+    return run
+
+
+def gates_of(folder: Path) -> torch.Tensor:
+    return load_model(folder).local_shares()
+
+
+def test_trains_from_scratch_and_goes_on_from_a_checkpoint(train):
+    scratch = ("--config_overrides", json.dumps(SMALL), "--max_steps", 5, "--warmup_steps", 0)
+    held = train("held", *scratch, "--mastery", 0, "--release_stage", 1)
+    assert torch.equal(gates_of(held), torch.full((1, 2), 0.5))
+    assert load_model(held).config.segment_length == train_passkey.MODEL["segment_length"]
+    state = json.loads((held / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5]
+
+    # Three logs are mastered at any loss: the last steps train gates.
+    released = train("released", *scratch, "--mastery", 1000, "--release_stage", 1)
+    assert (gates_of(released) != 0.5).all()
+
+    goes_on = ("--release_stage", 0, "--near_decoys", 0.5, "--warmup_steps", 0)
+    further = train("further", "--model", released, "--max_steps", 1, *goes_on)
+    assert load_tokenizer(further).get_vocab() == load_tokenizer(released).get_vocab()
+    before, after = load_model(released).state_dict(), load_model(further).state_dict()
+    assert before.keys() == after.keys()
+    # A step of AdamW moves a weight by the learning rate at most, and its decay.
+    moved = max((before[name] - after[name]).abs().max().item() for name in before)
+    assert 0 < moved < 2 * train_passkey.TRAINING["learning_rate"]
+
+
+def test_pressure_on_writes_starts_with_the_stage_and_ends_with_training(train, monkeypatch):
+    weights, open_now = [], set()
+
+    class Pressure:
+        def __init__(self, model, weight):
+            weights.append(weight)
+
+        def __enter__(self):
+            open_now.add(self)
+
+        def __exit__(self, *error):
+            open_now.discard(self)
+
+    monkeypatch.setattr(train_passkey, "sparse_writes", Pressure)
+    scratch = ("--config_overrides", json.dumps(SMALL), "--max_steps", 4, "--mastery", 1000)
+    train("pressed", *scratch, "--release_stage", 1, "--write_sparsity", 0.25)
+    assert weights == [0.25]
+    assert not open_now
+    train("free", *scratch, "--release_stage", 1, "--write_sparsity", 0)
+    train("early", *scratch, "--release_stage", 2, "--write_sparsity", 0.5, "--max_steps", 2)
+    assert weights == [0.25]
+
+
+@pytest.mark.parametrize("length", [80, 300])
+def test_only_the_answer_and_the_end_are_labels(length):
+    tokenizer = train_passkey.train_tokenizer([random_text(3000)], 400)
+    recipe = train_passkey.RecipeArguments(train_files=[], lengths=[length], tokens_per_step=4 * length)
+    model = train_passkey.make_model(tokenizer, recipe)
+    filler = repeated_sentence(tokenizer)
+    texts = train_passkey.PasskeyTexts(tokenizer, [filler, filler], train_passkey.Curriculum(model, recipe), seed=0)
+    batch = next(iter(texts))
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, length)
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        asked = labels != -100
+        assert torch.equal(labels[asked], ids[asked])
+        answer = tokenizer.decode(ids[asked])
+        assert answer.endswith(train_passkey.END_OF_TEXT)
+        number = answer.removesuffix(train_passkey.END_OF_TEXT).strip()
+        assert len(number) == 5
+        assert number.isdigit()
+        # Where the question stands, and in the needle.
+        assert tokenizer.decode(ids).count(number) == 3
+
+
+def test_tokenizer_has_one_token_per_digit():
+    tokenizer = train_passkey.train_tokenizer([random_text(3000)], 400)
+    digits = "".join(map(str, np.random.default_rng(0).integers(10, size=30)))
+    assert tokenizer.convert_ids_to_tokens(tokenizer(digits).input_ids) == list(digits)
+    assert tokenizer.decode(tokenizer(f"The key is {digits}.").input_ids) == f"The key is {digits}."
