@@ -1,11 +1,14 @@
 """Filler of any length, and things hidden in it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from .resources import king_james_bible
 
 
 # Of Landmark Attention (arXiv 2305.16300), as the paper's passkey task has it.
@@ -51,6 +54,23 @@ def text_filler(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> Fil
     if not text.strip():
         raise ValueError(f"{name} holds no text to hide things in.")
     return Filler(name, ids)
+
+
+def find_filler(tokenizer: PreTrainedTokenizerBase, name: str) -> Filler:
+    """
+    Filler by its name on the command line: `sentence`, `bible` or a text file.
+
+    Raises:
+        FileNotFoundError: if it is none of them.
+    """
+    if name == "sentence":
+        return repeated_sentence(tokenizer)
+    if name == "bible":
+        return text_filler(tokenizer, "King James Bible", king_james_bible())
+    file = Path(name)
+    if not file.is_file():
+        raise FileNotFoundError(f'The filler "{name}" is neither "sentence" nor "bible" nor a text file.')
+    return text_filler(tokenizer, file.stem, file.read_text(encoding="utf-8"))
 
 
 def hide(

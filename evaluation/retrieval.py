@@ -25,13 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.utils import logging
 
 from .examples import Example
-from .haystacks import Filler, repeated_sentence, text_filler
+from .haystacks import Filler, find_filler
 from .loading import load_model, load_tokenizer
 from .losses import Progress, memory_off
 from .mqar import mqar_example
 from .needle import needle_example
 from .passkey import passkey_example
-from .resources import king_james_bible
 from .variable_tracking import variable_tracking_example
 
 
@@ -234,23 +233,6 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
         axes.set(title=f"{task}: exact answers, filler: {filler}", xlabel="tokens", ylabel="depth (% of the filler)")
     figure.colorbar(image, ax=all_axes)
     figure.savefig(file, dpi=150)
-
-
-def find_filler(tokenizer: PreTrainedTokenizerBase, name: str) -> Filler:
-    """
-    Filler by its name on the command line: `sentence`, `bible` or a text file.
-
-    Raises:
-        FileNotFoundError: if it is none of them.
-    """
-    if name == "sentence":
-        return repeated_sentence(tokenizer)
-    if name == "bible":
-        return text_filler(tokenizer, "King James Bible", king_james_bible())
-    file = Path(name)
-    if not file.is_file():
-        raise FileNotFoundError(f'The filler "{name}" is neither "sentence" nor "bible" nor a text file.')
-    return text_filler(tokenizer, file.stem, file.read_text(encoding="utf-8"))
 
 
 def weights_digest(model: PreTrainedModel) -> str:

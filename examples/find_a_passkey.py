@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from evaluation.haystacks import find_filler
 from evaluation.passkey import PAPER_WORDING, passkey_example
-from evaluation.retrieval import find_filler
 
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "passkey"
