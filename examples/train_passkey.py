@@ -108,6 +108,9 @@ class RecipeArguments:
     near_decoys: float = field(
         default=0.0, metadata={"help": "The probability of other numbers to stand close to the one in question."}
     )
+    stray_numbers: float = field(
+        default=0.0, metadata={"help": "The share of the filler's words that are replaced by numbers of any kind."}
+    )
     write_sparsity: float = field(default=0.003, metadata={"help": "Weight of the penalty on writes; 0: none."})
 
 
@@ -224,6 +227,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
+def with_stray_numbers(text: str, share: float, generator: np.random.Generator) -> str:
+    """A text in which so many of the words are numbers of one to five digits instead, as `12`, `12th` or `12,000`."""
+    words = text.split()
+    for place in np.flatnonzero(generator.random(len(words)) < share):
+        number = generator.integers(10 ** generator.integers(1, 6))
+        words[place] = f"{number}{generator.choice(['', 'th', ',000', '.'])}"
+    return " ".join(words)
+
+
 def make_model(tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> InfiniForCausalLM:
     overrides = json.loads(recipe.config_overrides)
     if recipe.model is not None:
@@ -240,7 +252,8 @@ def main() -> None:
     set_seed(arguments.seed)
     texts = [document["text"] for document in load_documents(recipe.train_files)]
     tokenizer = load_tokenizer(recipe.model) if recipe.model else train_tokenizer(texts, recipe.vocab_size)
-    fillers = [repeated_sentence(tokenizer), text_filler(tokenizer, "training texts", "\n".join(texts))]
+    text = with_stray_numbers("\n".join(texts), recipe.stray_numbers, np.random.default_rng(arguments.seed))
+    fillers = [repeated_sentence(tokenizer), text_filler(tokenizer, "training texts", text)]
     model = make_model(tokenizer, recipe)
     curriculum = Curriculum(model, recipe)
     print(f"{model.num_parameters():,} parameters, {len(fillers[1].ids):,} tokens of filler", flush=True)

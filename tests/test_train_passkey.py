@@ -105,6 +105,18 @@ def test_only_the_answer_and_the_end_are_labels(length):
         assert tokenizer.decode(ids).count(number) == 3
 
 
+def test_stray_numbers_replace_the_share_of_words():
+    text = random_text(5000)
+    draw = np.random.default_rng
+    assert train_passkey.with_stray_numbers(text, 0.0, draw(0)) == text
+    words = train_passkey.with_stray_numbers(text, 0.1, draw(0)).split()
+    pairs = list(zip(words, text.split(), strict=True))
+    strays = [word for word, original in pairs if word != original]
+    assert 400 < len(strays) < 600
+    assert all(word[0].isdigit() for word in strays)
+    assert any(word.endswith("th") for word in strays)
+
+
 def test_tokenizer_has_one_token_per_digit():
     tokenizer = train_passkey.train_tokenizer([random_text(3000)], 400)
     digits = "".join(map(str, np.random.default_rng(0).integers(10, size=30)))
