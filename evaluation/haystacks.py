@@ -91,8 +91,10 @@ def hide(
         `(length,)`.
 
     Raises:
-        ValueError: if the pieces alone are longer.
+        ValueError: if the pieces alone are longer, or a depth is not between 0 and 1.
     """
+    if any(not 0 <= depth <= 1 for depth, _ in pieces):
+        raise ValueError(f"Depths are between 0 and 1, not {', '.join(f'{depth:g}' for depth, _ in pieces)}.")
     pieces = sorted(pieces, key=lambda piece: piece[0])
     room = length - sum(len(ids) for _, ids in pieces)
     if room < 0:

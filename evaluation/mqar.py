@@ -16,7 +16,7 @@ def mqar_example(
     num_pairs: int = 8,
 ) -> Example:
     """
-    `num_pairs` pairs of a key and a value, filler, and each key once more, in another order, with its value after it.
+    `num_pairs` pairs of a key and a value, filler, and each key once more, in any order, with its value after it.
     Keys and values are any tokens but the special ones and those of the filler; no token stands for two of them.
 
     Returns:

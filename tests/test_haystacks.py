@@ -139,3 +139,10 @@ class TestHide:
         hide(filler, 4, pieces[:1], np.random.default_rng(0)).zero_()
         assert filler.ids.tolist() == [0, 1, 2, 3, 4]
         assert [(depth, ids.tolist()) for depth, ids in pieces] == [(1.0, [2000]), (0.0, [1000, 1001])]
+
+
+@pytest.mark.parametrize("depth", [-0.5, 1.5])
+def test_depths_outside_the_filler_are_refused(depth):
+    filler = Filler("numbers", torch.arange(10))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        hide(filler, 100, [(depth, torch.tensor([1]))], np.random.default_rng(0))

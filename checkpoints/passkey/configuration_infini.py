@@ -1,0 +1,214 @@
+"""Configuration of Infini-attention models."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+# Which of the code files' classes each Auto class loads with trust_remote_code=True.
+AUTO_MAP = {
+    "AutoConfig": "configuration_infini.InfiniConfig",
+    "AutoModel": "modeling_infini.InfiniModel",
+    "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_infini.InfiniForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_infini.InfiniForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_infini.InfiniForTokenClassification",
+}
+
+MODELING_FILE = "modeling_infini.py"
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@strict
+class InfiniConfig(LlamaConfig):
+    r"""
+    Every field of [`LlamaConfig`], and those of the compressive memory.
+
+    Args:
+        segment_length (`int`, defaults to 2048):
+            Number of tokens N in a segment. A segment is written to the memory when it is complete.
+        use_mem_delta_rule (`bool`, defaults to `False`):
+            Write with the delta rule, which stores only what the memory does not return already, instead of the
+            linear rule.
+        local_attention (`"segment"` or `"sliding"`, defaults to `"segment"`):
+            What a token sees beside the memory. `"segment"`: the tokens of its own segment (the paper). `"sliding"`:
+            the last `segment_length` tokens, and the first `num_sink_tokens` tokens of the stream.
+        num_sink_tokens (`int`, defaults to 0):
+            Attention sinks of `"sliding"`: tokens at the start of the stream that stay visible for ever.
+        head_gate_init_value (`float`, defaults to 0.0):
+            Logit of the gates at initialization. 0.0 is half open; a gate that starts closed stays closed.
+        head_gate_scale (`float`, defaults to 10.0):
+            The gate is `sigmoid(head_gate_scale * weight)`: the share of LOCAL attention, one per query head (in the
+            paper, arXiv 2404.07143 eq. 10, the sigmoid is the share of the memory). Under Adam, a step of `lr` on the
+            weight moves the logit by `head_gate_scale * lr`, so that one learning rate suits gates and matrices.
+        memory_eps (`float`, defaults to 1e-10):
+            Lower bound of the denominator of a memory read.
+        qkv_bias, attention_output_bias (`bool`, *optional*):
+            Bias of the query, key and value projections, and of the output projection. `None`: as `attention_bias`.
+        qk_norm (`bool`, defaults to `False`):
+            RMS-norm on the queries and keys of each head, as in Qwen3.
+        lm_head_bias (`bool`, defaults to `False`):
+            Bias of the language modeling head, as in infini-transformer-pytorch.
+        learned_delta_update (`bool`, defaults to `False`):
+            Learn how strongly each token is written to the memory, per KV head: beta = sigmoid(W x) scales what the
+            linear or the delta rule adds to M (not to z), as in infini-transformer-pytorch, whose weight is 1 - beta.
+        memory_norm_init_scale (`float`, *optional*):
+            RMS-norm on the queries and keys of the memory, not on those of local attention, each head's times a
+            learned scale that starts here; `None`: no norm. The greater the scale, the more sharply sigma tells keys
+            apart: what a token that is not to be remembered weighs in later reads falls exponentially with it.
+        memory_write_gate (`bool`, defaults to `False`):
+            Learn how much of each token is remembered, per KV head: log g, with the gate g = sigmoid(W x + b), is
+            added to the key that the memory gets. Where sigma is exponential, that multiplies what the token adds to M
+            and z by g, so that a token may weigh nothing in later reads. Starts at g = 0.95.
+        converted_from (`dict`, *optional*):
+            What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
+            besides those of its fields that have no meaning here. Written by conversions, read by model cards.
+
+    Raises:
+        ValueError: for a combination of fields that has no meaning; the message names the field and the rule.
+    """
+
+    model_type = "infini"
+
+    segment_length: int = 2048
+    use_mem_delta_rule: bool = False
+    local_attention: Literal["segment", "sliding"] = "segment"
+    num_sink_tokens: int = 0
+    head_gate_init_value: float | int = 0.0
+    head_gate_scale: float | int = 10.0
+    memory_eps: float | int = 1e-10
+    qkv_bias: bool | None = None
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
+    lm_head_bias: bool = False
+    learned_delta_update: bool = False
+    memory_norm_init_scale: float | int | None = None
+    memory_write_gate: bool = False
+    converted_from: dict | None = None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How tensor parallelism shards the modules that there are: everything of a head goes with it."""
+        plan = {
+            **LlamaConfig.base_model_tp_plan,
+            "layers.*.self_attn.head_gates.weight": "colwise",
+            "layers.*.self_attn.head_gates": "local_params",
+        }
+        if self.learned_delta_update:
+            plan["layers.*.self_attn.write_strength"] = "colwise"
+        if self.memory_norm_init_scale is not None:
+            for name in ("memory_query_norm", "memory_key_norm"):
+                plan[f"layers.*.self_attn.{name}.weight"] = "colwise"
+                plan[f"layers.*.self_attn.{name}"] = "local_params"
+        if self.memory_write_gate:
+            plan["layers.*.self_attn.memory_write_gate"] = "colwise"
+        if self.qk_norm:
+            # All heads share these weights; each process has the gradient of its own.
+            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
+        return plan
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether local attention is a sliding window (with or without sinks)."""
+        return self.local_attention == "sliding"
+
+    @property
+    def memory_rule(self) -> str:
+        """How the memory is written and read, in words."""
+        rule = f"{'delta' if self.use_mem_delta_rule else 'linear'} rule"
+        extensions = [
+            *(["a learned write strength"] if self.learned_delta_update else []),
+            *(["a norm of its queries and keys"] if self.memory_norm_init_scale is not None else []),
+            *(["a write gate"] if self.memory_write_gate else []),
+        ]
+        return f"{rule}, with {' and '.join(extensions)}" if extensions else rule
+
+    @property
+    def longest_distance(self) -> int:
+        """Upper bound, in tokens, of the distance between a token and what it sees locally."""
+        return 2 * self.segment_length + self.num_sink_tokens if self.is_sliding else self.segment_length
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Saves the configuration with the code files beside it and an `auto_map` that names them, so that every Auto
+        class loads it with `trust_remote_code=True`. All models save their configuration by this.
+
+        Args:
+            save_directory: the folder; made if it does not exist.
+            push_to_hub: also upload it.
+            kwargs: as for [`~PreTrainedConfig.save_pretrained`].
+        """
+        target = Path(save_directory)
+        code_folder = self._code_folder(target)
+        if code_folder is None:
+            # Only the configuration's code was loaded from the Hub; that of the models stays there.
+            self.auto_map = {name: f"{self.name_or_path}--{reference}" for name, reference in AUTO_MAP.items()}
+        else:
+            self.auto_map = dict(AUTO_MAP)
+            target.mkdir(parents=True, exist_ok=True)
+            modeling_file = code_folder / MODELING_FILE
+            for file in map(Path, {str(modeling_file), *get_relative_import_files(modeling_file)}):
+                if file.parent.resolve() != target.resolve():
+                    shutil.copy(file, target)
+        super().save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def _code_folder(self, target: Path) -> Path | None:
+        """Where the models' code is: beside this file, where the configuration came from, or saved before it."""
+        folders = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else []), target]
+        return next((folder for folder in folders if (folder / MODELING_FILE).is_file()), None)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        # A head_dim of its own (Qwen3) frees hidden_size from being a multiple of the number of heads.
+        if self.head_dim is None or self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim={self.head_dim} must be an even number: RoPE rotates pairs of dimensions.")
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length={self.segment_length} must be at least 1.")
+        if not 0 <= self.num_sink_tokens <= self.segment_length:
+            raise ValueError(
+                f"num_sink_tokens={self.num_sink_tokens} must be between 0 and segment_length={self.segment_length}."
+            )
+        if self.num_sink_tokens > 0 and not self.is_sliding:
+            raise ValueError(
+                f'num_sink_tokens={self.num_sink_tokens} needs local_attention="sliding"; with '
+                f'local_attention="{self.local_attention}" it must be 0.'
+            )
+        if self.memory_eps <= 0:
+            raise ValueError(f"memory_eps={self.memory_eps} must be positive: it bounds a denominator.")
+        if self.head_gate_scale <= 0:
+            raise ValueError(f"head_gate_scale={self.head_gate_scale} must be positive.")
+        if self.memory_norm_init_scale is not None and self.memory_norm_init_scale <= 0:
+            raise ValueError(
+                f"memory_norm_init_scale={self.memory_norm_init_scale} must be positive, or None: no norm."
+            )
+        self._validate_rope()
+
+    def _validate_rope(self):
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in SUPPORTED_ROPE_TYPES:
+            raise ValueError(
+                f'rope_type="{rope_type}" is not supported: its angles depend on more than the distance within a '
+                f"window. Supported: {', '.join(SUPPORTED_ROPE_TYPES)}."
+            )
+        if rope_type == "dynamic" and self.longest_distance > self.max_position_embeddings:
+            raise ValueError(
+                f'rope_type="dynamic" changes its frequencies beyond max_position_embeddings='
+                f"{self.max_position_embeddings}, but local attention reaches {self.longest_distance} tokens. "
+                f"Choose a smaller segment_length={self.segment_length}."
+            )
+
+
+__all__ = ["InfiniConfig"]

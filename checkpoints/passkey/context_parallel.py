@@ -1,0 +1,404 @@
+"""
+Context parallelism: one sequence over several ranks, a piece of whole segments on each.
+
+All that a piece needs of the tokens before it is what a cache would hold at its start: M and z, the last segment of
+the piece on its left, and the sinks. So that is all that is exchanged, per layer and KV head (d = head_dim):
+
+    z      z_start = sum of the z of the ranks before                    d       numbers from each rank
+    M      linear  M_start = sum of the M of the ranks before            d * d
+           delta   a piece maps M to M + B - C M; M_start = the maps of
+                   the ranks before, one after the other, of 0       2 * d * d
+    window N keys and N values from the left neighbour to the right  2 * N * d   (`"sliding"`)
+    sinks  keys and values of the first tokens, from rank 0 to all   2 * num_sink_tokens * d
+
+Nothing of it grows with the length. Each exchange is an autograd function whose backward pass is an exchange as well.
+All ranks must take part in all of them, in one order. Forwards that is the order of the code. Backwards, autograd runs
+what is ready and was made last: it is the reverse order on every rank, as long as the loss of every rank depends on
+each exchange. So what a rank does not use of one (rank 0 has nothing before it), it uses with weight 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+from torch.autograd.function import once_differentiable
+
+from .cache_layer import KeyStates, MemoryState, Window, keep, local_window, segment_writes
+from .configuration_infini import InfiniConfig
+from .memory import affine_prefixes, affine_scan, apply_correction, delta_correction, exclusive_cumsum
+from .streams import AlignedLayout, SegmentLayout, find_restarts
+
+
+IGNORED_LABEL = -100
+
+
+class ContextParallel:
+    """
+    The ranks that share a sequence, and what they say to each other.
+
+        context_parallel = ContextParallel()
+        outputs = model(
+            **context_parallel.shard(model.config, input_ids=ids, labels=ids),
+            context_parallel=context_parallel,
+            use_cache=False,
+        )
+        outputs.loss.backward()
+        context_parallel.reduce_gradients(model)
+
+    `outputs` are those of this rank's columns. The ranks' losses add up to the loss of the whole sequence, and after
+    `reduce_gradients` every rank holds the gradients of the whole sequence.
+
+    Args:
+        process_group: of `torch.distributed`; `None` is all processes. The order of its ranks is that of the pieces.
+
+    Attributes:
+        bytes_sent: bytes that this rank has handed to collectives in forward and backward passes, its own tensor once
+            for each, however many ranks it goes to: the tensor given to an all_gather and a reduce, the one that rank
+            0 broadcasts, the one sent to a neighbour. What gradient checkpointing sends again counts again;
+            `reduce_gradients`, whose tensors are the parameters', does not count.
+    """
+
+    def __init__(self, process_group: "distributed.ProcessGroup | None" = None):
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise ValueError(
+                "ContextParallel needs a process group: launch the script with torchrun and call "
+                "torch.distributed.init_process_group() first."
+            )
+        self.group = process_group
+        self.rank = distributed.get_rank(process_group)
+        self.size = distributed.get_world_size(process_group)
+        if self.rank < 0:
+            raise ValueError("This process is not in the process group that ContextParallel was given.")
+        self.bytes_sent = 0
+
+    def shard(
+        self,
+        config: InfiniConfig,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> dict[str, torch.Tensor | int]:
+        """
+        This rank's part of a batch that every rank has the whole of. Sends nothing.
+
+        Args:
+            input_ids, inputs_embeds: `(B, T)`, or `(B, T, hidden_size)`; one of the two.
+            labels: `(B, T)`, shifted here, so that the last token of a piece predicts the first of the next.
+            shift_labels: `(B, T)`, instead of `labels`: the target of each column.
+            attention_mask, position_ids: may only say that there is no padding and one document per row.
+            num_items_in_batch: by what a sum of losses is divided; `None` is the number of targets of the batch.
+
+        Returns:
+            What to call the model with: this rank's columns of the inputs and of `shift_labels`, and
+            `num_items_in_batch`.
+
+        Raises:
+            ValueError: padding, packed documents, or fewer segments than ranks.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("ContextParallel.shard needs exactly one of input_ids or inputs_embeds.")
+        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        length = next(iter(inputs.values())).shape[1]
+        has_padding = attention_mask is not None and not bool((attention_mask != 0).all())
+        has_restarts = position_ids is not None and bool(find_restarts(position_ids, None, None).any())
+        _refuse_ragged(has_padding, has_restarts)
+
+        if labels is not None and shift_labels is None:
+            shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        if shift_labels is not None:
+            inputs["shift_labels"] = shift_labels
+            if num_items_in_batch is None:
+                num_items_in_batch = (shift_labels != IGNORED_LABEL).sum()
+        start, end = (self._first_column(rank, length, config.segment_length) for rank in (self.rank, self.rank + 1))
+        sharded: dict[str, torch.Tensor | int] = {
+            name: states[:, start:end].contiguous() for name, states in inputs.items()
+        }
+        return sharded if num_items_in_batch is None else {**sharded, "num_items_in_batch": num_items_in_batch}
+
+    def _first_column(self, rank: int, length: int, segment_length: int) -> int:
+        """Where the piece of `rank` starts: segments are shared out so that no rank has two more than another."""
+        segments = -(-length // segment_length)
+        if segments < self.size:
+            raise ValueError(
+                f"{length} tokens are {segments} segments of segment_length={segment_length}, fewer than the "
+                f"{self.size} ranks of the process group: each rank needs a segment of its own."
+            )
+        return min(segments * rank // self.size * segment_length, length)
+
+    def reduce_gradients(self, model: torch.nn.Module) -> None:
+        """
+        Sums the gradients of `model` over the ranks, in place. All ranks must call it.
+
+        A parameter without a gradient on some of the ranks counts as 0 there; without one on any, it keeps none.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            return
+        has_gradient = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device).int()
+        distributed.all_reduce(has_gradient, group=self.group)
+        for parameter, is_used in zip(parameters, has_gradient.tolist()):
+            if is_used:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                distributed.all_reduce(parameter.grad, group=self.group)
+
+    def check_call(self, has_cache: bool, wants_attentions: bool) -> None:
+        if has_cache:
+            raise ValueError(
+                "context_parallel reads a whole sequence in one call, without a cache: call the model with "
+                "use_cache=False and no past_key_values."
+            )
+        if wants_attentions:
+            raise ValueError(
+                "context_parallel cannot return attention weights, whose columns are those of all ranks: leave "
+                "output_attentions out."
+            )
+
+    def check_targets(
+        self, labels: torch.Tensor | None, has_targets: bool, num_items_in_batch: torch.Tensor | int | None
+    ) -> None:
+        if labels is not None:
+            raise ValueError(
+                "With context_parallel, the target of a piece's last token is on the next rank. Pass shift_labels "
+                "instead of labels: ContextParallel.shard makes them."
+            )
+        if has_targets and num_items_in_batch is None:
+            raise ValueError(
+                "With context_parallel, a loss needs num_items_in_batch, the number of targets on all ranks: "
+                "ContextParallel.shard counts it."
+            )
+
+    def plan(
+        self,
+        shape: tuple[int, int],
+        tokens: torch.Tensor | None,
+        restarts: torch.Tensor | None,
+        config: InfiniConfig,
+        device: torch.device,
+    ) -> AlignedLayout:
+        """
+        The layout of this rank's piece. The ranks tell each other what they hold: if it does not fit together, all
+        of them raise, and none is left waiting for the others.
+
+        Args:
+            shape: `(B, T)` of this rank's piece.
+            tokens, restarts: `(B, T)` bool, see [`plan_segments`]; no padding and no restart are allowed.
+
+        Raises:
+            ValueError: padding, packed documents, different numbers of rows, or a piece that is not of whole segments.
+        """
+        has_padding = tokens is not None and not bool(tokens.all())
+        has_restarts = restarts is not None and bool(restarts.any())
+        piece = torch.tensor([*shape, has_padding, has_restarts], device=device)
+        batch_sizes, lengths, are_padded, restart = self.gather(piece).T.tolist()
+        _refuse_ragged(any(are_padded), any(restart))
+        if len(set(batch_sizes)) > 1:
+            raise ValueError(f"All ranks must hold pieces of the same rows, but they hold {batch_sizes} rows.")
+        if any(length % config.segment_length for length in lengths[:-1]):
+            raise ValueError(
+                f"Every rank but the last must hold whole segments of segment_length={config.segment_length} tokens, "
+                f"but the ranks hold {lengths} tokens. Split batches with ContextParallel.shard."
+            )
+        start = sum(lengths[: self.rank])
+        layout = AlignedLayout(*shape, start, config.segment_length, config.num_sink_tokens, device)
+        # Where rank 0 has one segment only, it reads (with weight 0) as the others do, lest it miss their collectives.
+        layout.reads_past = True
+        return layout
+
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """What each rank holds, `(...)`, to all ranks: `(size, ...)`. Not differentiable."""
+        gathered = states.new_empty(self.size, *states.shape)
+        distributed.all_gather(list(gathered.unbind(0)), self._sent(states), group=self.group)
+        return gathered
+
+    def shift(self, states: torch.Tensor, step: int, received: torch.Tensor) -> None:
+        """Sends `states` to rank + `step`, and fills `received` from rank - `step`, as far as there are such ranks."""
+        operations = []
+        if 0 <= self.rank + step < self.size:
+            send = self._sent(states), None, self.group, 0, self.rank + step
+            operations.append(distributed.P2POp(distributed.isend, *send))
+        if 0 <= self.rank - step < self.size:
+            operations.append(distributed.P2POp(distributed.irecv, received, None, self.group, 0, self.rank - step))
+        if operations:
+            for request in distributed.batch_isend_irecv(operations):
+                request.wait()
+
+    def broadcast(self, states: torch.Tensor) -> torch.Tensor:
+        """What rank 0 holds. Not differentiable."""
+        states = self._sent(states) if self.rank == 0 else torch.empty_like(states)
+        distributed.broadcast(states, group=self.group, group_src=0)
+        return states
+
+    def reduce(self, states: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks on rank 0, zeros elsewhere. Not differentiable."""
+        total = self._sent(states.clone())
+        distributed.reduce(total, group=self.group, group_dst=0)
+        return total if self.rank == 0 else torch.zeros_like(total)
+
+    def _sent(self, states: torch.Tensor) -> torch.Tensor:
+        self.bytes_sent += states.nbytes
+        return states.contiguous()
+
+
+def _refuse_ragged(has_padding: bool, has_restarts: bool) -> None:
+    if has_padding:
+        raise ValueError(
+            "context_parallel takes rows without padding (attention_mask has zeros). Pack rows of equal length, or "
+            "train without context_parallel."
+        )
+    if has_restarts:
+        raise ValueError(
+            "context_parallel takes one document per row (position_ids restart). Split packed documents into rows, or "
+            "train without context_parallel."
+        )
+
+
+class SumOfEarlier(torch.autograd.Function):
+    """The sum over the ranks before this one; backwards, over those after it."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, context_parallel: ContextParallel) -> torch.Tensor:
+        ctx.context_parallel = context_parallel
+        return context_parallel.gather(states)[: context_parallel.rank].sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        context_parallel = ctx.context_parallel
+        return context_parallel.gather(gradient)[context_parallel.rank + 1 :].sum(0), None
+
+
+class MapsOfEarlier(torch.autograd.Function):
+    """
+    What the ranks before this one make of an empty memory, each of which maps M to M + B - C M.
+
+    The gradient L of the memory after a rank's piece is the sum of what its successors' reads want of it: it is the
+    same scan from the other end, L -> L + G - C^T L with G the gradient of the rank's start.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, writes: torch.Tensor, corrections: torch.Tensor, context_parallel: ContextParallel
+    ) -> torch.Tensor:
+        """B `(B, ..., key_dim, value_dim)` and C `(B, ..., key_dim, key_dim)` of each rank to its M_start."""
+        rank = context_parallel.rank
+        maps = context_parallel.gather(torch.cat([writes, corrections], -1)).movedim(0, 1)
+        all_writes, all_corrections = maps.tensor_split([writes.shape[-1]], -1)
+        start = affine_scan(torch.zeros_like(writes), all_writes[:, :rank], all_corrections[:, :rank])[:, -1]
+        ctx.context_parallel = context_parallel
+        ctx.save_for_backward(start, all_corrections[:, rank + 1 :].clone())
+        return start
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        start, corrections_after = ctx.saved_tensors
+        context_parallel = ctx.context_parallel
+        gradients_after = context_parallel.gather(gradient)[context_parallel.rank + 1 :].movedim(0, 1)
+        transposed = corrections_after.flip(1).transpose(-1, -2)
+        of_writes = affine_scan(torch.zeros_like(gradient), gradients_after.flip(1), transposed)[:, -1]
+        return of_writes, -apply_correction(of_writes, start.transpose(-1, -2)), None
+
+
+class FromLeft(torch.autograd.Function):
+    """The left neighbour's `states`, of `length` columns; zeros on rank 0. The last rank's may have fewer columns."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, length: int, context_parallel: ContextParallel) -> torch.Tensor:
+        ctx.context_parallel, ctx.shape = context_parallel, states.shape
+        received = states.new_zeros(states.shape[0], length, *states.shape[2:])
+        context_parallel.shift(states, 1, received)
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        received = gradient.new_zeros(ctx.shape)
+        ctx.context_parallel.shift(gradient, -1, received)
+        return received, None, None
+
+
+class FromFirst(torch.autograd.Function):
+    """The `states` of rank 0, on all ranks."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, context_parallel: ContextParallel) -> torch.Tensor:
+        ctx.context_parallel = context_parallel
+        return context_parallel.broadcast(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return ctx.context_parallel.reduce(gradient), None
+
+
+class PastOfPiece(NamedTuple):
+    """The segment before a rank's piece and the sinks; where a call on a cache has the cache's layer."""
+
+    window: Window
+    first_tokens: Window
+
+    def rings(self) -> tuple[torch.Tensor | None, ...]:
+        """As of a cache layer. A piece starts with a segment: nobody sees older tokens at their own angles."""
+        return None, self.window.keys, self.window.values
+
+    def sinks(self) -> Window:
+        return self.first_tokens
+
+
+def window_of_piece(
+    keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, context_parallel: ContextParallel
+) -> Window:
+    """
+    The local window of each segment of this rank's piece; see [`local_window`].
+
+    Args:
+        keys, values: of the piece, `(B, T, kv_heads, head_dim)`.
+    """
+    if keys.next is None:
+        return local_window(keys, values, layout, None)
+    head_dim, length = values.shape[-1], layout.segment_length
+    newest = torch.cat([keys.next[:, -length:], values[:, -length:]], -1)
+    past = sinks = Window(*FromLeft.apply(newest, length, context_parallel).split(head_dim, -1))
+    if keys.sinks is not None:
+        first_tokens = torch.cat([keys.sinks, layout.sinks(values)], -1)
+        sinks = Window(*FromFirst.apply(first_tokens, context_parallel).split(head_dim, -1))
+    return local_window(keys, values, layout, PastOfPiece(past, sinks))
+
+
+def memory_of_piece(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: SegmentLayout,
+    context_parallel: ContextParallel,
+    config: InfiniConfig,
+    write_strength: torch.Tensor | None = None,
+) -> MemoryState:
+    """
+    The memory before each segment `(G, ...)` of this rank's piece: scanned from an empty one, all ranks at once, and
+    corrected by what the ranks before have written.
+
+    Args:
+        keys: without RoPE, `(B, T, kv_heads, head_dim)`.
+        values: `(B, T, kv_heads, head_dim)`.
+        write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
+    """
+    features, strength, writes = segment_writes(keys, values, layout, write_strength)
+    writes = MemoryState(*(keep(write, layout.complete) for write in writes))
+    if not config.use_mem_delta_rule:
+        total = torch.cat([writes.memory, writes.normaliser.unsqueeze(-1)], -1).sum(1)
+        start = SumOfEarlier.apply(total, context_parallel)
+        starts = MemoryState(start[..., :-1], start[..., -1])
+        return MemoryState(*(layout.by_segment(exclusive_cumsum(*pair)[:, :-1]) for pair in zip(starts, writes)))
+
+    start_normaliser = SumOfEarlier.apply(writes.normaliser.sum(1), context_parallel)
+    normaliser = layout.by_segment(exclusive_cumsum(start_normaliser, writes.normaliser)[:, :-1])
+    corrections = layout.by_stream(delta_correction(features, normaliser, config.memory_eps, strength))
+    memories, corrections = affine_prefixes(writes.memory, keep(corrections, layout.complete))
+    start_memory = MapsOfEarlier.apply(memories[:, -1], corrections[:, -1], context_parallel).unsqueeze(1)
+    before = memories[:, :-1] + start_memory - apply_correction(corrections[:, :-1], start_memory)
+    return MemoryState(layout.by_segment(before), normaliser)

@@ -1,0 +1,97 @@
+"""What `generate()` needs to know of a model whose cache is a memory."""
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .cache import InfiniCache, require_infini_cache
+from .configuration_infini import InfiniConfig
+
+
+class InfiniGenerationMixin(GenerationMixin):
+    """
+    `generate()` with an [`InfiniCache`]: made when none is given, continued when one is.
+
+    On a cache that has read something, inputs longer than what was read are taken for the whole history and the new
+    tokens; others are new tokens, and continue the memory.
+    """
+
+    config: InfiniConfig
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        cache_implementation = generation_config.cache_implementation
+        if cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f'cache_implementation="{cache_implementation}" is not for this model: its InfiniCache has a constant '
+                "size already. Leave cache_implementation out."
+            )
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            require_infini_cache(cache)
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = cache = InfiniCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        if cache is not None:
+            cache.eos_token_ids = generation_config._eos_token_tensor
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # Inputs no longer than the cache are new: generate() takes them so where the mask covers the history as well.
+        cache = model_kwargs.get("past_key_values")
+        mask = model_kwargs.get("attention_mask")
+        past_length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
+        if mask is not None and mask.shape[1] == inputs_tensor.shape[1] <= past_length:
+            history = mask.new_ones(mask.shape[0], past_length)
+            model_kwargs["attention_mask"] = torch.cat([history, mask], 1)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            next_sequence_length = None
+        if isinstance(past_key_values, InfiniCache):
+            if is_first_iteration:
+                past_key_values.prompt_length = None
+            elif attention_mask is None and next_sequence_length == 1:
+                attention_mask = _mask_of_ended_rows(input_ids, past_key_values)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
+        # The cache counts positions and has read the padding's mask: no need for a mask and ids that grow.
+        if isinstance(outputs.get("past_key_values"), InfiniCache):
+            model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Continuous batching pages the keys of full attention, and this model has none: a memory of constant size "
+            "stands for them. Use generate() with a batch."
+        )
+
+
+def _mask_of_ended_rows(input_ids: torch.Tensor, cache: InfiniCache) -> torch.Tensor | None:
+    """0 for the filler that generate() feeds to rows that have ended, `(batch, 1)`; `None` while all rows go on."""
+    if cache.prompt_length is None:
+        cache.prompt_length = input_ids.shape[1] - 1
+    if cache.eos_token_ids is None or input_ids.shape[0] == 1:
+        return None
+    has_ended = torch.isin(input_ids[:, cache.prompt_length : -1], cache.eos_token_ids).any(1, keepdim=True)
+    return (~has_ended).long() if has_ended.any() else None

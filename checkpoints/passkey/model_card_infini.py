@@ -1,0 +1,156 @@
+"""The model card: what a model of the Hub is, how to use it, and where its limits are."""
+
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from .cache import state_nbytes
+from .configuration_infini import InfiniConfig
+
+
+PAPER = "https://arxiv.org/abs/2404.07143"
+
+PIPELINE_TAGS = {
+    "InfiniForCausalLM": "text-generation",
+    "InfiniForQuestionAnswering": "question-answering",
+    "InfiniForSequenceClassification": "text-classification",
+    "InfiniForTokenClassification": "token-classification",
+    "InfiniModel": "feature-extraction",
+}
+
+KINDS = {
+    "InfiniForCausalLM": "causal language model",
+    "InfiniForQuestionAnswering": "model that finds answers in a text",
+    "InfiniForSequenceClassification": "text classifier",
+    "InfiniForTokenClassification": "token classifier",
+}
+
+USAGE = {
+    "InfiniForCausalLM": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+book = tokenizer(open("book.txt").read(), return_tensors="pt")
+out = model.generate(**book, max_new_tokens=50, return_dict_in_generate=True)
+print(tokenizer.decode(out.sequences[0, book.input_ids.shape[1] :]))
+
+# What the model remembers is a file, and can be continued with new tokens alone.
+out.past_key_values.save_pretrained("memory-of-the-book")
+memory = type(out.past_key_values).from_pretrained("memory-of-the-book", model.config)
+```""",
+    "other": """```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+outputs = model(**tokenizer(open("book.txt").read(), return_tensors="pt"))
+```""",
+}
+
+
+def model_card(
+    config: InfiniConfig,
+    local_shares: torch.Tensor,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    training: str | None = None,
+) -> ModelCard:
+    """
+    A card with the metadata of the Hub.
+
+    Args:
+        config: of the model; its `converted_from` says where the weights come from.
+        local_shares: what the gates give to local attention, `(num_hidden_layers, num_attention_heads)`.
+        repo_id: where the model will be.
+        base_model: id on the Hub of the model that this one comes from, if `config.converted_from` does not name it.
+        license: identifier of the Hub, if `config.converted_from` does not name it.
+        training: how the model was trained after its conversion, in Markdown.
+    """
+    origin = config.converted_from or {}
+    architecture = (config.architectures or ["InfiniForCausalLM"])[0].removeprefix("FSDP")
+    base_model = base_model or origin.get("name")
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": PIPELINE_TAGS.get(architecture),
+        "tags": ["infini-attention", "long-context", "custom_code"],
+        "base_model": base_model,
+        "license": license or origin.get("license"),
+    }
+    if license is None:
+        metadata |= {name: origin.get(name) for name in ("license_name", "license_link")}
+    data = ModelCardData(**metadata)
+    sections = [
+        f"# {(repo_id or base_model or 'Infini-attention').rsplit('/', 1)[-1]}"
+        + (" with Infini-attention" if repo_id is None and base_model else ""),
+        f"A {KINDS.get(architecture, 'language model without a head')} that reads text of any length with a memory of "
+        f"constant size: local attention over "
+        f"segments of {config.segment_length:,} tokens and a compressive memory per head "
+        f"([Infini-attention]({PAPER})).",
+        "## How it was made",
+        _provenance(config, origin, base_model, training),
+        "## Memory",
+        _memory_table(config, local_shares),
+        "## Usage",
+        _usage(architecture, repo_id or "path/or/repo-id"),
+        "## Limits",
+        _limits(config, training),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def is_placeholder(card: str) -> bool:
+    """Whether a card is the one that transformers uploads for a model that has none."""
+    return "This is the model card of a 🤗 transformers model that has been pushed on the Hub." in card
+
+
+def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | None, training: str | None) -> str:
+    trained = training or "Whether it was trained since is not recorded here: if the gates below have moved, it was."
+    if not origin:
+        return training or "It was not converted from another model. How it was trained is not recorded here."
+    name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a checkpoint"
+    if "package" in origin:
+        return f"The weights were imported from a model of the package {origin['package']}. {trained}"
+    revision = f" at revision `{origin['revision']}`" if "revision" in origin else ""
+    kind = origin["model_type"]
+    gates = origin.get("head_gates", f"started at the logit {config.head_gate_init_value:g}")
+    return f"The weights were converted from {name}{revision} (architecture `{kind}`). Gates: {gates}. {trained}"
+
+
+def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
+    local = f"sliding window of {config.segment_length:,} tokens and {config.num_sink_tokens} attention sinks"
+    rows = {
+        "segment length": f"{config.segment_length:,} tokens",
+        "local attention": local if config.is_sliding else "within each segment",
+        "memory": config.memory_rule,
+        "share of local attention in the gates": f"{local_shares.mean():.1%} on average, "
+        f"{local_shares.min():.1%} to {local_shares.max():.1%}",
+        "state per sequence": f"{state_nbytes(config) / 1e6:,.1f} MB, whatever the length",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _usage(architecture: str, name: str) -> str:
+    auto_class = "AutoModel" + architecture.removeprefix("Infini").removeprefix("Model")
+    return USAGE.get(architecture, USAGE["other"]).format(name=name, auto_class=auto_class)
+
+
+def _limits(config: InfiniConfig, training: str | None) -> str:
+    limits = [
+        f"Exact attention reaches {config.segment_length:,} tokens at most; what was written long ago is averaged "
+        "with everything since. The memory is associative, not a transcript.",
+        "The model brings its own code: `trust_remote_code=True` runs the Python files of this repository. Pin a "
+        "`revision` that you have read.",
+        "Static, quantized and offloaded caches and continuous batching are refused: they hold no memory.",
+    ]
+    if "model_type" in (config.converted_from or {}) and training is None:
+        limits.insert(
+            0, "A conversion alone keeps the model fluent; that it *uses* its memory is learned in training."
+        )
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+__all__ = ["model_card"]

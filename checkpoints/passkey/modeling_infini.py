@@ -1,0 +1,692 @@
+"""
+Infini-attention for transformers: a Llama whose attention is local, plus a compressive memory of constant size.
+
+    input_ids -> streams -> per layer: q, k, v -> local attention ┐
+                                              └> memory read     ┴> gate -> output
+"""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from huggingface_hub import ModelCard
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import InfiniCache, StreamCounters, require_infini_cache
+from .cache_layer import (
+    CheckpointedLayer,
+    InfiniCacheLayer,
+    KeyStates,
+    MemoryState,
+    local_window,
+    memory_dtype,
+    scan_memory,
+)
+from .configuration_infini import InfiniConfig
+from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
+from .generation_infini import InfiniGenerationMixin
+from .masks import PACKING_ARGUMENTS, local_attention_mask, positions_of_call, split_call, tokens_of_call
+from .memory import feature_map, read_memory
+from .model_card_infini import is_placeholder, model_card
+from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
+from .streams import DecodeLayout, SegmentLayout, find_restarts, plan_segments
+
+
+# The fields of a configuration that a cache must share with the model that uses it.
+STATE_FIELDS = (
+    "num_hidden_layers",
+    "segment_length",
+    "local_attention",
+    "num_sink_tokens",
+    "use_mem_delta_rule",
+    "learned_delta_update",
+    "memory_norm_init_scale",
+    "memory_write_gate",
+    "memory_eps",
+)
+
+# A prompt is read in calls of about this many tokens where only its last logits are asked for.
+PREFILL_TOKENS = 4096
+
+
+class InfiniHeadGates(nn.Module):
+    """
+    One gate per query head: the share of local attention, `sigmoid(head_gate_scale * weight)`, in the mix with the
+    memory. In the paper (arXiv 2404.07143, eq. 10) the sigmoid is the share of the memory instead.
+    """
+
+    def __init__(self, config: InfiniConfig):
+        super().__init__()
+        self.scale = config.head_gate_scale
+        self.weight = nn.Parameter(
+            torch.full((config.num_attention_heads,), config.head_gate_init_value / config.head_gate_scale)
+        )
+
+    def forward(self) -> torch.Tensor:
+        """The share of local attention, `(num_attention_heads,)`, at least in float32."""
+        return self.share(self.weight)
+
+    def share(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)))
+
+
+class InfiniMemoryNorm(nn.Module):
+    """
+    RMS-norm of each head's queries or keys on their way to the memory, times a learned scale: exp(weight) x / rms(x).
+
+    As for CLIP's temperature (arXiv 2103.00020), the logarithm is what is learned: one step of Adam changes a scale by
+    the same ratio wherever it stands.
+    """
+
+    def __init__(self, config: InfiniConfig, num_heads: int):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.full((num_heads,), math.log(config.memory_norm_init_scale or 1)))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`(..., heads, head_dim)` -> the same, at least in float32."""
+        states = states.to(memory_dtype(states.dtype))
+        normed = nn.functional.rms_norm(states, states.shape[-1:], eps=self.eps)
+        return normed * self.weight.to(states.dtype).exp().unsqueeze(-1)
+
+
+class InfiniWriteGate(nn.Linear):
+    """
+    How much of each token is remembered: log g, where g = sigmoid(W x + b), one per KV head.
+
+    Added to a key in the range where sigma is exponential, it multiplies what the token adds to M and z: the input
+    gate of an LSTM, for a memory whose reads are relative to all that was written.
+    """
+
+    INITIAL_LOGIT = 3.0
+
+    def __init__(self, config: InfiniConfig):
+        super().__init__(config.hidden_size, config.num_key_value_heads)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden_size)` -> `(..., kv_heads)`, at least in float32."""
+        logits = super().forward(hidden_states)
+        return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
+
+
+class InfiniAttention(nn.Module):
+    """Local attention with RoPE over segments, mixed by a gate per head with a read of the memory (without RoPE)."""
+
+    def __init__(self, config: InfiniConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        qkv_bias = config.attention_bias if config.qkv_bias is None else config.qkv_bias
+        output_bias = config.attention_output_bias
+        output_bias = config.attention_bias if output_bias is None else output_bias
+        query_dim, key_value_dim = (
+            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=output_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.head_gates = InfiniHeadGates(config)
+        if config.learned_delta_update:
+            self.write_strength = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
+        if config.memory_norm_init_scale is not None:
+            self.memory_query_norm = InfiniMemoryNorm(config, config.num_attention_heads)
+            self.memory_key_norm = InfiniMemoryNorm(config, config.num_key_value_heads)
+        if config.memory_write_gate:
+            self.memory_write_gate = InfiniWriteGate(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: RotaryAngles,
+        attention_mask: torch.Tensor | None,
+        layout: SegmentLayout | DecodeLayout,
+        past_key_values: InfiniCache | None = None,
+        window_columns: tuple[torch.Tensor, int] | None = None,
+        context_parallel: ContextParallel | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `(B, T, hidden_size)`.
+            position_embeddings: of the call's tokens, relative to their segments.
+            attention_mask: what the queries of each segment see of its window, in the attention backend's format.
+            layout: where the call's tokens stand in their streams.
+            window_columns: the column `(G, window)` in each window's slots and the number of columns in all, where
+                attention weights are to be returned.
+            context_parallel: the ranks that the sequence is split over, of which this one has `layout`'s columns.
+
+        Returns:
+            `(B, T, hidden_size)`, and the weights of local attention `(B, heads, T, columns)` if asked for.
+        """
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries = self.q_proj(hidden_states).view(hidden_shape)
+        keys = self.k_proj(hidden_states).view(hidden_shape)
+        values = self.v_proj(hidden_states).view(hidden_shape)
+        if self.config.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+
+        strength = None
+        if self.config.learned_delta_update:
+            strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
+        memory_queries, memory_keys = queries, None
+        if self.config.memory_norm_init_scale is not None:
+            memory_queries, memory_keys = self.memory_query_norm(queries), self.memory_key_norm(keys)
+        if self.config.memory_write_gate:
+            memory_keys = keys if memory_keys is None else memory_keys
+            memory_keys = memory_keys + self.memory_write_gate(hidden_states).unsqueeze(-1)
+
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)
+        rotated_queries = rotate(queries, position_embeddings.own)
+        if isinstance(layout, DecodeLayout):
+            window = layer.decode_window(key_states, values, layout, strength)
+            memory = MemoryState(layer.memory, layer.normaliser)
+        else:
+            memory_queries, rotated_queries = map(layout.to_segments, (memory_queries, rotated_queries))
+            window, memory = self._window_and_memory(key_states, values, layout, layer, strength, context_parallel)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            rotated_queries.transpose(1, 2),
+            window.keys.transpose(1, 2),
+            window.values.transpose(1, 2),
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        if memory is not None:
+            output = self._mix(output, self._read(memory_queries, memory), layout)
+        if self.training and (memory is None or strength is not None):
+            output = output + self._zero(strength)
+        if isinstance(layout, DecodeLayout):
+            layer.decode_memory(key_states.of_memory, values, layout, strength)
+        else:
+            output = layout.to_columns(output)
+
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+        weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
+        return output, weights
+
+    def _window_and_memory(
+        self,
+        keys: KeyStates,
+        values: torch.Tensor,
+        layout: SegmentLayout,
+        layer: InfiniCacheLayer | None,
+        strength: torch.Tensor | None,
+        context_parallel: ContextParallel | None,
+    ):
+        if context_parallel is not None:
+            window = window_of_piece(keys, values, layout, context_parallel)
+            return window, memory_of_piece(keys.of_memory, values, layout, context_parallel, self.config, strength)
+        if layer is not None:
+            window, memory = layer.update(keys, values, layout, strength)
+            return window, memory if layout.reads_past else None
+        window = local_window(keys, values, layout, None)
+        if not layout.reads_past:
+            return window, None
+        return window, scan_memory(keys.of_memory, values, layout, None, self.config, strength).before
+
+    def _zero(self, strength: torch.Tensor | None) -> torch.Tensor:
+        """
+        0, and a gradient of 0 for what a text within one segment does not use: processes that train on texts of
+        different lengths exchange gradients of the same parameters.
+        """
+        unused = self.head_gates().sum() if strength is None else self.head_gates().sum() + strength.sum()
+        return 0 * unused
+
+    def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
+        """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
+        heads = memory.memory.shape[1]
+        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=heads).to(memory.memory.dtype)
+        features = feature_map(grouped.contiguous())
+        read = read_memory(features, *memory, self.config.memory_eps)
+        return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
+
+    def _mix(self, local: torch.Tensor, read: torch.Tensor, layout: SegmentLayout | DecodeLayout) -> torch.Tensor:
+        """g * local + (1 - g) * read, and local alone in a stream's first segment; `(G, length, heads, head_dim)`."""
+        has_memory = (layout.segment_index > 0).unsqueeze(1)
+        memory_share = torch.where(has_memory, 1 - self.head_gates().to(read.dtype), 0)
+        # From `local`, whose layout the result takes: it is the one that the output projection wants.
+        return torch.lerp(local.to(read.dtype), read, memory_share[:, None, :, None]).to(local.dtype)
+
+
+def _by_column(
+    weights: torch.Tensor, columns: torch.Tensor, num_columns: int, layout: SegmentLayout | DecodeLayout
+) -> torch.Tensor:
+    """Attention weights over windows, `(G, heads, length, window)`, as `(B, heads, T, num_columns)`."""
+    by_column = weights.new_zeros(*weights.shape[:-1], num_columns)
+    by_column = by_column.scatter_add(-1, columns[:, None, None].expand_as(weights), weights)
+    if isinstance(layout, DecodeLayout):
+        return by_column
+    return layout.to_columns(by_column.transpose(1, 2)).transpose(1, 2)
+
+
+class InfiniDecoderLayer(LlamaDecoderLayer):
+    # With a [`CheckpointedLayer`] for its cache, a layer that runs again starts from the same state.
+    _can_checkpoint_with_cache = True
+
+    def __init__(self, config: InfiniConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
+
+
+@auto_docstring
+class InfiniPreTrainedModel(PreTrainedModel):
+    config: InfiniConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InfiniDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["head_gates", "memory_query_norm", "memory_key_norm"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _supports_context_parallel = False
+    _can_compile_fullgraph = False
+    _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
+
+    def local_shares(self) -> torch.Tensor:
+        """
+        What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32. Where
+        the gates are sharded over processes, each of them must call it.
+        """
+        # By layer, since PEFT keeps the gates that it trains beside the original ones.
+        gates = [module.head_gates for module in self.modules() if isinstance(module, InfiniAttention)]
+        # Of sharded gates, each process has the heads that it runs, or none.
+        shares = [
+            gate.share(gate.weight.full_tensor()) if isinstance(gate.weight, DTensor) else gate() for gate in gates
+        ]
+        return torch.stack([share.cpu() for share in shares])
+
+    def new_cache(self) -> InfiniCache:
+        """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
+        return InfiniCache(self.config)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        # What transformers writes where the repository has no card yet says nothing about the model.
+        card_file = Path(working_dir) / "README.md"
+        found = ModelCard.load(card_file) if card_file.is_file() else None
+        if found is None or is_placeholder(found.content):
+            card = model_card(self.config, self.local_shares().detach(), repo_id=repo_id)
+            tags = [] if found is None else found.data.to_dict().get("tags", [])
+            card.data["tags"] = [*card.data["tags"], *(tag for tag in tags if tag not in card.data["tags"])]
+            card.save(card_file)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, InfiniHeadGates):
+            init.constant_(module.weight, self.config.head_gate_init_value / self.config.head_gate_scale)
+        if isinstance(module, InfiniMemoryNorm):
+            init.constant_(module.weight, math.log(self.config.memory_norm_init_scale))
+        if isinstance(module, InfiniWriteGate):
+            init.constant_(module.bias, InfiniWriteGate.INITIAL_LOGIT)
+
+
+@auto_docstring
+class InfiniModel(InfiniPreTrainedModel):
+    def __init__(self, config: InfiniConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [InfiniDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: InfiniCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        context_parallel: ContextParallel | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
+            0 for padding, wherever it stands; of a longer history, only the last columns belong to this call.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+            Serve only to find where packed documents start: where they do not increase, a new stream starts.
+        past_key_values ([`InfiniCache`], *optional*):
+            What was read so far; this call is read into it.
+        context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
+            The ranks that the sequence is split over; the inputs are this rank's columns.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if context_parallel is not None:
+            context_parallel.check_call(past_key_values is not None or use_cache, wants_attentions)
+        if use_cache and past_key_values is None:
+            past_key_values = InfiniCache(self.config)
+        self._check_cache(past_key_values)
+
+        batch_size, length = inputs_embeds.shape[:2]
+        if length == 0:
+            raise ValueError("The inputs have no columns: there is nothing to read.")
+        packing = [kwargs.pop(name, None) for name in PACKING_ARGUMENTS]
+        if position_ids is None and any(argument is not None for argument in packing):
+            raise ValueError("Packed sequences need position_ids that restart at each document.")
+        tokens = tokens_of_call(attention_mask, batch_size, length)
+        positions = None if position_ids is None else positions_of_call(position_ids, batch_size, length)
+        counters = None if past_key_values is None else past_key_values.start_call(batch_size, inputs_embeds.device)
+        tokens_read = None if counters is None else counters.tokens_read
+        restarts = None if positions is None else find_restarts(positions, tokens, tokens_read)
+        layout: DecodeLayout | SegmentLayout
+        if context_parallel is not None:
+            layout = context_parallel.plan((batch_size, length), tokens, restarts, self.config, inputs_embeds.device)
+        elif counters is not None and length == 1:
+            layout = DecodeLayout(
+                tokens_read,
+                None if tokens is None else tokens.squeeze(1),
+                None if restarts is None else restarts.squeeze(1),
+                self.config.segment_length,
+            )
+        else:
+            layout = plan_segments(
+                (batch_size, length),
+                tokens,
+                restarts,
+                tokens_read,
+                self.config.segment_length,
+                self.config.num_sink_tokens,
+                inputs_embeds.device,
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self._rotary_angles(inputs_embeds, layout, past_key_values)
+        window_mask = local_attention_mask(self.config, layout, inputs_embeds)
+        if wants_attentions:
+            kwargs["window_columns"] = _window_columns(self.config, layout, counters, (batch_size, length))
+        if is_flash_attention_requested(self.config) and isinstance(layout, SegmentLayout) and self.config.is_sliding:
+            kwargs["sliding_window"] = self.config.segment_length
+        if past_key_values is not None:
+            past_key_values.begin_reading()
+        is_checkpointed = past_key_values is not None and self.gradient_checkpointing and self.training
+        for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            checkpointed = CheckpointedLayer(past_key_values.layers[index]) if is_checkpointed else None
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=window_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values if checkpointed is None else checkpointed,
+                layout=layout,
+                context_parallel=context_parallel,
+                **kwargs,
+            )
+            if checkpointed is not None:
+                past_key_values.layers[index] = checkpointed.after
+        if past_key_values is not None:
+            past_key_values.finish_call(layout, length, tokens, restarts)
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def _check_cache(self, cache: InfiniCache | None) -> None:
+        if cache is None:
+            return
+        require_infini_cache(cache)
+        if cache.config is not self.config:
+            for name in STATE_FIELDS:
+                if (found := getattr(cache.config, name)) != (expected := getattr(self.config, name)):
+                    raise ValueError(
+                        f"The cache was made for another model: {name}={found!r} there, {expected!r} here. Make it "
+                        "with InfiniCache(model.config)."
+                    )
+        if self.gradient_checkpointing and self.training:
+            checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
+            if checkpoint_arguments.get("use_reentrant"):
+                raise ValueError(
+                    "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
+                    'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
+                )
+
+    def _rotary_angles(
+        self, inputs_embeds: torch.Tensor, layout: SegmentLayout | DecodeLayout, cache: InfiniCache | None
+    ) -> RotaryAngles:
+        table = None if cache is None else cache.angle_table
+        if table is None or table[0].dtype != inputs_embeds.dtype:
+            positions = angle_positions(self.config, inputs_embeds.device)
+            table = angle_table(*self.rotary_emb(inputs_embeds, positions))
+            if cache is not None:
+                cache.angle_table = table
+        if isinstance(layout, DecodeLayout):
+            return relative_angles(table, layout.offset.unsqueeze(1), self.config, layout.position)
+        angles = relative_angles(table, layout.offsets, self.config)
+        return angles if cache is not None or layout.reads_past else RotaryAngles(angles.own)
+
+
+def _window_columns(
+    config: InfiniConfig, layout: SegmentLayout | DecodeLayout, counters: StreamCounters | None, shape: tuple[int, int]
+) -> tuple[torch.Tensor, int]:
+    """The column in each slot of the windows, `(G, window)`, arbitrary where nothing is seen; number of columns."""
+    batch_size, length = shape
+    if isinstance(layout, DecodeLayout):
+        slots = (config.num_sink_tokens + layout.offset).unsqueeze(1)
+        columns = counters.slot_columns.scatter(1, slots, counters.columns.expand(batch_size, 1))
+        return columns, int(counters.columns) + 1
+    if counters is None:
+        counters = StreamCounters(batch_size, config, layout.offsets.device)
+    columns, ring = counters.call_columns(length), counters.ring_columns()
+    parts = [layout.own(columns, ring)]
+    if config.is_sliding and layout.reads_past:
+        parts.insert(0, layout.previous(columns, ring))
+        parts.insert(0, layout.of_segment(counters.sink_columns(layout, columns)))
+    return torch.cat(parts, 1), int(counters.columns) + length
+
+
+@auto_docstring
+class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: InfiniConfig):
+        super().__init__(config)
+        self.model = InfiniModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: InfiniCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        context_parallel: ContextParallel | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
+            0 for padding, wherever it stands; of a longer history, only the last columns belong to this call.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+            Serve only to find where packed documents start: where they do not increase, a new stream starts.
+        past_key_values ([`InfiniCache`], *optional*):
+            What was read so far; this call is read into it.
+        context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
+            The ranks that the sequence is split over; the inputs are this rank's columns.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_infini import InfiniForCausalLM
+
+        >>> model = InfiniForCausalLM.from_pretrained("path/to/converted-model")
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/converted-model")
+        >>> inputs = tokenizer(open("book.txt").read(), return_tensors="pt")
+        >>> generated_ids = model.generate(**inputs, max_new_tokens=30)
+        ```"""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        has_targets = labels is not None or kwargs.get("shift_labels") is not None
+        if context_parallel is not None:
+            context_parallel.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
+        reads_all = has_targets or context_parallel is not None
+        last_columns = logits_to_keep if isinstance(logits_to_keep, int) and not reads_all else 0
+        if last_columns > 0 and self._can_read_in_chunks(inputs, past_key_values, use_cache, kwargs):
+            outputs = self._read_in_chunks(inputs, past_key_values, last_columns, kwargs)
+        else:
+            outputs = self.model(
+                **inputs,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                context_parallel=context_parallel,
+                **kwargs,
+            )
+
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if has_targets:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @property
+    def _chunk_length(self) -> int:
+        return self.config.segment_length * max(1, PREFILL_TOKENS // self.config.segment_length)
+
+    def _can_read_in_chunks(
+        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, kwargs: dict
+    ) -> bool:
+        """Whether a call is long, and nothing but a cache is asked for of its first columns."""
+        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        if states is None or states.shape[1] <= self._chunk_length or torch.is_grad_enabled():
+            return False
+        records = ("output_hidden_states", "output_attentions")
+        wants_all = any(kwargs.get(name, getattr(self.config, name)) for name in records)
+        return not wants_all and (cache is not None or (self.config.use_cache if use_cache is None else use_cache))
+
+    def _read_in_chunks(
+        self, inputs: dict, cache: InfiniCache | None, last_columns: int, kwargs: dict
+    ) -> BaseModelOutputWithPast:
+        """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
+        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        length = states.shape[1]
+        lengths = [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
+        last: list[torch.Tensor] = []
+        for chunk in split_call(inputs, lengths, None if cache is None else cache.tokens_read):
+            outputs = self.model(**chunk, past_key_values=cache, use_cache=True, **kwargs)
+            cache = outputs.past_key_values
+            last = [torch.cat([*last, outputs.last_hidden_state[:, -last_columns:]], 1)[:, -last_columns:]]
+        return BaseModelOutputWithPast(last_hidden_state=last[0], past_key_values=cache)
+
+
+class BaseModelByAutoModel:
+    """
+    transformers' heads make their base model by `AutoModel.from_config`, which finds it by the class of the
+    configuration. Remote code in a local folder is imported once for the configuration and once more for the model,
+    so that this class is not the `InfiniConfig` of this module.
+    """
+
+    def __init__(self, config: InfiniConfig):
+        AutoModel.register(type(config), InfiniModel, exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]
+
+    def __call__(self, *args, **kwargs):
+        if kwargs.get("context_parallel") is not None:
+            raise ValueError(
+                "context_parallel is for InfiniForCausalLM and InfiniModel: the loss of other heads does not add up "
+                "over the ranks."
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class InfiniForSequenceClassification(
+    BaseModelByAutoModel, GenericForSequenceClassification, InfiniPreTrainedModel
+): ...
+
+
+class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel): ...
+
+
+class InfiniForQuestionAnswering(BaseModelByAutoModel, GenericForQuestionAnswering, InfiniPreTrainedModel): ...
+
+
+# By these names the stock Trainer knows which models' labels it must shift when it smooths them itself.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(InfiniConfig.model_type, InfiniForCausalLM.__name__)
+
+__all__ = [
+    "InfiniForCausalLM",
+    "InfiniForQuestionAnswering",
+    "InfiniForSequenceClassification",
+    "InfiniForTokenClassification",
+    "InfiniModel",
+    "InfiniPreTrainedModel",
+]
