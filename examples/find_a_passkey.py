@@ -37,7 +37,7 @@ def main() -> None:
 
     # As whoever finds the model on the Hub loads it: by the code that stands beside the weights.
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
     generator = np.random.default_rng(options.seed)
     depth = generator.random() if options.depth is None else options.depth
     filler = find_filler(tokenizer, options.filler)
