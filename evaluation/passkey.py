@@ -68,6 +68,7 @@ DECOYS = (
     "The letter was dated {key}.",
 )
 NUM_DIGITS = 5
+# Tokens between the number and a decoy near it, at most.
 NEAR = 50
 
 

@@ -118,6 +118,8 @@ class Curriculum(TrainerCallback):
     """Goes on to longer texts when the present ones are mastered, and holds the head gates still at first."""
 
     def __init__(self, model: InfiniForCausalLM, arguments: RecipeArguments):
+        if arguments.write_sparsity > 0 and not model.config.memory_write_gate:
+            raise ValueError("A model without write gates has none to press on: --write_sparsity 0, or add them.")
         self.model = model
         self.arguments = arguments
         self.segment_length = model.config.segment_length
@@ -135,8 +137,7 @@ class Curriculum(TrainerCallback):
         self.losses.clear()
         # Between short texts and questions, only short segments have an end.
         self.model.config.segment_length = min(self.segment_length, max(32, self.length // 4))
-        releases = stage == min(self.arguments.release_stage, len(self.arguments.lengths) - 1)
-        if releases and self.arguments.write_sparsity > 0:
+        if stage == self.arguments.release_stage and self.arguments.write_sparsity > 0:
             self.penalty.enter_context(sparse_writes(self.model, self.arguments.write_sparsity))
         for name, parameter in self.model.named_parameters():
             if "head_gates" in name:

@@ -26,8 +26,9 @@ class _AddLoss(torch.autograd.Function):
 
 def write_penalty(log_gates: torch.Tensor, margin: float) -> torch.Tensor:
     """
-    How far tokens are, on average, from weighing exp(-margin) of the one that the memory of their row and head
-    remembers best: the mean of max(0, log g - max log g + margin). No label of what is worth remembering is used.
+    How far tokens are, on average, from weighing exp(-margin) of the one of their row and head that is remembered
+    best: the mean of max(0, log g - max log g + margin). No label of what is worth remembering is used. A row counts
+    whole, padding and packed documents included.
 
     Args:
         log_gates: log g, `(batch, length, kv_heads)`.
@@ -39,7 +40,8 @@ def write_penalty(log_gates: torch.Tensor, margin: float) -> torch.Tensor:
 def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iterator[None]:
     """
     Inside, each call of a model in training adds `weight` times the [`write_penalty`] of each layer to its gradients,
-    whatever the trainer.
+    whatever the trainer. What is read in chunks, or accumulated over batches, adds it once for each of them, and
+    scales of the loss, such as mixed precision's in float16, do not apply to it.
 
     A loss alone stops to teach what not to write once filler is a small share of what is read at the lengths trained
     on. The penalty goes on, and a memory that has learned on short texts holds on longer ones.

@@ -335,3 +335,14 @@ def test_bad_arguments_are_refused():
     model.train().activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant"):
         backpropagate(model, {**inputs, "labels": inputs["input_ids"]})
+
+
+@pytest.mark.parametrize("length", [1, 5, 6])
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_every_parameter_has_a_gradient_whatever_the_length(is_delta, length):
+    """Processes whose texts differ in length exchange the gradients of the same parameters."""
+    fields = {"use_mem_delta_rule": is_delta, "learned_delta_update": is_delta, "qk_norm": True}
+    model = tiny_model(memory_norm_init_scale=1.5, memory_write_gate=True, segment_length=5, **fields).train()
+    ids = random_ids(2, length)
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

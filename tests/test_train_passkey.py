@@ -84,6 +84,11 @@ def test_pressure_on_writes_starts_with_the_stage_and_ends_with_training(train, 
     assert weights == [0.25]
 
 
+def test_pressure_on_a_model_without_write_gates_is_refused_before_training(train):
+    with pytest.raises(ValueError, match="--write_sparsity 0, or add them"):
+        train("refused", "--config_overrides", json.dumps({**SMALL, "memory_write_gate": False}), "--max_steps", 1)
+
+
 @pytest.mark.parametrize("length", [80, 300])
 def test_only_the_answer_and_the_end_are_labels(length):
     tokenizer = train_passkey.train_tokenizer([random_text(3000)], 400)

@@ -235,7 +235,9 @@ class InfiniAttention(nn.Module):
         if memory is not None:
             output = self._mix(output, self._read(memory_queries, memory), layout)
         if self.training and (memory is None or strength is not None):
-            output = output + self._zero(strength)
+            # Without a norm, the memory's queries are those of local attention.
+            normed_queries = None if self.config.memory_norm_init_scale is None else memory_queries
+            output = output + self._zero(strength, normed_queries, memory_keys)
         if isinstance(layout, DecodeLayout):
             layer.decode_memory(key_states.of_memory, values, layout, strength)
         else:
@@ -265,13 +267,13 @@ class InfiniAttention(nn.Module):
             return window, None
         return window, scan_memory(keys.of_memory, values, layout, None, self.config, strength).before
 
-    def _zero(self, strength: torch.Tensor | None) -> torch.Tensor:
+    def _zero(self, *of_memory: torch.Tensor | None) -> torch.Tensor:
         """
         0, and a gradient of 0 for what a text within one segment does not use: processes that train on texts of
         different lengths exchange gradients of the same parameters.
         """
-        unused = self.head_gates().sum() if strength is None else self.head_gates().sum() + strength.sum()
-        return 0 * unused
+        unused = [self.head_gates(), *(states for states in of_memory if states is not None)]
+        return 0 * sum(states.sum() for states in unused)
 
     def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
