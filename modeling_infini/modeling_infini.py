@@ -234,7 +234,8 @@ class InfiniAttention(nn.Module):
         )
         if memory is not None:
             output = self._mix(output, self._read(memory_queries, memory), layout)
-        if self.training and (memory is None or strength is not None):
+        # What is written may be read in a later call alone.
+        if self.training and (memory is None or strength is not None or memory_keys is not None):
             # Without a norm, the memory's queries are those of local attention.
             normed_queries = None if self.config.memory_norm_init_scale is None else memory_queries
             output = output + self._zero(strength, normed_queries, memory_keys)
