@@ -103,7 +103,8 @@ class RecipeArguments:
     )
     rate_decay: float = field(default=0.85, metadata={"help": "Of the learning rate, from stage to stage."})
     release_stage: int = field(
-        default=3, metadata={"help": "From this stage on gates are trained and `write_sparsity` presses."}
+        default=3,
+        metadata={"help": "From this stage on gates are trained, and `write_sparsity` and `near_decoys` take effect."},
     )
     near_decoys: float = field(
         default=0.0, metadata={"help": "The probability of other numbers to stand close to the one in question."}
@@ -132,6 +133,11 @@ class Curriculum(TrainerCallback):
         """Number of tokens of the longest texts."""
         return self.arguments.lengths[self.stage]
 
+    @property
+    def is_released(self) -> bool:
+        """Whether the task is mastered so far that gates are trained, writes pressed on and decoys moved near."""
+        return self.stage >= self.arguments.release_stage
+
     def _enter(self, stage: int) -> None:
         self.stage = stage
         self.losses.clear()
@@ -141,7 +147,7 @@ class Curriculum(TrainerCallback):
             self.penalty.enter_context(sparse_writes(self.model, self.arguments.write_sparsity))
         for name, parameter in self.model.named_parameters():
             if "head_gates" in name:
-                parameter.requires_grad_(self.stage >= self.arguments.release_stage)
+                parameter.requires_grad_(self.is_released)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not before: an optimizer made now would leave out what is held still.
@@ -199,7 +205,7 @@ class PasskeyTexts(IterableDataset):
         else:
             decoys = int(draw.integers(1 + min(8, length // SHORT)))
         filler = self.fillers[0 if draw.random() < 0.25 else draw.integers(1, len(self.fillers))]
-        near = self.curriculum.arguments.near_decoys
+        near = self.curriculum.arguments.near_decoys if self.curriculum.is_released else 0.0
         # The start of the text is the hardest place: the most comes after it.
         depth = draw.random() if draw.random() < 0.6 else 0.0
         example = passkey_example(self.tokenizer, filler, length - 1, depth, draw, wording, decoys, near)
