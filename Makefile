@@ -25,9 +25,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 benchmark: $(INSTALLED)
-	$(BIN)/python benchmarks/core.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/chunked_training.py
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.core
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.chunked_training
 
 # Writes the present code beside the weights of the published checkpoint.
 checkpoint-code: $(INSTALLED)

@@ -4,11 +4,10 @@ What exact back-propagation through a long sequence costs, chunk by chunk:
 1. peak memory of a training step on 131,072 tokens, against one on 8,192 tokens (each in a process of its own);
 2. its time per token, against that of the plain step (forward and backward over the whole sequence at once).
 
-    python benchmarks/chunked_training.py
+    python -m benchmarks.chunked_training
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -17,10 +16,11 @@ from statistics import median
 import torch
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM, backpropagate
-from sizes import SIZE
+
+from .peak_memory import peak_nbytes
+from .sizes import SEGMENT_LENGTH, SIZE
 
 
-SEGMENT_LENGTH = 512
 LONG, SHORT = 131_072, 8_192
 
 
@@ -37,7 +37,8 @@ def step(model: InfiniForCausalLM, ids: torch.Tensor, chunk_segments: int | None
 
 def peak_memory(arguments: argparse.Namespace, tokens: int) -> int:
     """Peak resident memory, in bytes, of a process that takes one step on `tokens` tokens."""
-    command = [sys.executable, __file__, "--step", str(tokens), "--chunk-segments", str(arguments.chunk_segments)]
+    command = [sys.executable, "-m", "benchmarks.chunked_training", "--step", str(tokens)]
+    command += ["--chunk-segments", str(arguments.chunk_segments)]
     command += ["--local-attention", arguments.local_attention]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -56,7 +57,7 @@ def main() -> None:
     )
     if arguments.step:
         step(model, torch.randint(0, SIZE["vocab_size"], (1, arguments.step)), arguments.chunk_segments)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_nbytes())
         return
 
     long, short = (LONG // 16, SHORT // 16) if arguments.short else (LONG, SHORT)

@@ -2,7 +2,7 @@
 Peak memory of a conversion while it goes over the weights, and how long it takes: a synthetic Llama in many shards,
 converted in a process of its own, there and back, and with a change of dtype.
 
-    python benchmarks/conversion_memory.py --gigabytes 1 4 --max-shard-size 200MB
+    python -m benchmarks.conversion_memory --gigabytes 1 4 --max-shard-size 200MB
 """
 
 import argparse

@@ -6,12 +6,11 @@ The four figures that say whether memory and streams cost what they should, as r
 3. a decode step after 1,000,000 tokens, against one after 1,000;
 4. peak memory while streaming 262,144 tokens, against 16,384.
 
-    python benchmarks/core.py
+    python -m benchmarks.core
 """
 
 import argparse
 import copy
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -20,12 +19,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
-from sizes import SIZE
-from timing import interleaved_medians
+
+from .peak_memory import peak_nbytes
+from .sizes import SEGMENT_LENGTH, SIZE
+from .timing import interleaved_medians
 
 
 SMALL = {**SIZE, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-SEGMENT_LENGTH = 512
 
 
 def infini(size: dict, **fields) -> InfiniForCausalLM:
@@ -92,13 +92,13 @@ def stream(tokens: int) -> None:
     for _ in range(tokens // 4096):
         ids = torch.randint(0, SMALL["vocab_size"], (1, 4096), generator=generator)
         model(ids, past_key_values=cache, logits_to_keep=1)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_nbytes())
 
 
 def streaming_memory() -> None:
     peak = {}
     for tokens in (16_384, 262_144):
-        command = [sys.executable, __file__, "--stream", str(tokens)]
+        command = [sys.executable, "-m", "benchmarks.core", "--stream", str(tokens)]
         peak[tokens] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
         f"4. peak memory while streaming 262,144 tokens: {peak[262_144] / peak[16_384]:.3f} x that of 16,384 "

@@ -5,7 +5,7 @@ The task needs the memory: one token of the first segment names one of 16 values
 last one the model is asked for the value. The two runs of a pair differ in the scale alone: the same weights at the
 start, data, AdamW and learning rate, which is one for all weights and falls linearly to 0. Under two minutes.
 
-    python benchmarks/gate_movement.py
+    python -m benchmarks.gate_movement
 """
 
 import argparse

@@ -6,7 +6,7 @@ the last 32 tokens ask for each pair once, keys in another order. Chance is 1/16
 them gives about 1/4. A small model (2 layers, width 64, 2 heads of 32) trains on 64 tokens, then 128 and 256, the next
 when the last is mastered, and is tested on up to 65,536. Each run takes 1 to 3 minutes of one core.
 
-    python benchmarks/recall_ablations.py --seeds 0 1 --output docs/recall_ablations.jsonl
+    python -m benchmarks.recall_ablations --seeds 0 1 --output docs/recall_ablations.jsonl
 
 writes a line per run as soon as it is done, goes on after the last one when called again, and prints the table.
 """

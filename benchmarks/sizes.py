@@ -8,3 +8,6 @@ SIZE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+# infini-transformer-pytorch has as many KV heads as heads, and makes its intermediate size of the width.
+ALL_HEADS_SIZE = {**SIZE, "intermediate_size": 1365, "num_key_value_heads": 8}
+SEGMENT_LENGTH = 512

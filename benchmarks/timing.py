@@ -1,11 +1,23 @@
 """Timing on a machine that others use: runs take turns, so that a slow moment meets them all."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 
-def interleaved_seconds(runs: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+class Ratio(NamedTuple):
+    """A ratio of medians, with the least and the greatest ratio of a round."""
+
+    value: float
+    least: float
+    greatest: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.least:.3g}-{self.greatest:.3g}]"
+
+
+def interleaved_seconds(runs: Mapping[str, Callable], repeats: int) -> dict[str, list[float]]:
     """Seconds of each run in each of `repeats` rounds, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
@@ -17,6 +29,12 @@ def interleaved_seconds(runs: dict[str, Callable], repeats: int) -> dict[str, li
     return seconds
 
 
-def interleaved_medians(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
+def interleaved_medians(runs: Mapping[str, Callable], repeats: int) -> dict[str, float]:
     """Median seconds of each run; see [`interleaved_seconds`]."""
     return {name: median(values) for name, values in interleaved_seconds(runs, repeats).items()}
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+    """Of two runs that took turns."""
+    rounds = [numerator / denominator for numerator, denominator in zip(numerators, denominators)]
+    return Ratio(median(numerators) / median(denominators), min(rounds), max(rounds))

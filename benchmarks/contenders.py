@@ -1,0 +1,168 @@
+"""
+What is measured against what: models of one size, each read and continued as its own library does it best.
+
+A state is what a contender keeps of a text; its bytes are those of its tensors.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any, NamedTuple
+
+import torch
+from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
+
+
+# What Mistral reads at once: its sliding mask grows with the square of a call.
+CALL_LENGTH = 4096
+SAMPLING = {"do_sample": True, "top_p": 0.9, "top_k": 0}
+
+
+class Contender(NamedTuple):
+    """
+    Attributes:
+        build: a model in eval mode.
+        prefill: reads ids `(1, tokens)` and returns the state.
+        state_after: a state as after so many tokens, without reading them: only its size matters, or not even that.
+        generate: samples so many tokens from a state, after ids `(1, tokens)` that it has read but for the last.
+        train: forward, loss and backward over ids `(1, tokens)`.
+    """
+
+    build: Callable[[], Any]
+    prefill: Callable[[Any, torch.Tensor], Any]
+    state_after: Callable[[Any, int], Any]
+    generate: Callable[[Any, torch.Tensor, Any, int], None]
+    train: Callable[[Any, torch.Tensor], None]
+
+
+def infini(size: dict, dtype: torch.dtype = torch.float32, **fields) -> Contender:
+    def build() -> InfiniForCausalLM:
+        return InfiniForCausalLM(InfiniConfig(**size, **fields)).to(dtype).eval()
+
+    def prefill(model: InfiniForCausalLM, ids: torch.Tensor) -> InfiniCache:
+        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def state_after(model: InfiniForCausalLM, tokens: int) -> InfiniCache:
+        cache = prefill(model, _random_ids(size, min(tokens, 4 * model.config.segment_length)))
+        # All states are full; what is left of a longer text is a number.
+        for count in (cache.counters.tokens_read, cache.counters.columns):
+            count.fill_(tokens)
+        return cache
+
+    def generate(model: InfiniForCausalLM, ids: torch.Tensor, cache: InfiniCache, tokens: int) -> None:
+        _generate(model, ids[:, -1:], cache, tokens)
+
+    return Contender(build, prefill, state_after, generate, _train)
+
+
+def llama(size: dict, dtype: torch.dtype = torch.float32) -> Contender:
+    def build() -> LlamaForCausalLM:
+        config = LlamaConfig(**size, max_position_embeddings=2**21, attn_implementation="sdpa")
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+    def prefill(model: LlamaForCausalLM, ids: torch.Tensor) -> DynamicCache:
+        # In one call: the causal kernel of sdpa takes no mask then, and is fastest.
+        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    return Contender(build, prefill, _random_keys_and_values, _generate, _train)
+
+
+def mistral(size: dict, window: int) -> Contender:
+    def build() -> MistralForCausalLM:
+        config = MistralConfig(
+            **size, max_position_embeddings=2**21, sliding_window=window, attn_implementation="sdpa"
+        )
+        return MistralForCausalLM(config).eval()
+
+    def prefill(model: MistralForCausalLM, ids: torch.Tensor) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        for call in ids.split(CALL_LENGTH, 1):
+            model(call, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    return Contender(build, prefill, _random_keys_and_values, _generate, _train)
+
+
+def lucidrains(size: dict, segment_length: int, **fields) -> Contender:
+    """infini-transformer-pytorch; its generate() takes no state, so that none is made but by a prefill."""
+
+    def build() -> InfiniTransformerWrapper:
+        model = InfiniTransformer(
+            num_tokens=size["vocab_size"],
+            dim=size["hidden_size"],
+            depth=size["num_hidden_layers"],
+            dim_head=size["hidden_size"] // size["num_attention_heads"],
+            heads=size["num_attention_heads"],
+            **fields,
+        )
+        return InfiniTransformerWrapper(model, segment_length=segment_length).eval()
+
+    def prefill(wrapper: InfiniTransformerWrapper, ids: torch.Tensor):
+        memories = None
+        for segment in ids.split(segment_length, 1):
+            _, _, memories = wrapper.model(segment, past_memories=memories, return_new_memories=True)
+        return memories
+
+    def generate(wrapper: InfiniTransformerWrapper, ids: torch.Tensor, state: None, tokens: int) -> None:
+        # Of a prompt, it reads what its last segment has: one token here.
+        prompt = ids[:, : (ids.shape[1] - 1) // segment_length * segment_length + 1]
+        with redirect_stderr(StringIO()):
+            wrapper.generate(prompt=prompt, seq_len=prompt.shape[1] + tokens)
+
+    def train(wrapper: InfiniTransformerWrapper, ids: torch.Tensor) -> None:
+        wrapper.zero_grad()
+        # The wrapper keeps the last token for a target.
+        wrapper(torch.cat([ids, ids[:, :1]], 1), backward=True)
+
+    return Contender(build, prefill, lambda wrapper, tokens: None, generate, train)
+
+
+def state_nbytes(state: Any) -> int:
+    """Bytes of all tensors of a cache or of a list of memories."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(state))
+
+
+def key_value_nbytes(size: dict, tokens: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the keys and values of full attention."""
+    head_dim = size["hidden_size"] // size["num_attention_heads"]
+    return 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * head_dim * tokens * dtype.itemsize
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, InfiniCache):
+        for layer in state.layers:
+            yield from layer.states().values()
+    elif isinstance(state, DynamicCache):
+        for layer in state.layers:
+            yield from (layer.keys, layer.values)
+    else:
+        for part in state:
+            yield from _tensors(part)
+
+
+def _random_ids(size: dict, tokens: int) -> torch.Tensor:
+    return torch.randint(0, size["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _random_keys_and_values(model: nn.Module, tokens: int) -> DynamicCache:
+    config: Any = model.config
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        shape = (1, config.num_key_value_heads, tokens, config.head_dim)
+        cache.update(*(torch.randn(shape, dtype=model.dtype) for _ in range(2)), layer)
+    return cache
+
+
+def _generate(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> None:
+    model.generate(ids, past_key_values=cache, min_new_tokens=tokens, max_new_tokens=tokens, **SAMPLING)
+
+
+def _train(model: nn.Module, ids: torch.Tensor) -> None:
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()

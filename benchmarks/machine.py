@@ -1,0 +1,75 @@
+"""The machine's limits, measured as the models meet them: products of their shapes, and passes over memory."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+
+class Limits(NamedTuple):
+    """`flops`: floating-point operations per second of the products of a layer; `bandwidth`: bytes read per second."""
+
+    flops: float
+    bandwidth: float
+
+
+def _median_seconds(run: Callable, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
+
+
+def linear_shapes(size: dict) -> list[tuple[int, int]]:
+    """Input and output width of each linear layer of a decoder layer."""
+    width, inner = size["hidden_size"], size["intermediate_size"]
+    key_width = width // size["num_attention_heads"] * size["num_key_value_heads"]
+    return [
+        (width, width),
+        (width, key_width),
+        (width, key_width),
+        (width, width),
+        *[(width, inner)] * 2,
+        (inner, width),
+    ]
+
+
+def matmul_flops(size: dict, tokens: int, dtype: torch.dtype = torch.float32, repeats: int = 20) -> float:
+    """Operations per second of the linear layers of one decoder layer on `tokens` tokens, and of nothing else."""
+    shapes = linear_shapes(size)
+    inputs = {width: torch.randn(tokens, width).to(dtype) for width, _ in shapes}
+    weights = [torch.randn(after, before).to(dtype) for before, after in shapes]
+
+    def run() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return 2 * tokens * sum(before * after for before, after in shapes) / _median_seconds(run, repeats)
+
+
+def read_bandwidth(nbytes: int = 2**29, repeats: int = 10) -> float:
+    """Bytes per second of a sum over an array that no cache holds."""
+    numbers = torch.ones(nbytes // 4)
+    return nbytes / _median_seconds(numbers.sum, repeats)
+
+
+def measure(size: dict, tokens: int) -> Limits:
+    return Limits(matmul_flops(size, tokens), read_bandwidth())
+
+
+def prefill_flops(size: dict, tokens: int, segment_length: int, local_attention: str) -> float:
+    """
+    The operations that a prefill with the linear rule cannot do without: linear layers (but for the logits), local
+    attention over what a token sees, and reading and writing the memory.
+    """
+    head_dim = size["hidden_size"] // size["num_attention_heads"]
+    heads, kv_heads = size["num_attention_heads"], size["num_key_value_heads"]
+    linear = 2 * sum(before * after for before, after in linear_shapes(size))
+    seen = segment_length if local_attention == "sliding" else (segment_length + 1) / 2
+    attention = 4 * heads * head_dim * seen
+    memory = 2 * head_dim * head_dim * (heads + kv_heads)
+    return tokens * size["num_hidden_layers"] * (linear + attention + memory)

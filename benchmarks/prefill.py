@@ -1,0 +1,117 @@
+"""Reading a prompt of which the last logits are asked for: tokens per second over its length."""
+
+from functools import partial
+from statistics import median
+
+import torch
+
+from .machine import prefill_flops
+from .report import Figure, Point, Report
+from .suite import Suite
+from .timing import Ratio, interleaved_seconds, ratio
+
+
+PLOT = "prefill, tokens per second"
+LENGTHS = (2_048, 8_192, 32_768)
+LONGEST = 131_072
+
+
+@torch.no_grad()
+def run(suite: Suite, report: Report) -> None:
+    contenders = {
+        "Infini, segment, linear": suite.infini(),
+        "Infini, segment, delta": suite.infini(use_mem_delta_rule=True),
+        "Infini, sliding, linear": suite.infini(local_attention="sliding"),
+        "Infini, segment, linear, bfloat16": suite.infini(torch.bfloat16),
+        "Llama, full attention": suite.llama(),
+        "Mistral, sliding window": suite.mistral(),
+        "infini-transformer-pytorch": suite.lucidrains(),
+        "Infini, all KV heads": suite.infini_all_heads(),
+    }
+    models = {name: contender.build() for name, contender in contenders.items()}
+
+    def runs(tokens: int, names=tuple(contenders)) -> dict:
+        ids = suite.ids(suite.length(tokens))
+        return {name: partial(contenders[name].prefill, models[name], ids) for name in names}
+
+    def points(tokens: int, seconds: dict[str, list[float]]) -> list[Point]:
+        length = suite.length(tokens)
+        shares = {}
+        for name, local in (("Infini, segment, linear", "segment"), ("Infini, sliding, linear", "sliding")):
+            if name in seconds:
+                flops = prefill_flops(suite.size, length, suite.segment_length, local)
+                shares[name] = flops / median(seconds[name]) / suite.limits.flops
+        return [Point(PLOT, name, length, length / median(took), shares.get(name)) for name, took in seconds.items()]
+
+    for tokens in LENGTHS:
+        # Rounds enough for the short ones, few for what takes a minute.
+        seconds = interleaved_seconds(runs(tokens), max(1, min(9, suite.repeats * LENGTHS[1] // tokens)))
+        report.add(points=points(tokens, seconds))
+    ours, theirs = seconds["Infini, segment, linear"], seconds["Llama, full attention"]
+    report.add(
+        [
+            Figure("prefill of 32,768 tokens against Llama (sdpa)", ratio(theirs, ours), 4.5),
+            Figure(
+                "prefill of 32,768 tokens against infini-transformer-pytorch",
+                ratio(seconds["infini-transformer-pytorch"], seconds["Infini, all KV heads"]),
+                1.5,
+            ),
+            Figure(
+                "share of the measured matrix throughput in that prefill",
+                _of_limit(suite, LENGTHS[-1], ours),
+                0.65,
+                note="the products that cannot be left out, causal half of attention",
+            ),
+        ]
+    )
+    _longest(suite, report, runs, points)
+
+
+def _longest(suite: Suite, report: Report, runs, points) -> None:
+    """131,072 tokens beside as many in texts of 2,048, and full attention extrapolated from half of that."""
+    name, llama = "Infini, segment, linear", "Llama, full attention"
+    short = runs(LENGTHS[0], [name])[name]
+
+    def many_short() -> None:
+        for _ in range(LONGEST // LENGTHS[0]):
+            short()
+
+    compared = {
+        **runs(LONGEST, [name, "Infini, segment, delta", "Infini, sliding, linear"]),
+        "many short": many_short,
+    }
+    seconds = interleaved_seconds(compared, max(1, suite.repeats - 1))
+    many = seconds.pop("many short")
+    report.add(points=points(LONGEST, seconds))
+    figure = Figure(
+        "prefill throughput at 131,072 tokens against its own at 2,048",
+        ratio(many, seconds[name]),
+        0.95,
+        note="as many tokens on both sides",
+    )
+    report.add([figure])
+
+    once = interleaved_seconds(runs(LONGEST // 2, [llama]), 1)[llama]
+    report.add(points=points(LONGEST // 2, {llama: once}))
+    half = median(once)
+    quarter = next(p for p in report.points if p.contender == llama and p.tokens == suite.length(LENGTHS[-1]))
+    # a T + b T^2 through the two longest texts.
+    at_quarter = quarter.tokens / quarter.value
+    full = 6 * half - 8 * at_quarter
+    extrapolated = full / median(seconds[name])
+    report.add(
+        [
+            Figure(
+                "prefill of 131,072 tokens against Llama (sdpa)",
+                Ratio(extrapolated, extrapolated, extrapolated),
+                15,
+                note="Llama extrapolated from 32,768 and 65,536 tokens by a T + b T²",
+            )
+        ]
+    )
+
+
+def _of_limit(suite: Suite, tokens: int, seconds: list[float]) -> Ratio:
+    flops = prefill_flops(suite.size, suite.length(tokens), suite.segment_length, "segment")
+    shares = [flops / took / suite.limits.flops for took in seconds]
+    return Ratio(median(shares), min(shares), max(shares))

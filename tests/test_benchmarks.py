@@ -1,0 +1,97 @@
+"""The benchmarks run, and count right; how fast anything is, is not tested."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.__main__ import SHORT
+from benchmarks.contenders import infini, key_value_nbytes, llama, lucidrains, mistral, state_nbytes
+from benchmarks.machine import linear_shapes, matmul_flops, prefill_flops
+from benchmarks.memory import prefill_peak_nbytes
+from benchmarks.suite import Suite
+from benchmarks.timing import ratio
+
+
+SIZE = {**SHORT, "num_key_value_heads": 1}
+N = 16
+
+
+def random_ids(tokens):
+    return torch.randint(0, SIZE["vocab_size"], (1, tokens))
+
+
+def test_ratio_is_of_medians_and_its_spread_of_rounds():
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == (4 / 3, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("local_attention", ["segment", "sliding"])
+def test_flops_of_a_prefill_are_those_counted(local_attention):
+    contender = infini(SIZE, segment_length=N, local_attention=local_attention, attn_implementation="eager")
+    tokens = 8 * N
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        contender.prefill(contender.build(), random_ids(tokens))
+    head_dim, heads, layers = 16, SIZE["num_attention_heads"], SIZE["num_hidden_layers"]
+    logits = 2 * SIZE["hidden_size"] * SIZE["vocab_size"]
+    # What is computed and masked, and z's products, count as done, but not as what cannot be left out.
+    dense = 2 * N if local_attention == "sliding" else N
+    seen = N if local_attention == "sliding" else (N + 1) / 2
+    masked = tokens * layers * 4 * heads * head_dim * (dense - seen)
+    normaliser = tokens * layers * 2 * heads * head_dim
+    expected = prefill_flops(SIZE, tokens, N, local_attention) + masked + normaliser + logits
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_matrix_products_are_those_of_a_layer():
+    model = llama(SIZE).build()
+    layer = model.model.layers[0]
+    shapes = [tuple(m.weight.shape[::-1]) for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(linear_shapes(SIZE)) == sorted(shapes)
+    assert matmul_flops(SIZE, 8, repeats=1) > 0
+
+
+@torch.no_grad()
+def test_states_have_the_size_that_reading_gives():
+    ids = random_ids(5 * N)
+    for contender in (llama(SIZE), mistral(SIZE, N), infini(SIZE, segment_length=N)):
+        model = contender.build()
+        assert state_nbytes(contender.prefill(model, ids)) == state_nbytes(contender.state_after(model, 5 * N))
+    full = llama(SIZE)
+    assert state_nbytes(full.prefill(full.build(), ids)) == key_value_nbytes(SIZE, 5 * N)
+
+
+@torch.no_grad()
+def test_each_contender_goes_on_from_its_state():
+    ids = random_ids(3 * N + 1)
+    all_heads = {**SIZE, "num_key_value_heads": 2}
+    contenders = (llama(SIZE), mistral(SIZE, N), infini(SIZE, segment_length=N), lucidrains(all_heads, N))
+    for contender in contenders:
+        model = contender.build()
+        state = contender.state_after(model, 3 * N)
+        contender.generate(model, ids, state, 4)
+        if state is not None:
+            assert state.get_seq_length() == 3 * N + 4
+
+
+def test_peak_memory_is_of_the_process_itself():
+    suite = Suite(SIZE, {**SIZE, "num_key_value_heads": 2}, N, scale=64, repeats=1)
+    ballast = torch.ones(2**29)
+    assert 2**26 < prefill_peak_nbytes(suite, "Llama, full attention", 32) < ballast.nbytes
+
+
+@pytest.mark.slow
+def test_command_prints_its_table(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--short", "--output", str(tmp_path)]
+    command += ["--sections", "prefill", "decode", "training"]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["figures"]) == 10
+    assert all(figure["ratio"][0] > 0 for figure in results["figures"])
+    assert (tmp_path / "table.md").read_text().strip() in done.stdout
+    assert {file.name for file in tmp_path.glob("*.png")} == {"prefill.png", "decode.png", "training-step.png"}
