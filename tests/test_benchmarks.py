@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import scale
 from benchmarks.__main__ import SHORT
 from benchmarks.contenders import infini, key_value_nbytes, llama, lucidrains, mistral, state_nbytes
 from benchmarks.machine import linear_shapes, matmul_flops, prefill_flops
@@ -95,3 +97,19 @@ def test_command_prints_its_table(tmp_path):
     assert all(figure["ratio"][0] > 0 for figure in results["figures"])
     assert (tmp_path / "table.md").read_text().strip() in done.stdout
     assert {file.name for file in tmp_path.glob("*.png")} == {"prefill.png", "decode.png", "training-step.png"}
+
+
+def test_the_page_on_scale_has_the_predicted_table():
+    page = Path(__file__).parent.parent / "docs" / "scale.md"
+    assert scale.table(scale.Device(), scale.Assumptions()) in page.read_text()
+
+
+@pytest.mark.parametrize("local_attention", ["segment", "sliding"])
+def test_predicted_state_is_that_of_a_cache(local_attention, monkeypatch):
+    monkeypatch.setattr(scale, "SIZE", SIZE)
+    monkeypatch.setattr(scale, "HEAD_DIM", 16)
+    monkeypatch.setattr(scale, "SEGMENT_LENGTH", N)
+    contender = infini(SIZE, torch.bfloat16, segment_length=N, local_attention=local_attention)
+    with torch.no_grad():
+        state = contender.prefill(contender.build(), random_ids(2 * N))
+    assert scale.state_nbytes(local_attention) == state_nbytes(state)
