@@ -57,7 +57,7 @@ WITH_PYTHON = [page for page in GUIDES if any(source_of(example) for example in 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """A folder with the files that the pages name, in which all models are tiny."""
-    tokens = {"pad_token": "w0", "model_input_names": ["input_ids", "attention_mask"]}
+    tokens = {"eos_token": "w1", "pad_token": "w0", "model_input_names": ["input_ids", "attention_mask"]}
     llama = base_model(max_position_embeddings=2048)
     llama.save_pretrained(tmp_path / "path/to/llama")
     save_word_tokenizer(tmp_path / "path/to/llama", **tokens)
