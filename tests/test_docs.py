@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from unittest import SkipTest
@@ -158,12 +159,12 @@ def parser_of(target: str, is_module: bool, arguments: list[str], is_whole: bool
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [target, *arguments])
+    run, script = runpy.run_module, target
+    if not is_module:
+        run, script = runpy.run_path, str(ROOT / target)
+        monkeypatch.syspath_prepend(str((ROOT / target).parent))
     with pytest.raises(Parsed) as stopped:
-        if is_module:
-            runpy.run_module(target, run_name="__main__")
-        else:
-            monkeypatch.syspath_prepend(str((ROOT / target).parent))
-            runpy.run_path(str(ROOT / target), run_name="__main__")
+        run(script, run_name="__main__")
     return stopped.value.parser
 
 
@@ -178,6 +179,7 @@ def check_conversion(arguments: list[str], is_whole: bool) -> None:
     assert {word for word in arguments if word.startswith("--")} <= known
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{page_id(command.page)}-{command.text[:60]}")
 def test_commands_exist(command, monkeypatch):
     words, is_whole = command.words, command.is_whole and "..." not in command.words
@@ -211,7 +213,7 @@ def test_commands_exist(command, monkeypatch):
 def anchors_of(page: Path) -> set[str]:
     """The anchors of a page, on GitHub and on the site, where both agree."""
     tokens = MARKDOWN.parse(page.read_text(encoding="utf-8"))
-    headings = [after.content for token, after in zip(tokens, tokens[1:]) if token.type == "heading_open"]
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
     return slugs | (set(REFERENCE) if page.name == "api.md" else set())
 
