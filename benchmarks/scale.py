@@ -4,6 +4,7 @@ What a model of 8 billion parameters would cost on H100s, predicted by a rooflin
     python -m benchmarks.scale        # prints the tables of docs/scale.md
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -174,6 +175,8 @@ def table(device: Device, assumed: Assumptions) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     print(table(Device(), Assumptions()))
 
 
