@@ -77,7 +77,7 @@ def test_without_a_padding_token_a_pipeline_goes_row_by_row(model, tokenizer):
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     found = generator(TEXTS, return_full_text=False, **GREEDY)
     assert [row[0]["generated_text"] for row in found] == [new_text(model, tokenizer, text) for text in TEXTS]
-    with pytest.raises(ValueError, match="without a pad_token"):
+    with pytest.raises(ValueError, match="without pad_token"):
         generator(TEXTS, batch_size=3, **GREEDY)
 
 
