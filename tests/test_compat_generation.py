@@ -95,7 +95,7 @@ def test_a_pipeline_speaks_by_the_chat_template(model, tokenizer):
 
 
 def test_the_settings_of_a_checkpoint_are_those_of_a_pipeline(model, tokenizer):
-    model.generation_config.update(max_new_tokens=7, do_sample=False, repetition_penalty=1.4)
+    model.generation_config.update(max_new_tokens=7, do_sample=False, repetition_penalty=4.0)
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     expected = model.generate(ids)[0].tolist()
     assert expected != model.generate(ids, repetition_penalty=1.0)[0].tolist()
