@@ -83,7 +83,12 @@ class InfiniHeadGates(nn.Module):
         super().__init__()
         self.scale = config.head_gate_scale
         self.weight = nn.Parameter(
-            torch.full((config.num_attention_heads,), config.head_gate_init_value / config.head_gate_scale)
+            torch.full(
+                (config.num_attention_heads,),
+                config.head_gate_init_value / config.head_gate_scale,
+                # Where weights stay on disk, transformers reads them in the dtype that they are made in.
+                dtype=memory_dtype(torch.get_default_dtype()),
+            )
         )
 
     def forward(self) -> torch.Tensor:
@@ -105,7 +110,8 @@ class InfiniMemoryNorm(nn.Module):
     def __init__(self, config: InfiniConfig, num_heads: int):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.full((num_heads,), math.log(config.memory_norm_init_scale or 1)))
+        scale = math.log(config.memory_norm_init_scale or 1)
+        self.weight = nn.Parameter(torch.full((num_heads,), scale, dtype=memory_dtype(torch.get_default_dtype())))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`(..., heads, head_dim)` -> the same, at least in float32."""

@@ -67,7 +67,6 @@ def test_wherever_the_weights_are_the_answers_are_the_same(
     assert torch.equal(generated(model, num_beams=3), generated(plain, num_beams=3))
 
 
-@pytest.mark.xfail(strict=True, reason="transformers reads weights left on the disk in the model's dtype, gates too")
 def test_weights_in_bfloat16_are_offloaded_with_their_gates_in_float32(tmp_path, folder):
     options = {"dtype": torch.bfloat16, "offload_folder": str(tmp_path)}
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
