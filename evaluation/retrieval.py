@@ -30,7 +30,7 @@ from .loading import load_model, load_tokenizer
 from .losses import Progress, memory_off
 from .mqar import mqar_example
 from .needle import needle_example
-from .passkey import passkey_example
+from .passkey import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Wording, passkey_example
 from .variable_tracking import variable_tracking_example
 
 
@@ -45,8 +45,23 @@ class Task(NamedTuple):
     has_depth: bool
 
 
+def _reworded(wordings: Sequence[Wording]) -> Task:
+    """The passkey task in any of `wordings`."""
+
+    def draw(
+        tokenizer: PreTrainedTokenizerBase, filler: Filler, length: int, depth: float, generator: np.random.Generator
+    ) -> Example:
+        wording = wordings[int(generator.integers(len(wordings)))]
+        return passkey_example(tokenizer, filler, length, depth, generator, wording)
+
+    return Task(draw, True)
+
+
 TASKS = {
     "passkey": Task(passkey_example, True),
+    # As examples/train_passkey.py trains them, and such as it does not.
+    "passkey_trained_wordings": _reworded(TRAINING_WORDINGS),
+    "passkey_unseen_wordings": _reworded(HELD_OUT_WORDINGS),
     "needle": Task(needle_example, True),
     "mqar": Task(
         lambda tokenizer, filler, length, depth, generator: mqar_example(tokenizer, filler, length, generator), False

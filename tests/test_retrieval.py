@@ -1,6 +1,7 @@
 """Scores are those of greedy generation; tables, files and callbacks show these scores."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from words import WORDS, random_text, save_word_tokenizer
 
 from evaluation.examples import Example
-from evaluation.haystacks import Filler
+from evaluation.haystacks import Filler, repeated_sentence
 from evaluation.loading import load_tokenizer
+from evaluation.passkey import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from evaluation.retrieval import (
     RetrievalCallback,
     Setting,
@@ -24,6 +26,9 @@ from evaluation.retrieval import (
     weights_digest,
 )
 from modeling_infini import InfiniTrainer, InfiniTrainingArguments
+
+
+CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "passkey"
 
 
 def random_example(length: int, answers: int, seed: int = 0) -> Example:
@@ -216,3 +221,18 @@ class TestCommandLine:
     def test_an_unknown_filler_is_refused(self, folder):
         with pytest.raises(FileNotFoundError, match='neither "sentence" nor "bible" nor a text file'):
             main([str(folder), "--fillers", "nothing.txt"])
+
+
+@pytest.mark.parametrize(
+    ("task", "wordings"),
+    [("passkey_trained_wordings", TRAINING_WORDINGS), ("passkey_unseen_wordings", HELD_OUT_WORDINGS)],
+)
+def test_reworded_passkeys_are_asked_for_in_all_of_their_wordings(task, wordings):
+    tokenizer = load_tokenizer(CHECKPOINT)
+    filler = repeated_sentence(tokenizer)
+    setting = Setting(task, filler.name, 400, 0, 1)
+    texts = [
+        str(tokenizer.decode(draw_example(tokenizer, filler, setting, trial, 0).input_ids)) for trial in range(40)
+    ]
+    asked = {next(wording for wording in wordings if wording.question in text) for text in texts}
+    assert asked == set(wordings)
