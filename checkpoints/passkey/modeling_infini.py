@@ -334,6 +334,11 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        # Asked by vLLM before it puts its own attention over paged keys into a model: that would hold no memory.
+        return False
+
     def local_shares(self) -> torch.Tensor:
         """
         What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32. Where
