@@ -1,6 +1,6 @@
 """
-Serves a model as OpenAI-compatible `/v1/chat/completions`, with sessions whose memory goes on from request to request: a
-book is sent once, and asked about many times. Each session is one cache, of the same size however much it has read.
+Serves a model as OpenAI-compatible `/v1/chat/completions`, with sessions whose memory goes on from request to
+request: a book is sent once, and asked about many times. Each session is one cache, whose size never grows.
 
     pip install "transformers[serving]"
     python examples/serve.py path/to/model --memories memories
@@ -8,19 +8,21 @@ book is sent once, and asked about many times. Each session is one cache, of the
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.post("/sessions", body={"id": "moby"}, cast_to=object)
     chat, session = client.chat.completions, {"session": "moby"}
-    chat.create(model="infini", messages=[{"role": "user", "content": book}], max_tokens=0, extra_body=session)  # reads
+    chat.create(model="infini", messages=[{"role": "user", "content": book}], max_tokens=0, extra_body=session)
     chat.create(model="infini", messages=[{"role": "user", "content": question}], extra_body=session)
     client.post("/sessions/moby/save", body={}, cast_to=object)
     client.post("/sessions", body={"id": "moby-2", "memory": "moby"}, cast_to=object)  # goes on from the saved memory
 
-In a session, `messages` are the new ones alone; without one, they are the whole conversation. A request that fails, or
-whose client goes away, leaves its session as it was. There is no authentication: listen to this machine alone.
+In a session, `messages` are the new ones alone; without one, they are the whole conversation. `max_tokens=0` reads and
+writes nothing. A request that fails, or whose client goes away, leaves its session as it was. There is no
+authentication: listen to this machine alone.
 """
 
 import argparse
 import asyncio
 import copy
 import functools
+import logging
 import threading
 import time
 import uuid
@@ -43,6 +45,8 @@ from transformers import AsyncTextIteratorStreamer, AutoTokenizer, PreTrainedTok
 
 from modeling_infini import InfiniCache, InfiniForCausalLM
 
+
+logger = logging.getLogger("uvicorn.error")
 
 # For models without a chat template: the contents, one after the other.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -130,7 +134,13 @@ class Engine:
         self.thread = ThreadPoolExecutor(max_workers=1)
 
     async def run(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+        except ApiError:
+            raise
+        except Exception as error:
+            logger.exception("A request failed")
+            raise ApiError(500, f"{type(error).__name__}: {error}") from error
 
     def session(self, name: str) -> InfiniCache:
         if name not in self.sessions:
@@ -198,7 +208,7 @@ class Engine:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             raise ApiError(400, "The messages are empty: there is nothing to read.", "messages")
-        return ids.to(self.model.device).long()
+        return ids.to(self.model.device)
 
     @torch.no_grad()
     def answer(
@@ -287,10 +297,6 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     async def _refuse_route(_: Request, error: HTTPException):
         return error_response(ApiError(error.status_code, str(error.detail)))
 
-    @app.exception_handler(Exception)
-    async def _fail(_: Request, error: Exception):
-        return error_response(ApiError(500, f"{type(error).__name__}: {error}"))
-
     @app.get("/v1/models")
     async def models():
         model = {"id": name, "object": "model", "created": started, "owned_by": "local"}
@@ -352,9 +358,8 @@ async def events(chunk, first: str | Answer, pieces: AsyncIterator[str | Answer]
         while isinstance(piece, str):
             yield chunk([{"index": 0, "delta": {"content": piece}}])
             piece = await anext(pieces)
-    except Exception as error:
-        failure = error_response(ApiError(500, f"{type(error).__name__}: {error}"))
-        yield f"data: {failure.body.decode()}\n\n"
+    except ApiError as error:
+        yield f"data: {error_response(error).body.decode()}\n\n"
         return
     finally:
         await pieces.aclose()
