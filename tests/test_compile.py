@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import MODES, random_ids, relative_error, tiny_model
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import fresh_cache
 
 from modeling_infini import InfiniCache
 
@@ -50,6 +51,7 @@ def test_reading_into_a_cache_breaks_the_graph_but_not_the_result():
 
 
 @pytest.mark.slow
+@fresh_cache()
 def test_inductor_computes_texts_gradients_and_decode_steps():
     model, ids = compact_model().train(), random_ids(2, 3 * N + 2)
     expected = model(ids, labels=ids, use_cache=False)

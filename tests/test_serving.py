@@ -19,6 +19,7 @@ pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
 from examples.serve import Engine, build_app  # noqa: E402
+from modeling_infini import InfiniForCausalLM  # noqa: E402
 
 
 N = 5
@@ -263,6 +264,20 @@ def test_refusals_are_errors_of_the_api(client, engine, monkeypatch):
     with pytest.raises(openai.APIError, match="out of memory"):
         list(ask(client, "w1 w2", "a", stream=True))
     assert tokens_read(client, "a") == 0
+
+
+def test_transformers_serve_must_be_given_the_class(folder, monkeypatch):
+    from transformers.cli.serving import model_manager
+
+    def load():
+        manager = model_manager.ModelManager(device="cpu", force_model=str(folder), trust_remote_code=True)
+        (served,) = manager.loaded_models.values()
+        return served.model
+
+    with pytest.raises(AttributeError, match="module transformers has no attribute InfiniForCausalLM"):
+        load()
+    monkeypatch.setattr(model_manager.transformers, "InfiniForCausalLM", InfiniForCausalLM, raising=False)
+    assert isinstance(load(), InfiniForCausalLM)
 
 
 @pytest.mark.slow
