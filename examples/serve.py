@@ -1,0 +1,391 @@
+"""
+Serves a model as OpenAI-compatible `/v1/chat/completions`, with sessions whose memory goes on from request to
+request: a book is sent once, and asked about many times. Each session is one cache, whose size never grows.
+
+    pip install "transformers[serving]"
+    python examples/serve.py path/to/model --memories memories
+
+    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client.post("/sessions", body={"id": "moby"}, cast_to=object)
+    chat, session = client.chat.completions, {"session": "moby"}
+    chat.create(model="infini", messages=[{"role": "user", "content": book}], max_tokens=0, extra_body=session)
+    chat.create(model="infini", messages=[{"role": "user", "content": question}], extra_body=session)
+    client.post("/sessions/moby/save", body={}, cast_to=object)
+    client.post("/sessions", body={"id": "moby-2", "memory": "moby"}, cast_to=object)  # goes on from the saved memory
+
+In a session, `messages` are the new ones alone; without one, they are the whole conversation. `max_tokens=0` reads and
+writes nothing. A request that fails, or whose client goes away, leaves its session as it was. There is no
+authentication: listen to this machine alone.
+"""
+
+import argparse
+import asyncio
+import copy
+import functools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2.exceptions import TemplateError
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from starlette.exceptions import HTTPException
+from transformers import AsyncTextIteratorStreamer, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
+
+from modeling_infini import InfiniCache, InfiniForCausalLM
+
+
+logger = logging.getLogger("uvicorn.error")
+
+# For models without a chat template: the contents, one after the other.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+LAST_ANSWER = "the answer before the new messages"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class Body(BaseModel):
+    # A field that is not served is refused, and not ignored.
+    model_config = ConfigDict(extra="forbid")
+
+
+class Message(Body):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class ChatRequest(Body):
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    session: Name | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: int | None = None
+    user: str | None = None
+
+
+class NewSession(Body):
+    id: Name | None = None
+    memory: Name | None = None
+
+
+class SaveRequest(Body):
+    memory: Name | None = None
+
+
+class ApiError(Exception):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return JSONResponse({"error": body}, error.status)
+
+
+class Answer(NamedTuple):
+    text: str
+    finish_reason: Literal["stop", "length"]
+    usage: CompletionUsage
+
+
+class StopWhenSet(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+class Engine:
+    """The model and its sessions. One thread alone runs the model, so requests are answered one after the other."""
+
+    def __init__(
+        self,
+        model: InfiniForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        max_sessions: int = 16,
+        memories: Path | None = None,
+        max_new_tokens: int = 256,
+    ):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.max_sessions, self.memories, self.max_new_tokens = max_sessions, memories, max_new_tokens
+        self.sessions: dict[str, InfiniCache] = {}
+        self.thread = ThreadPoolExecutor(max_workers=1)
+
+    async def run(self, function, *arguments):
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+        except ApiError:
+            raise
+        except Exception as error:
+            logger.exception("A request failed")
+            raise ApiError(500, f"{type(error).__name__}: {error}") from error
+
+    def session(self, name: str) -> InfiniCache:
+        if name not in self.sessions:
+            raise ApiError(
+                404, f"There is no session {name!r}: POST /v1/sessions first.", "session", "unknown_session"
+            )
+        return self.sessions[name]
+
+    def describe(self, name: str) -> dict:
+        cache = self.session(name)
+        tokens = 0 if cache.tokens_read is None else int(cache.tokens_read)
+        return {"id": name, "object": "session", "tokens_read": tokens, "bytes": cache.nbytes}
+
+    def open(self, request: NewSession) -> dict:
+        name = request.id or uuid.uuid4().hex
+        if name in self.sessions:
+            raise ApiError(409, f"There is a session {name!r} already.", "id", "session_exists")
+        if len(self.sessions) >= self.max_sessions:
+            message = f"All {self.max_sessions} sessions are in use: DELETE /v1/sessions/ID first."
+            raise ApiError(429, message, code="too_many_sessions")
+        cache = self.model.new_cache()
+        if request.memory is not None:
+            folder = self.folder(request.memory)
+            try:
+                cache = type(cache).from_pretrained(folder, self.model.config, self.model.device)
+            except FileNotFoundError:
+                message = f"No memory {request.memory!r} is saved."
+                raise ApiError(404, message, "memory", "unknown_memory") from None
+            except ValueError as error:
+                raise ApiError(400, str(error), "memory", "unfit_memory") from None
+        self.sessions[name] = cache
+        return self.describe(name)
+
+    def save(self, name: str, memory: str) -> dict:
+        try:
+            self.session(name).save_pretrained(self.folder(memory))
+        except ValueError as error:
+            raise ApiError(400, str(error), code="empty_session") from None
+        return {"id": memory, "object": "memory"}
+
+    def close(self, name: str) -> dict:
+        self.session(name)
+        del self.sessions[name]
+        return {"id": name, "object": "session", "deleted": True}
+
+    def folder(self, memory: str) -> Path:
+        if self.memories is None:
+            raise ApiError(400, "This server saves no memories: start it with --memories FOLDER.", "memory")
+        return self.memories / memory
+
+    def prompt(self, messages: list[Message], goes_on: bool) -> torch.Tensor:
+        """The ids of `messages`, `(1, length)`; where they go on, of all that follows the last answer."""
+        turns = [message.model_dump() for message in messages]
+        if goes_on:
+            turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": LAST_ANSWER}, *turns]
+        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise ApiError(400, f"The model's chat template refuses the messages: {error}", "messages") from None
+        if goes_on:
+            text = text.partition(LAST_ANSWER)[2]
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        if ids.shape[1] == 0:
+            raise ApiError(400, "The messages are empty: there is nothing to read.", "messages")
+        return ids.to(self.model.device)
+
+    @torch.no_grad()
+    def answer(
+        self, request: ChatRequest, streamer: AsyncTextIteratorStreamer | None, stop: threading.Event
+    ) -> Answer:
+        """Reads the messages and generates; only then, the session has read both."""
+        # A copy, so that nothing is half read where something goes wrong.
+        cache = self.model.new_cache() if request.session is None else copy.deepcopy(self.session(request.session))
+        ids = self.prompt(request.messages, goes_on=cache.get_seq_length() > 0)
+        limit = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+        limit = self.max_new_tokens if limit is None else limit
+        # generate() takes ids longer than what was read for the whole history: it gets the last one alone.
+        read = ids if limit == 0 else ids[:, :-1]
+        if read.shape[1] > 0:
+            self.model(read, past_key_values=cache, logits_to_keep=1)
+        new = ids.new_empty(0)
+        if limit > 0:
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            options = {"temperature": request.temperature or None, "top_p": request.top_p}
+            options = {name: value for name, value in options.items() if value is not None}
+            if request.temperature is not None:
+                options["do_sample"] = request.temperature > 0
+            last = ids[:, -1:]
+            new = self.model.generate(
+                last,
+                attention_mask=torch.ones_like(last),
+                past_key_values=cache,
+                max_new_tokens=limit,
+                streamer=streamer,
+                stopping_criteria=[StopWhenSet(stop)],
+                **options,
+            )[0, 1:]
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        is_complete = len(new) > 0 and int(new[-1]) in ends
+        if request.session in self.sessions and not stop.is_set():
+            # The last token was generated, but not read. The one that ends an answer is the template's to write.
+            if len(new) > 0 and not is_complete:
+                self.model(new[None, -1:], past_key_values=cache)
+            self.sessions[request.session] = cache
+        usage = CompletionUsage(
+            prompt_tokens=ids.shape[1], completion_tokens=len(new), total_tokens=ids.shape[1] + len(new)
+        )
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        return Answer(text, "stop" if is_complete else "length", usage)
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[str | Answer]:
+        """The answer's text piece by piece, and then all of it."""
+        streamer, stop = (
+            AsyncTextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            threading.Event(),
+        )
+
+        def run() -> Answer:
+            try:
+                return self.answer(request, streamer, stop)
+            finally:
+                streamer.end()
+
+        answer = asyncio.ensure_future(self.run(run))
+        try:
+            async for text in streamer:
+                if text:
+                    yield text
+            yield await answer
+        finally:
+            stop.set()
+
+
+def build_app(engine: Engine, name: str) -> FastAPI:
+    """The HTTP interface of `engine`, whose model is called `name`."""
+    app, started = FastAPI(), int(time.time())
+
+    @app.exception_handler(ApiError)
+    async def _refuse(_: Request, error: ApiError):
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _refuse_body(_: Request, error: RequestValidationError):
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"][1:])) or None
+        return error_response(ApiError(400, f"{param or 'body'}: {first['msg']}", param))
+
+    @app.exception_handler(HTTPException)
+    async def _refuse_route(_: Request, error: HTTPException):
+        return error_response(ApiError(error.status_code, str(error.detail)))
+
+    @app.get("/v1/models")
+    async def models():
+        model = {"id": name, "object": "model", "created": started, "owned_by": "local"}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/sessions")
+    async def list_sessions():
+        return {"object": "list", "data": [engine.describe(session) for session in engine.sessions]}
+
+    @app.post("/v1/sessions", status_code=201)
+    async def open_session(request: NewSession):
+        return await engine.run(engine.open, request)
+
+    @app.get("/v1/sessions/{session}")
+    async def describe_session(session: str):
+        return engine.describe(session)
+
+    @app.delete("/v1/sessions/{session}")
+    async def close_session(session: str):
+        return await engine.run(engine.close, session)
+
+    @app.post("/v1/sessions/{session}/save")
+    async def save_session(session: str, request: SaveRequest):
+        return await engine.run(engine.save, session, request.memory or session)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: ChatRequest):
+        if request.model != name:
+            raise ApiError(
+                404, f"The model {request.model!r} is not served, but {name!r}.", "model", "model_not_found"
+            )
+        fields = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if not request.stream:
+            answer = await engine.run(engine.answer, request, None, threading.Event())
+            message = {"role": "assistant", "content": answer.text}
+            choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+            completion = {**fields, "object": "chat.completion", "choices": [choice], "usage": answer.usage}
+            return ChatCompletion.model_validate(completion).model_dump(exclude_none=True)
+        # What is refused before the first piece is refused as a response, with its status.
+        pieces = engine.stream(request)
+        first = await anext(pieces)
+        chunk = functools.partial(event, {**fields, "object": "chat.completion.chunk"})
+        include_usage = request.stream_options is not None and request.stream_options.include_usage
+        return StreamingResponse(events(chunk, first, pieces, include_usage), media_type="text/event-stream")
+
+    return app
+
+
+def event(fields: dict, choices: list[dict], usage: CompletionUsage | None = None) -> str:
+    chunk = ChatCompletionChunk.model_validate({**fields, "choices": choices, "usage": usage})
+    return f"data: {chunk.model_dump_json(exclude_none=True)}\n\n"
+
+
+async def events(chunk, first: str | Answer, pieces: AsyncIterator[str | Answer], include_usage: bool):
+    """The server-sent events of an answer that comes in `pieces` after the `first`."""
+    yield chunk([{"index": 0, "delta": {"role": "assistant", "content": ""}}])
+    piece = first
+    try:
+        while isinstance(piece, str):
+            yield chunk([{"index": 0, "delta": {"content": piece}}])
+            piece = await anext(pieces)
+    except ApiError as error:
+        yield f"data: {error_response(error).body.decode()}\n\n"
+        return
+    finally:
+        await pieces.aclose()
+    yield chunk([{"index": 0, "delta": {}, "finish_reason": piece.finish_reason}])
+    if include_usage:
+        yield chunk([], piece.usage)
+    yield "data: [DONE]\n\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a Hub id")
+    parser.add_argument("--name", default="infini", help="of the model in requests (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: as saved)")
+    parser.add_argument("--max-sessions", type=int, default=16, help="kept at once (default: %(default)s)")
+    parser.add_argument("--memories", type=Path, help="folder that sessions are saved in and loaded from")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="where a request sets none")
+    options = parser.parse_args()
+
+    model = InfiniForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    engine = Engine(model, tokenizer, options.max_sessions, options.memories, options.max_new_tokens)
+    uvicorn.run(build_app(engine, options.name), host=options.host, port=options.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""
+torch.compile of whole texts. Of a decode step, see `test_a_decode_step_compiles_once_whatever_was_read`; of a training
+step, `test_without_padding_a_step_compiles_to_one_graph` and `test_a_compiled_step_is_the_step`.
+"""
+
+import copy
+
+import pytest
+import torch
+from tiny import MODES, random_ids, relative_error, tiny_model
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import fresh_cache
+
+from modeling_infini import InfiniCache
+
+
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_yet():
+    torch._dynamo.reset()
+
+
+def compact_model(**fields):
+    return tiny_model(num_hidden_layers=1, use_mem_delta_rule=True, **MODES[2], **fields)
+
+
+def test_texts_of_as_many_segments_share_one_graph():
+    model, counter, graphs = compact_model(), CompileCounter(), []
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for length in (2 * N + 2, 2 * N + 4, 2 * N + 3, 2 * N + 1, 3 * N + 2):
+            ids = random_ids(2, length)
+            found = compiled(ids, use_cache=False).logits
+            assert relative_error(found, model(ids, use_cache=False).logits) < 1e-5
+            graphs.append(counter.frame_count)
+    # Once for the first length, once for any of three segments, and once for four segments.
+    assert graphs == [1, 2, 2, 2, 3]
+
+
+def test_reading_into_a_cache_breaks_the_graph_but_not_the_result():
+    model, ids, counter = compact_model(), random_ids(2, 4 * N + 3), CompileCounter()
+    compiled, cache = torch.compile(model, backend=counter), InfiniCache(model.config)
+    with torch.no_grad():
+        expected = model(ids).logits
+        parts = [3 * N + 2, N - 1, 1, 1]
+        found = [compiled(part, past_key_values=cache).logits for part in ids.split(parts, 1)]
+    assert relative_error(torch.cat(found, 1), expected) < 1e-5
+    assert counter.frame_count > len(parts)
+
+
+@pytest.mark.slow
+@fresh_cache()
+def test_inductor_computes_texts_gradients_and_decode_steps():
+    model, ids = compact_model().train(), random_ids(2, 3 * N + 2)
+    expected = model(ids, labels=ids, use_cache=False)
+    gradients = torch.autograd.grad(expected.loss, list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    found = compiled(input_ids=ids, labels=ids, use_cache=False)
+    assert relative_error(found.logits, expected.logits) < 1e-5
+    found = torch.autograd.grad(found.loss, list(model.parameters()))
+    torch.testing.assert_close(found, gradients, atol=1e-5, rtol=1e-4)
+
+    model.eval()
+    caches = [InfiniCache(model.config)]
+    with torch.no_grad():
+        model(ids, past_key_values=caches[0])
+        caches.append(copy.deepcopy(caches[0]))
+        step = torch.compile(model.forward, fullgraph=True)
+        for token in random_ids(2, N + 2, seed=1).split(1, 1):
+            logits = [call(token, past_key_values=cache).logits for call, cache in zip((model, step), caches)]
+            assert relative_error(logits[1], logits[0]) < 1e-4

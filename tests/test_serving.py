@@ -1,0 +1,296 @@
+"""examples/serve.py, asked by OpenAI's own client: it answers as generate() does, and its sessions remember."""
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+from transformers import AutoTokenizer
+from words import random_text, save_word_tokenizer
+
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+
+from examples.serve import Engine, build_app  # noqa: E402
+from modeling_infini import InfiniForCausalLM  # noqa: E402
+
+
+N = 5
+END = 4
+CHAT_TEMPLATE = (
+    "w1 {% for message in messages %}{{ 'w2 ' if message.role == 'user' else 'w3 ' }}{{ message.content }} w4 "
+    "{% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    tiny_model(num_hidden_layers=1, local_attention="sliding", num_sink_tokens=2).save_pretrained(path)
+    save_word_tokenizer(path)
+    return path
+
+
+def make_engine(folder, chat_template=None, **options) -> Engine:
+    model = tiny_model(num_hidden_layers=1, local_attention="sliding", num_sink_tokens=2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        tokenizer.add_special_tokens({"eos_token": f"w{END}"})
+        model.generation_config.eos_token_id = END
+    return Engine(model, tokenizer, **options)
+
+
+@contextmanager
+def running(engine: Engine):
+    """A client of a server on this machine."""
+    server = uvicorn.Server(uvicorn.Config(build_app(engine, "infini"), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with client_of(port) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def client_of(port: int):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def engine(folder, tmp_path):
+    return make_engine(folder, max_sessions=2, memories=tmp_path / "memories")
+
+
+@pytest.fixture
+def client(engine):
+    with running(engine) as client:
+        yield client
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def ask(client, messages, session=None, max_tokens=12, **options):
+    messages = user(messages) if isinstance(messages, str) else messages
+    extra = {} if session is None else {"extra_body": {"session": session}}
+    options = {"model": "infini", "max_tokens": max_tokens, "temperature": 0, **extra, **options}
+    return client.chat.completions.create(messages=messages, **options)
+
+
+def text_of(completion) -> str:
+    return completion.choices[0].message.content
+
+
+def open_session(client, name: str, **fields) -> dict:
+    return client.post("/sessions", body={"id": name, **fields}, cast_to=object)
+
+
+def tokens_read(client, name: str) -> int:
+    return client.get(f"/sessions/{name}", cast_to=object)["tokens_read"]
+
+
+def generated(engine: Engine, text: str, max_new_tokens: int = 12) -> str:
+    """What generate() writes after `text`, without a cache."""
+    ids = engine.tokenizer(text, return_tensors="pt").input_ids
+    out = engine.model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, use_cache=False)
+    return engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_an_answer_is_what_generate_writes(client, engine):
+    text = random_text(3 * N + 2)
+    completion = ask(client, text)
+    assert text_of(completion) == generated(engine, text)
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {
+        "prompt_tokens": 17,
+        "completion_tokens": 12,
+        "total_tokens": 29,
+    }
+    assert [model.id for model in client.models.list()] == ["infini"]
+
+
+def test_a_streamed_answer_comes_in_pieces(client, engine):
+    text = random_text(2 * N + 1)
+    chunks = list(ask(client, text, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert len(pieces) > 3
+    assert "".join(pieces) == generated(engine, text)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_session_remembers_a_book_that_was_sent_once(client, engine, stream):
+    chapters = [random_text(words, seed=words) for words in (23, 4, 31)]
+    nbytes = []
+    open_session(client, "book")
+    for chapter in chapters:
+        completion = ask(client, chapter, "book", max_tokens=0)
+        assert text_of(completion) == ""
+        nbytes.append(client.get("/sessions/book", cast_to=object)["bytes"])
+    assert tokens_read(client, "book") == 58
+    assert len(set(nbytes)) == 1
+    history = " ".join(chapters)
+    for turn in range(2):
+        question = random_text(3, seed=turn)
+        history += " " + question
+        answer = ask(client, question, "book", stream=stream)
+        answer = "".join(c.choices[0].delta.content or "" for c in answer) if stream else text_of(answer)
+        assert answer == generated(engine, history)
+        assert answer != generated(engine, question)
+        history += " " + answer
+    assert tokens_read(client, "book") == 58 + 2 * (3 + 12)
+
+
+def test_turns_of_a_session_are_those_of_the_whole_conversation(folder):
+    engine = make_engine(folder, CHAT_TEMPLATE)
+    reasons = set()
+    with running(engine) as client:
+        open_session(client, "chat")
+        conversation = []
+        for turn in range(8):
+            conversation += user(random_text(4, seed=turn))
+            alone = ask(client, conversation, max_tokens=9)
+            in_session = ask(client, conversation[-1:], "chat", max_tokens=9)
+            assert text_of(in_session) == text_of(alone)
+            assert in_session.choices[0].finish_reason == alone.choices[0].finish_reason
+            reasons.add(alone.choices[0].finish_reason)
+            conversation.append({"role": "assistant", "content": text_of(alone)})
+    assert reasons == {"stop", "length"}
+
+
+def test_a_saved_memory_is_gone_on_from_in_another_server(engine, folder):
+    book, question = random_text(33), random_text(3, seed=5)
+    with running(engine) as client:
+        open_session(client, "book")
+        ask(client, book, "book", max_tokens=0)
+        assert client.post("/sessions/book/save", body={}, cast_to=object)["id"] == "book"
+        expected = text_of(ask(client, question, "book"))
+    with running(make_engine(folder, memories=engine.memories)) as client:
+        for name in ("first", "second"):
+            assert open_session(client, name, memory="book")["tokens_read"] == 33
+            assert text_of(ask(client, question, name)) == expected
+    assert expected == generated(engine, f"{book} {question}")
+
+
+def test_sampling_follows_its_seed(client):
+    text = random_text(9)
+    answers = [text_of(ask(client, text, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_requests_at_once_do_not_mix(client, engine):
+    texts = {name: [random_text(11, seed=start + turn) for turn in range(3)] for name, start in (("a", 0), ("b", 50))}
+    for name in texts:
+        open_session(client, name)
+
+    def converse(name):
+        return [text_of(ask(client, text, name)) for text in texts[name]]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(texts, pool.map(converse, texts)))
+    for name, answers in found.items():
+        history = ""
+        for text, answer in zip(texts[name], answers):
+            history += f" {text}"
+            assert answer == generated(engine, history)
+            history += f" {answer}"
+
+
+def test_a_client_that_goes_away_leaves_the_session_as_it_was(client, engine):
+    open_session(client, "book")
+    ask(client, random_text(13), "book", max_tokens=0)
+    stream = ask(client, random_text(4), "book", max_tokens=100_000, stream=True)
+    next(iter(stream))
+    stream.close()
+    # This is answered once the model is free again.
+    assert text_of(ask(client, random_text(6))) == generated(engine, random_text(6))
+    assert tokens_read(client, "book") == 13
+
+
+def test_refusals_are_errors_of_the_api(client, engine, monkeypatch):
+    def refused(kind, code, call):
+        with pytest.raises(kind) as caught:
+            call()
+        error = caught.value.body
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == code
+        assert error["message"]
+        return error
+
+    bad, unknown = openai.BadRequestError, openai.NotFoundError
+    assert "no session 'x'" in refused(unknown, "unknown_session", lambda: ask(client, "w1", "x"))["message"]
+    refused(unknown, "unknown_session", lambda: list(ask(client, "w1", "x", stream=True)))
+    refused(unknown, "unknown_session", lambda: client.delete("/sessions/x", cast_to=object))
+    refused(unknown, "unknown_memory", lambda: open_session(client, "a", memory="x"))
+    refused(unknown, "model_not_found", lambda: ask(client, "w1", model="gpt"))
+    refused(unknown, None, lambda: client.embeddings.create(model="infini", input="w1"))
+    open_session(client, "a")
+    refused(openai.ConflictError, "session_exists", lambda: open_session(client, "a"))
+    refused(bad, "empty_session", lambda: client.post("/sessions/a/save", body={}, cast_to=object))
+    open_session(client, "b")
+    refused(openai.RateLimitError, "too_many_sessions", lambda: open_session(client, "c"))
+    client.delete("/sessions/b", cast_to=object)
+    open_session(client, "c")
+    assert refused(bad, None, lambda: ask(client, "w1", temperature=3))["param"] == "temperature"
+    assert refused(bad, None, lambda: ask(client, "w1", n=2))["param"] == "n"
+    assert refused(bad, None, lambda: ask(client, []))["param"] == "messages"
+    assert refused(bad, None, lambda: ask(client, ""))["param"] == "messages"
+    assert refused(bad, None, lambda: open_session(client, "../x"))["param"] == "id"
+    assert tokens_read(client, "a") == 0
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.model, "generate", fail)
+    error = refused(openai.InternalServerError, None, lambda: ask(client, "w1 w2", "a"))
+    assert "out of memory" in error["message"]
+    with pytest.raises(openai.APIError, match="out of memory"):
+        list(ask(client, "w1 w2", "a", stream=True))
+    assert tokens_read(client, "a") == 0
+
+
+def test_transformers_serve_must_be_given_the_class(folder, monkeypatch):
+    from transformers.cli.serving import model_manager
+
+    def load():
+        manager = model_manager.ModelManager(device="cpu", force_model=str(folder), trust_remote_code=True)
+        (served,) = manager.loaded_models.values()
+        return served.model
+
+    with pytest.raises(AttributeError, match="module transformers has no attribute InfiniForCausalLM"):
+        load()
+    monkeypatch.setattr(model_manager.transformers, "InfiniForCausalLM", InfiniForCausalLM, raising=False)
+    assert isinstance(load(), InfiniForCausalLM)
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_folder(folder):
+    file = Path(__file__).parent.parent / "examples" / "serve.py"
+    process = subprocess.Popen([sys.executable, file, folder, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in process.stderr if "running on" in line)
+        port = int(line.split("127.0.0.1:")[1].split()[0])
+        with client_of(port) as client:
+            expected = generated(make_engine(folder), random_text(9))
+            assert text_of(ask(client, random_text(9))) == expected
+    finally:
+        process.terminate()
+        process.wait()
+        process.stderr.close()
