@@ -235,3 +235,8 @@ def test_the_base_model_takes_ids_or_embeddings():
     assert isinstance(model, InfiniModel)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
+
+
+def test_servers_are_told_that_attention_over_paged_keys_does_not_fit():
+    # vLLM and SGLang ask this before they put their own attention into a model of transformers.
+    assert not InfiniForCausalLM.is_backend_compatible()
