@@ -72,9 +72,9 @@ def main() -> None:
     )
     for name in arguments.sections:
         SECTIONS[name](suite, report)
+        if arguments.output:
+            report.save(arguments.output)
     print(report.table())
-    if arguments.output:
-        report.save(arguments.output)
 
 
 if __name__ == "__main__":
