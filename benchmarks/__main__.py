@@ -26,10 +26,10 @@ from .suite import Suite
 
 
 SECTIONS = {
-    "prefill": prefill.run,
     "decode": decode.run,
     "training": training.run,
     "memory": memory.run,
+    "prefill": prefill.run,
 }
 SHORT = {
     "vocab_size": 64,
@@ -43,7 +43,7 @@ SHORT = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of the longest runs (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds of the longest runs (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder for results.json, table.md and the plots")
     parser.add_argument("--short", action="store_true", help="tiny models and texts, for a smoke test")
     arguments = parser.parse_args()

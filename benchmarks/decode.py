@@ -13,7 +13,7 @@ from .timing import interleaved_seconds, ratio
 PLOT = "decode, tokens per second"
 LENGTHS = (2_048, 32_768, 131_072)
 LONGEST = 1_048_576
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def _generate(suite: Suite, contenders: dict, models: dict, length: int) -> dict
     for name, contender in contenders.items():
         state = contender.state_after(models[name], length)
         runs[name] = partial(_next_tokens, contender, models[name], ids, state)
-    return interleaved_seconds(runs, 2 * suite.repeats + 1)
+    return interleaved_seconds(runs, 2 * suite.repeats)
 
 
 def _next_tokens(contender, model, ids: torch.Tensor, state) -> None:

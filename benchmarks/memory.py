@@ -15,7 +15,7 @@ from .timing import Ratio
 STATE_PLOT = "state, bytes"
 PEAK_PLOT = "peak memory of a prefill, MB"
 LENGTHS = (2_048, 32_768, 131_072, 1_048_576)
-PEAK_LENGTHS = (2_048, 32_768)
+PEAK_LENGTHS = (2_048, 16_384)
 
 
 def contenders_of(suite: Suite) -> dict:

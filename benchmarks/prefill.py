@@ -45,7 +45,8 @@ def run(suite: Suite, report: Report) -> None:
 
     for tokens in LENGTHS:
         # Rounds enough for the short ones, few for what takes a minute.
-        seconds = interleaved_seconds(runs(tokens), max(1, min(9, suite.repeats * LENGTHS[1] // tokens)))
+        rounds = max(1, min(9, suite.repeats * LENGTHS[1] // tokens))
+        seconds = interleaved_seconds(runs(tokens), rounds, warm_up=tokens == LENGTHS[0])
         report.add(points=points(tokens, seconds))
     ours, theirs = seconds["Infini, segment, linear"], seconds["Llama, full attention"]
     report.add(
@@ -77,10 +78,10 @@ def _longest(suite: Suite, report: Report, runs, points) -> None:
             short()
 
     compared = {
-        **runs(LONGEST, [name, "Infini, segment, delta", "Infini, sliding, linear"]),
+        **runs(LONGEST, [name]),
         "many short": many_short,
     }
-    seconds = interleaved_seconds(compared, max(1, suite.repeats - 1))
+    seconds = interleaved_seconds(compared, max(1, suite.repeats - 1), warm_up=False)
     many = seconds.pop("many short")
     report.add(points=points(LONGEST, seconds))
     figure = Figure(
@@ -91,7 +92,7 @@ def _longest(suite: Suite, report: Report, runs, points) -> None:
     )
     report.add([figure])
 
-    once = interleaved_seconds(runs(LONGEST // 2, [llama]), 1)[llama]
+    once = interleaved_seconds(runs(LONGEST // 2, [llama]), 1, warm_up=False)[llama]
     report.add(points=points(LONGEST // 2, {llama: once}))
     half = median(once)
     quarter = next(p for p in report.points if p.contender == llama and p.tokens == suite.length(LENGTHS[-1]))

@@ -19,7 +19,7 @@ LENGTHS = (2_048, 8_192)
 NUM_SEGMENTS = 16
 
 
-def seconds_of_a_step(suite: Suite, length: int) -> dict[str, list[float]]:
+def seconds_of_a_step(suite: Suite, length: int, warm_up: bool = True) -> dict[str, list[float]]:
     """Of each contender, on one text of `length` tokens."""
     contenders = {
         "Infini, segment, linear": suite.infini(),
@@ -31,7 +31,7 @@ def seconds_of_a_step(suite: Suite, length: int) -> dict[str, list[float]]:
     }
     ids = suite.ids(length)
     runs = {name: partial(each.train, each.build().train(), ids) for name, each in contenders.items()}
-    return interleaved_seconds(runs, suite.repeats)
+    return interleaved_seconds(runs, suite.repeats, warm_up)
 
 
 def figures(title: str, seconds: dict[str, list[float]]) -> list[Figure]:
@@ -50,7 +50,7 @@ def figures(title: str, seconds: dict[str, list[float]]) -> list[Figure]:
 def run(suite: Suite, report: Report) -> None:
     for tokens in LENGTHS:
         length = suite.length(tokens)
-        seconds = seconds_of_a_step(suite, length)
+        seconds = seconds_of_a_step(suite, length, warm_up=tokens == LENGTHS[0])
         report.add(points=[Point(PLOT, name, length, length / median(took)) for name, took in seconds.items()])
     report.add(figures("training step of 8,192 tokens", seconds))
 
