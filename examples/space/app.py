@@ -40,7 +40,7 @@ BIBLE, PASTE, FILE = "The King James Bible", "A text I paste", "A .txt file"
 FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 # Questions to a model that was made to answer one, and settings that suit it.
-PASSKEY_QUESTION = "What is the pass key? The pass key is"
+PASSKEY_QUESTION = "What is the pass key? The pass key is "
 
 
 class Session:
@@ -103,8 +103,8 @@ def build(library: Library) -> gr.Blocks:
 
     def inside(session: Session) -> dict:
         return {
-            gates: gates_figure(session.reader.model.local_shares()),
-            norms: norms_figure(session.memory.norms()),
+            gates: gr.Plot(gates_figure(session.reader.model.local_shares()), visible=True),
+            norms: gr.Plot(norms_figure(session.memory.norms()), visible=True),
         }
 
     def follow(session: Session, ids: torch.Tensor, title: str) -> Iterator[dict]:
@@ -206,14 +206,14 @@ def build(library: Library) -> gr.Blocks:
     with gr.Blocks(title="A text of any length", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         session = gr.State(Session())
         gr.HTML(
-            "<h1>A text of any length, a memory of constant size</h1><p>A language model with Infini-attention reads a "
-            "book and keeps what it read in a memory that does not grow. Ask it, save the memory to a file, go on "
-            "tomorrow.</p>",
+            "<h1>A text of any length, a memory of constant size</h1>"
+            "<p>A language model with Infini-attention reads a book and keeps what it read in a memory that does not "
+            "grow. Ask it, save the memory to a file, go on tomorrow.</p>",
             elem_classes="head",
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                gr.HTML("1 · Choose a text", elem_classes="step")
+                gr.HTML("<h2>1 · Choose a text</h2>", elem_classes="step")
                 with gr.Group():
                     model = gr.Dropdown(library.names, value=library.names[0], label="Model", elem_id="model")
                     source = gr.Radio([BIBLE, PASTE, FILE], value=BIBLE, label="Text", elem_id="source")
@@ -231,22 +231,22 @@ def build(library: Library) -> gr.Blocks:
                     stop_button = gr.Button("Stop", variant="stop", interactive=False, min_width=90)
                     read_on_button = gr.Button("Read on", visible=False, min_width=110)
             with gr.Column(scale=6, min_width=320):
-                gr.HTML("2 · Watch it read", elem_classes="step")
-                status = gr.HTML(nothing_read(), elem_id="status")
+                gr.HTML("<h2>2 · Watch it read</h2>", elem_classes="step")
+                status = gr.HTML(nothing_read(), elem_id="status", elem_classes="card-holder")
                 with gr.Row():
                     save_button = gr.Button("Save the memory", interactive=False, min_width=150, size="md")
                     load_button = gr.UploadButton(
                         "Load a memory", file_types=[".zip"], min_width=150, size="md", elem_id="load"
                     )
                 saved = gr.File(label="Your memory, to download", visible=False, interactive=False, elem_id="saved")
-        gr.HTML("3 · Ask", elem_classes="step")
+        gr.HTML("<h2>3 · Ask</h2>", elem_classes="step")
         answers = gr.Chatbot(
             label="Each question starts from the memory of the text, and leaves it as it is",
             placeholder="Read a text first. Answers appear here.",
             height=260,
             render_markdown=False,
             feedback_options=None,
-            buttons=["copy"],
+            buttons=[],
             elem_id="answers",
         )
         with gr.Row(equal_height=True):
@@ -264,7 +264,7 @@ def build(library: Library) -> gr.Blocks:
         with gr.Accordion("How it writes", open=False):
             as_chat = gr.Checkbox(
                 True,
-                label="Ask in the model's chat format, if it has one (else the words follow the text as they are)",
+                label="Ask in the model's chat format, if it has one (else the words follow the text just as typed)",
             )
             with gr.Row():
                 new_tokens = gr.Slider(1, 400, 60, step=1, label="Tokens to write, at most", min_width=200)
@@ -272,14 +272,17 @@ def build(library: Library) -> gr.Blocks:
                     0, 1.5, 0, step=0.1, label="Temperature (0: the likeliest each time)", min_width=200
                 )
                 penalty = gr.Slider(1, 1.5, 1.1, step=0.05, label="Penalty on repetition (1: none)", min_width=200)
-        gr.HTML("4 · Look inside", elem_classes="step")
+        gr.HTML("<h2>4 · Look inside</h2>", elem_classes="step")
         with gr.Row():
-            gates = gr.Plot(label="Local attention or memory, by head", min_width=320, elem_id="gates")
-            norms = gr.Plot(label="Size of the memory, by layer", min_width=320, elem_id="norms")
-        gr.Markdown(
-            "A model that was only converted stays fluent but does not use its memory yet: it answers from the last "
-            "segment. That has to be learned in training. The small **passkey** model has learned it, for one task: it "
-            "finds a number in a text of any length."
+            gates = gr.Plot(show_label=False, visible=False, min_width=320, elem_id="gates")
+            norms = gr.Plot(show_label=False, visible=False, min_width=320, elem_id="norms")
+        gr.HTML(
+            "<p>Each head of each layer mixes what it sees nearby with what it reads from the memory; its gate says "
+            "in which shares. The memory of a head is a matrix M, to which every finished segment is added.</p><p>A "
+            "model that was only converted stays fluent but does not use its memory yet: it answers from the last few "
+            "hundred tokens. To use it has to be learned in training. The small <b>passkey</b> model has learned one "
+            "task: it finds a number that was hidden in a long text.</p>",
+            elem_classes="note",
         )
 
         all_buttons = [

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from conversion import convert_to_infini
-from evaluation.haystacks import encode, opening_ids
+from evaluation.examples import opening_ids
+from evaluation.haystacks import encode
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.passkey import PAPER_WORDING
 from modeling_infini import InfiniCache, InfiniConfig, state_nbytes
@@ -301,18 +302,16 @@ def read(
 
 def prompt_ids(reader: Reader, words: str, as_chat: bool) -> torch.Tensor:
     """Ids of what is said after the text, `(tokens,)`; no words are none."""
-    words = words.strip()
-    if not words:
+    if not words.strip():
         return torch.empty(0, dtype=torch.long)
     if as_chat:
         if not reader.can_chat:
-            raise ReaderError(
-                f"{reader.name} has no chat format. Untick it: the words then follow the text as they are."
-            )
-        turn = [{"role": "user", "content": words}]
+            raise ReaderError(f"{reader.name} has no chat format. Untick it: the words then follow the text as typed.")
+        turn = [{"role": "user", "content": words.strip()}]
         rendered = reader.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         return encode(reader.tokenizer, rendered)
-    return encode(reader.tokenizer, " " + words)
+    # A space at the end stays: some tokenizers make it a token of its own, which a number has to follow.
+    return encode(reader.tokenizer, words if words[0].isspace() else " " + words)
 
 
 class _Stop(StoppingCriteria):

@@ -4,31 +4,33 @@ import html
 
 import torch
 from matplotlib.figure import Figure
-
 from reader import Memory, Progress, Reader, full_attention_nbytes
 
 
 COLOURS = {"memory": "#0d9488", "full attention": "#f59e0b"}
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-.head h1 { font-size: 1.7rem; line-height: 1.2; margin: .4rem 0 .3rem; letter-spacing: -.015em; }
-.head p { margin: 0; max-width: 46rem; color: var(--body-text-color-subdued); }
-.step { font-weight: 650; font-size: 1.05rem; margin: 0; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important;
+                    --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
+.head, .step, .card-holder, .note { padding: 0 !important; }
+.head h1 { font-size: 1.75rem; line-height: 1.2; margin: .5rem 0 .4rem; letter-spacing: -.015em; }
+.head p, .note p { margin: 0; max-width: 48rem; color: var(--quiet); line-height: 1.5; }
+.step { min-height: 0 !important; }
+.step h2 { font-size: 1.08rem; font-weight: 650; margin: .5rem 0 0; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 1rem 1.1rem;
         background: var(--block-background-fill); }
-.card .line { display: flex; justify-content: space-between; align-items: baseline; gap: .2rem .8rem; flex-wrap: wrap; }
-.card .line b { font-weight: 650; }
-.card .line span { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.card .line { display: flex; justify-content: space-between; align-items: baseline; flex-wrap: wrap;
+              gap: .1rem .8rem; }
+.card .line b { font-weight: 650; overflow-wrap: anywhere; }
+.card .line span { color: var(--quiet); font-variant-numeric: tabular-nums; }
 .card .bar { height: 10px; border-radius: 6px; background: var(--border-color-primary); overflow: hidden;
-             margin: .35rem 0 .9rem; }
-.card .bar i { display: block; height: 100%; border-radius: 6px; background: var(--primary-500); min-width: 3px;
-               transition: width .25s linear; }
-.card p { margin: .1rem 0 0; color: var(--body-text-color-subdued); font-size: .92rem; }
-.card .numbers { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: 0 0 1rem; }
-.card .numbers div { min-width: 5.5rem; }
-.card .numbers strong { display: block; font-size: 1.35rem; font-weight: 650; font-variant-numeric: tabular-nums; }
-.card .numbers small { color: var(--body-text-color-subdued); }
+             margin: .4rem 0 .95rem; }
+.card .bar i { display: block; height: 100%; border-radius: 6px; min-width: 3px; transition: width .25s linear; }
+.card p { margin: .1rem 0 0; color: var(--quiet); font-size: .92rem; line-height: 1.45; }
+.card .numbers { display: flex; flex-wrap: wrap; gap: .3rem 1.8rem; margin: 0 0 1rem; }
+.card .numbers strong { display: block; font-size: 1.4rem; line-height: 1.2; font-weight: 650;
+                        font-variant-numeric: tabular-nums; }
+.card .numbers small { color: var(--quiet); font-size: .86rem; }
 """
 
 
@@ -58,24 +60,19 @@ def reading(reader: Reader, progress: Progress, state: str) -> str:
     share = progress.tokens / progress.total
     left = (progress.total - progress.tokens) / progress.rate
     wait = "" if progress.is_finished else f" · about {_duration(left)} left"
-    title = f"{state} {progress.memory.title}"
-    return _card(
-        f'<div class="line"><b>{html.escape(title)}</b><span>{share:.0%}{wait}</span></div>'
-        f"{_bar(share, 'var(--primary-500)')}"
-        f"{_numbers((f'{progress.tokens:,}', f'of {progress.total:,} tokens'), (f'{progress.rate:,.0f}', 'tokens/s'))}",
-        reader,
-        progress.memory,
-    )
+    done, rate = (f"{progress.tokens:,}", f"of {progress.total:,} tokens"), (f"{progress.rate:,.0f}", "tokens/s")
+    head = _line(f"{state} {progress.memory.title}", f"{share:.0%}{wait}") + _bar(share, "var(--primary-500)")
+    return _card(head + _numbers(done, rate), reader, progress.memory)
 
 
 def remembering(reader: Reader, memory: Memory, state: str) -> str:
     """A memory that is there, with no reading going on."""
-    return _card(
-        f'<div class="line"><b>{html.escape(f"{state} {memory.title}")}</b><span>by {html.escape(reader.name)}</span></div>'
-        f"{_numbers((f'{memory.tokens:,}', 'tokens read'))}",
-        reader,
-        memory,
-    )
+    head = _line(f"{state} {memory.title}", f"by {reader.name}")
+    return _card(head + _numbers((f"{memory.tokens:,}", "tokens read")), reader, memory)
+
+
+def _line(left: str, right: str) -> str:
+    return f'<div class="line"><b>{html.escape(left)}</b><span>{html.escape(right)}</span></div>'
 
 
 def _duration(seconds: float) -> str:
@@ -95,15 +92,15 @@ def _card(head: str, reader: Reader, memory: Memory) -> str:
     kept, full = memory.nbytes, full_attention_nbytes(reader, memory.tokens)
     largest = max(kept, full)
     if full > kept:
-        comparison = f"{full / kept:,.1f} times as much as this memory."
+        times = full / kept
+        comparison = f"{times:,.{0 if times >= 10 else 1}f} times as much as this memory."
     else:
         even = -(-kept * memory.tokens // full)
         comparison = f"less than this memory so far, and more from {even:,} tokens on."
     return (
         f'<div class="card" role="status">{head}'
-        f'<div class="line"><b>This memory</b><span>{size(kept)}, whatever the length</span></div>'
-        f"{_bar(kept / largest, COLOURS['memory'])}"
-        f'<div class="line"><b>A KV cache</b><span>{size(full)}, growing with every token</span></div>'
+        f"{_line('This memory', f'{size(kept)}, whatever the length')}{_bar(kept / largest, COLOURS['memory'])}"
+        f"{_line('A KV cache', f'{size(full)}, growing with every token')}"
         f"{_bar(full / largest, COLOURS['full attention'])}"
         f"<p>Full attention would keep the keys and values of all {memory.tokens:,} tokens: {comparison}</p></div>"
     )
@@ -114,7 +111,7 @@ def gates_figure(shares: torch.Tensor) -> Figure:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.T.detach(), cmap="BrBG_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set(xlabel="layer", ylabel="head", title=f"Gates: {shares.mean():.0%} local attention on average")
+    axes.set(xlabel="layer", ylabel="head", title=f"The gates: {shares.mean():.0%} local attention on average")
     _whole_ticks(axes.xaxis, shares.shape[0])
     _whole_ticks(axes.yaxis, shares.shape[1])
     bar = figure.colorbar(image, ticks=[0, 0.5, 1])
@@ -127,12 +124,16 @@ def norms_figure(norms: torch.Tensor) -> Figure:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     layers, mean = range(len(norms)), norms.mean(1)
-    spread = torch.stack([mean - norms.min(1).values, norms.max(1).values - mean])
-    axes.bar(layers, mean, color=COLOURS["memory"], width=0.8)
-    axes.errorbar(layers, mean, yerr=spread, fmt="none", ecolor="#134e4a", elinewidth=1)
-    axes.set(xlabel="layer", ylabel="norm of M", title="The memory: mean of its heads, from least to greatest")
+    axes.vlines(layers, norms.min(1).values, norms.max(1).values, color=COLOURS["memory"], alpha=0.35, linewidth=5)
+    axes.plot(layers, mean, "o", color=COLOURS["memory"], markersize=6)
+    axes.set(xlabel="layer", ylabel="norm of M", title="The memory of each layer: mean and range of its heads")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(bottom=0)
+    axes.margins(x=0.5 / len(norms))
+    if norms.min() > 0:
+        axes.set_yscale("log")
+    elif norms.max() == 0:
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "Empty until the first segment has ended", ha="center", transform=axes.transAxes)
     _whole_ticks(axes.xaxis, len(norms))
     return figure
 
