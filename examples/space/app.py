@@ -234,14 +234,18 @@ def build(library: Library) -> gr.Blocks:
                 gr.HTML("<h2>2 · Watch it read</h2>", elem_classes="step")
                 status = gr.HTML(nothing_read(), elem_id="status", elem_classes="card-holder")
                 with gr.Row():
-                    save_button = gr.Button("Save the memory", interactive=False, min_width=150, size="md")
+                    save_button = gr.Button("Save memory", interactive=False, min_width=130, size="md")
                     load_button = gr.UploadButton(
-                        "Load a memory", file_types=[".zip"], min_width=150, size="md", elem_id="load"
+                        "Load memory", file_types=[".zip"], min_width=130, size="md", elem_id="load"
                     )
                 saved = gr.File(label="Your memory, to download", visible=False, interactive=False, elem_id="saved")
-        gr.HTML("<h2>3 · Ask</h2>", elem_classes="step")
+        gr.HTML(
+            "<h2>3 · Ask</h2><p>Each question starts from the memory of the text, and leaves it as it is.</p>",
+            elem_classes="step",
+        )
         answers = gr.Chatbot(
-            label="Each question starts from the memory of the text, and leaves it as it is",
+            label="Questions and answers",
+            show_label=False,
             placeholder="Read a text first. Answers appear here.",
             height=260,
             render_markdown=False,

@@ -115,6 +115,11 @@ class Progress:
     def is_finished(self) -> bool:
         return self.tokens == self.total
 
+    @property
+    def tokens_in_the_end(self) -> int:
+        """Of the memory, with what it held before."""
+        return self.memory.tokens + self.total - self.tokens
+
 
 class Library:
     """
@@ -408,7 +413,7 @@ def load_memory(reader: Reader, file: str | Path) -> Memory:
         ReaderError: if the file is none, is damaged, or was saved with another model.
     """
     file = Path(file)
-    not_a_memory = ReaderError(f"{file.name} is not a memory. Load a .zip file that “Save the memory” has made.")
+    not_a_memory = ReaderError(f"{file.name} is not a memory. Load a .zip file that “Save memory” has made.")
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, OSError) as error:

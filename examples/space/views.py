@@ -12,11 +12,11 @@ COLOURS = {"memory": "#0d9488", "full attention": "#f59e0b"}
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important;
                     --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
-.head, .step, .card-holder, .note { padding: 0 !important; }
+:is(.head, .step, .card-holder, .note) .html-container { padding: 0 !important; }
 .head h1 { font-size: 1.75rem; line-height: 1.2; margin: .5rem 0 .4rem; letter-spacing: -.015em; }
-.head p, .note p { margin: 0; max-width: 48rem; color: var(--quiet); line-height: 1.5; }
-.step { min-height: 0 !important; }
-.step h2 { font-size: 1.08rem; font-weight: 650; margin: .5rem 0 0; }
+:is(.head, .step, .note) p { margin: 0 0 .5rem; max-width: 48rem; color: var(--quiet); line-height: 1.5; }
+.step h2 { font-size: 1.08rem; font-weight: 650; margin: .4rem 0 0 !important; }
+.step p { margin: .2rem 0 0; font-size: .94rem; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 1rem 1.1rem;
         background: var(--block-background-fill); }
 .card .line { display: flex; justify-content: space-between; align-items: baseline; flex-wrap: wrap;
@@ -44,7 +44,7 @@ def size(nbytes: float) -> str:
 def nothing_read() -> str:
     return (
         '<div class="card" role="status"><div class="line"><b>Nothing read yet</b></div><p>Choose a text and a model, '
-        "and press “Read it”. Or load a memory that you saved before.</p></div>"
+        "and press “Read it”. Or load a memory that was saved before.</p></div>"
     )
 
 
@@ -62,13 +62,14 @@ def reading(reader: Reader, progress: Progress, state: str) -> str:
     wait = "" if progress.is_finished else f" · about {_duration(left)} left"
     done, rate = (f"{progress.tokens:,}", f"of {progress.total:,} tokens"), (f"{progress.rate:,.0f}", "tokens/s")
     head = _line(f"{state} {progress.memory.title}", f"{share:.0%}{wait}") + _bar(share, "var(--primary-500)")
-    return _card(head + _numbers(done, rate), reader, progress.memory)
+    # So that the bar of the KV cache grows as it would.
+    return _card(head + _numbers(done, rate), reader, progress.memory, progress.tokens_in_the_end)
 
 
 def remembering(reader: Reader, memory: Memory, state: str) -> str:
     """A memory that is there, with no reading going on."""
     head = _line(f"{state} {memory.title}", f"by {reader.name}")
-    return _card(head + _numbers((f"{memory.tokens:,}", "tokens read")), reader, memory)
+    return _card(head + _numbers((f"{memory.tokens:,}", "tokens read")), reader, memory, memory.tokens)
 
 
 def _line(left: str, right: str) -> str:
@@ -88,9 +89,10 @@ def _bar(share: float, colour: str) -> str:
     return f'<div class="bar"><i style="width:{100 * share:.2f}%;background:{colour}"></i></div>'
 
 
-def _card(head: str, reader: Reader, memory: Memory) -> str:
+def _card(head: str, reader: Reader, memory: Memory, scale: int) -> str:
+    """The card of a memory, whose bars are as long as the KV cache of `scale` tokens at most."""
     kept, full = memory.nbytes, full_attention_nbytes(reader, memory.tokens)
-    largest = max(kept, full)
+    largest = max(kept, full_attention_nbytes(reader, scale))
     if full > kept:
         times = full / kept
         comparison = f"{times:,.{0 if times >= 10 else 1}f} times as much as this memory."
@@ -108,10 +110,10 @@ def _card(head: str, reader: Reader, memory: Memory) -> str:
 
 def gates_figure(shares: torch.Tensor) -> Figure:
     """What each head takes from local attention and what from the memory; `shares` `(layers, heads)`."""
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.1), dpi=200, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.T.detach(), cmap="BrBG_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set(xlabel="layer", ylabel="head", title=f"The gates: {shares.mean():.0%} local attention on average")
+    axes.set(xlabel="layer", ylabel="head", title=f"Gates: {shares.mean():.0%} local attention on average")
     _whole_ticks(axes.xaxis, shares.shape[0])
     _whole_ticks(axes.yaxis, shares.shape[1])
     bar = figure.colorbar(image, ticks=[0, 0.5, 1])
@@ -121,12 +123,12 @@ def gates_figure(shares: torch.Tensor) -> Figure:
 
 def norms_figure(norms: torch.Tensor) -> Figure:
     """How large the memory is in each layer; `norms` `(layers, kv_heads)`."""
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.1), dpi=200, layout="constrained")
     axes = figure.subplots()
     layers, mean = range(len(norms)), norms.mean(1)
-    axes.vlines(layers, norms.min(1).values, norms.max(1).values, color=COLOURS["memory"], alpha=0.35, linewidth=5)
-    axes.plot(layers, mean, "o", color=COLOURS["memory"], markersize=6)
-    axes.set(xlabel="layer", ylabel="norm of M", title="The memory of each layer: mean and range of its heads")
+    axes.vlines(layers, norms.min(1).values, norms.max(1).values, color=COLOURS["memory"], alpha=0.35, linewidth=4)
+    axes.plot(layers, mean, "o", color=COLOURS["memory"], markersize=5)
+    axes.set(xlabel="layer", ylabel="norm of M", title="Memory of each layer: mean and range of its heads")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.5 / len(norms))
     if norms.min() > 0:
