@@ -8,6 +8,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -449,7 +450,20 @@ def _extract_cache(reader: Reader, archive: zipfile.ZipFile, name: str) -> Infin
             for part in archive.namelist():
                 if re.fullmatch(r"infini_cache(-[0-9a-f]+)?\.(json|safetensors)", part):
                     archive.extract(part, folder)
+            _require_one_text(Path(folder) / "infini_cache.json", name)
             return InfiniCache.from_pretrained(folder, reader.config, reader.model.device)
+        except ReaderError:
+            raise
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             reason = str(error).replace(folder, name)
             raise ReaderError(f"{name} cannot be loaded: {reason} Save the memory again.") from error
+
+
+def _require_one_text(metadata_file: Path, name: str) -> None:
+    """Before a cache of as many rows as the file says is made; what else is wrong with the file is found later."""
+    metadata = None
+    with suppress(OSError, ValueError):
+        metadata = json.loads(metadata_file.read_text())
+    rows = metadata.get("tokens_read") if isinstance(metadata, dict) else None
+    if isinstance(rows, list) and len(rows) > 1:
+        raise ReaderError(f"{name} holds the memories of {len(rows):,} texts; this page loads those of one.")
