@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 BIBLE, PASTE, FILE = "The King James Bible", "A text I paste", "A .txt file"
 FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-# Questions to a model that was made to answer one, and settings that suit it.
+# As the passkey model was trained to be asked; its tokenizer has the space as a token before the number.
 PASSKEY_QUESTION = "What is the pass key? The pass key is "
 
 
@@ -146,28 +146,35 @@ def build(library: Library) -> gr.Blocks:
         return nothing_read() if session.memory is None else remembering(session.reader, session.memory, "Remembers")
 
     @tells_errors
-    def ask(session, history, words, as_chat, new_tokens, temperature, penalty) -> Iterator[dict]:
+    def ask(session, history, words, as_chat, *settings) -> Iterator[dict]:
         if not words.strip():
             raise ReaderError("Type a question first, or press “Continue the text”.")
-        yield from say(session, history, words, as_chat and session.reader.can_chat, new_tokens, temperature, penalty)
+        yield from say(session, history, words, as_chat, *settings)
 
     @tells_errors
-    def continue_text(session, history, new_tokens, temperature, penalty) -> Iterator[dict]:
-        yield from say(session, history, "", False, new_tokens, temperature, penalty)
+    def continue_text(session, history, *settings) -> Iterator[dict]:
+        yield from say(session, history, "", False, *settings)
 
     def say(session, history, words, as_chat, new_tokens, temperature, penalty) -> Iterator[dict]:
         if session.memory is None:
             raise ReaderError("There is no memory to ask yet. Press “Read it”, or load a memory.")
-        asked = {"role": "user", "content": words.strip() or "(Continue the text.)"}
-        written = "…"
-        yield {answers: [*history, asked, {"role": "assistant", "content": written}]}
-        should_stop = lambda: session.is_stopped  # noqa: E731
+        reader = session.reader
+        history = [*history, {"role": "user", "content": words.strip() or "(Continue the text.)"}]
+        written = ""
+        yield {answers: [*history, {"role": "assistant", "content": "…"}]}
         for written in write(
-            session.reader, session.memory, words, as_chat, int(new_tokens), temperature, penalty, should_stop
+            reader,
+            session.memory,
+            words,
+            as_chat and reader.can_chat,
+            new_tokens,
+            temperature,
+            penalty,
+            lambda: session.is_stopped,
         ):
-            yield {answers: [*history, asked, {"role": "assistant", "content": written}]}
-        if written == "…":
-            yield {answers: [*history, asked, {"role": "assistant", "content": "(The model had nothing to say.)"}]}
+            yield {answers: [*history, {"role": "assistant", "content": written}]}
+        if not written.strip():
+            yield {answers: [*history, {"role": "assistant", "content": "(The model wrote nothing.)"}]}
 
     @tells_errors
     def save(session) -> Iterator[dict]:
@@ -300,11 +307,15 @@ def build(library: Library) -> gr.Blocks:
         ]
         writing = [new_tokens, temperature, penalty]
 
-        def runs(event, handler, inputs, outputs, **options) -> None:
+        def runs(event, handler, inputs, outputs) -> None:
             """One at a time for all pages; the buttons say so, also after an error."""
-            event(start, session, all_buttons, show_progress="hidden", queue=False).then(
-                handler, [session, *inputs], outputs, concurrency_id="model", show_progress="hidden", **options
-            ).then(finish, session, all_buttons, show_progress="hidden", queue=False)
+            quietly = {"show_progress": "hidden", "queue": False}
+            work = event(start, session, all_buttons, **quietly).then(
+                handler, [session, *inputs], outputs, concurrency_id="model", show_progress="hidden"
+            )
+            # In Gradio 6.31, `then` does not follow an error.
+            work.then(finish, session, all_buttons, **quietly)
+            work.failure(finish, session, all_buttons, **quietly)
 
         texts = [model, source, pasted, file, tokens, hides, number, depth]
         shows = [status, answers, saved, gates, norms]

@@ -133,12 +133,10 @@ class Library:
     """
 
     def __init__(self, sources: list[str], folder: Path):
+        sources = list(dict.fromkeys(sources))
         names = [_name(source) for source in sources]
         # Those with the same name go by where they are.
-        self.sources = {
-            name if names.count(name) == 1 else source: source
-            for name, source in zip(names, dict.fromkeys(sources), strict=True)
-        }
+        self.sources = {name if names.count(name) == 1 else source: source for name, source in zip(names, sources)}
         self.folder = folder
         self._readers: dict[str, Reader] = {}
         self._lock = Lock()
