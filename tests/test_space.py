@@ -102,13 +102,14 @@ def test_reading_stops_and_goes_on(reader):
 
 
 @pytest.mark.parametrize("words", ["", " ".join(WORDS[3:9])])
-def test_writes_what_follows_the_whole_text(reader, words):
-    ids = space.text_ids(reader, TEXT, 200)
+@pytest.mark.parametrize("tokens", [2, 5, 200])
+def test_writes_what_follows_the_whole_text(reader, words, tokens):
+    ids = space.text_ids(reader, TEXT, tokens)
     whole = torch.cat([ids, space.prompt_ids(reader, words, as_chat=False)])[None]
-    assert whole.shape[1] == 200 + len(words.split())
+    assert whole.shape[1] == tokens + len(words.split())
     expected = reader.model.generate(whole, max_new_tokens=12, do_sample=False, use_cache=False)
     answer = written(reader, read_all(reader, ids), words, new_tokens=12)
-    assert answer.split() == reader.tokenizer.decode(expected[0, whole.shape[1] :]).split()
+    assert answer.split() == reader.tokenizer.decode(expected[0, whole.shape[1] :], skip_special_tokens=True).split()
 
 
 def test_questions_leave_the_memory_as_it_is(reader):

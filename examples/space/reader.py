@@ -346,6 +346,7 @@ def write(
     """
     prompt = torch.cat([torch.tensor([memory.last_token]), prompt_ids(reader, words, as_chat)])[None]
     prompt = prompt.to(reader.model.device)
+    cache = copy.deepcopy(memory.cache)
     streamer = TextIteratorStreamer(reader.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     stopped = False
@@ -353,10 +354,14 @@ def write(
 
     def generate() -> None:
         try:
+            # generate() takes ids that are more than the cache has read for all of the text: it gets the last one.
+            if prompt.shape[1] > 1:
+                with torch.no_grad():
+                    reader.model(prompt[:, :-1], past_key_values=cache, logits_to_keep=1)
             reader.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=copy.deepcopy(memory.cache),
+                prompt[:, -1:],
+                attention_mask=torch.ones_like(prompt[:, -1:]),
+                past_key_values=cache,
                 max_new_tokens=new_tokens,
                 repetition_penalty=repetition_penalty,
                 stopping_criteria=StoppingCriteriaList([_Stop(lambda: stopped or should_stop())]),
