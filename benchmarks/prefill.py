@@ -94,11 +94,9 @@ def _longest(suite: Suite, report: Report, runs, points) -> None:
 
     once = interleaved_seconds(runs(LONGEST // 2, [llama]), 1, warm_up=False)[llama]
     report.add(points=points(LONGEST // 2, {llama: once}))
-    half = median(once)
-    quarter = next(p for p in report.points if p.contender == llama and p.tokens == suite.length(LENGTHS[-1]))
-    # a T + b T^2 through the two longest texts.
-    at_quarter = quarter.tokens / quarter.value
-    full = 6 * half - 8 * at_quarter
+    measured = {(point.plot, point.contender, point.tokens): point for point in report.points}
+    quarter = measured[PLOT, llama, suite.length(LENGTHS[-1])]
+    full = extrapolated_seconds(quarter.tokens / quarter.value, median(once))
     extrapolated = full / median(seconds[name])
     report.add(
         [
@@ -110,6 +108,11 @@ def _longest(suite: Suite, report: Report, runs, points) -> None:
             )
         ]
     )
+
+
+def extrapolated_seconds(quarter: float, half: float) -> float:
+    """Of T tokens, by the a T + b T² that takes `quarter` seconds for T / 4 and `half` for T / 2."""
+    return 6 * half - 8 * quarter
 
 
 def _of_limit(suite: Suite, tokens: int, seconds: list[float]) -> Ratio:
