@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from .report import Figure, Point, Report
-from .suite import Suite
+from .suite import ALL_HEADS, BFLOAT16, COMPILED, LINEAR, LLAMA, LUCIDRAINS, Suite
 from .timing import interleaved_seconds, ratio
 
 
@@ -18,20 +18,9 @@ NEW_TOKENS = 16
 
 @torch.no_grad()
 def run(suite: Suite, report: Report) -> None:
-    contenders = {
-        "Infini, segment, linear": suite.infini(),
-        "Infini, segment, delta": suite.infini(use_mem_delta_rule=True),
-        "Infini, sliding, linear": suite.infini(local_attention="sliding"),
-        "Infini, segment, linear, bfloat16": suite.infini(torch.bfloat16),
-        "Llama, full attention": suite.llama(),
-        "Mistral, sliding window": suite.mistral(),
-        "infini-transformer-pytorch": suite.lucidrains(),
-        "Infini, all KV heads": suite.infini_all_heads(),
-    }
-    if suite.compiles:
-        contenders["Infini, segment, linear, compiled"] = suite.infini(compiles_steps=True)
+    contenders = suite.contenders()
     models = {name: contender.build() for name, contender in contenders.items()}
-    # Full attention's keys and values of a million tokens are 4 GB here, and are copied at each step.
+    # Full attention's keys and values of a million tokens are 16 GB here, and are copied at each step.
     ours = [name for name in contenders if name.startswith("Infini")]
     for tokens in (*LENGTHS, LONGEST):
         length = suite.length(tokens)
@@ -44,26 +33,26 @@ def run(suite: Suite, report: Report) -> None:
             ]
         )
         if tokens == 32_768 and suite.compiles:
-            compiled = seconds["Infini, segment, linear, compiled"]
-            eager = seconds["Infini, segment, linear"]
+            compiled = seconds[COMPILED]
+            eager = seconds[LINEAR]
             report.add([Figure("compiled against not, generated tokens/s", ratio(eager, compiled), 1.0)])
         if tokens == 32_768:
-            linear = seconds["Infini, segment, linear"]
+            linear = seconds[LINEAR]
             report.add(
                 [
                     Figure(
                         "generated tokens/s after 32,768 tokens against Llama with DynamicCache",
-                        ratio(seconds["Llama, full attention"], linear),
+                        ratio(seconds[LLAMA], linear),
                         3.0,
                     ),
                     Figure(
                         "generated tokens/s against infini-transformer-pytorch's generate",
-                        ratio(seconds["infini-transformer-pytorch"], seconds["Infini, all KV heads"]),
+                        ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
                         2.0,
                     ),
                     Figure(
                         "bfloat16 against float32, generated tokens/s",
-                        ratio(linear, seconds["Infini, segment, linear, bfloat16"]),
+                        ratio(linear, seconds[BFLOAT16]),
                         1.3,
                     ),
                 ]

@@ -8,7 +8,7 @@ import torch
 from .contenders import key_value_nbytes, state_nbytes
 from .peak_memory import peak_nbytes
 from .report import Figure, Point, Report
-from .suite import Suite
+from .suite import LINEAR, LLAMA, LUCIDRAINS, MISTRAL, SLIDING, Suite
 from .timing import Ratio
 
 
@@ -18,20 +18,10 @@ LENGTHS = (2_048, 32_768, 131_072, 1_048_576)
 PEAK_LENGTHS = (2_048, 16_384)
 
 
-def contenders_of(suite: Suite) -> dict:
-    return {
-        "Infini, segment": suite.infini(),
-        "Infini, sliding": suite.infini(local_attention="sliding"),
-        "Llama, full attention": suite.llama(),
-        "Mistral, sliding window": suite.mistral(),
-        "infini-transformer-pytorch": suite.lucidrains(),
-    }
-
-
 @torch.no_grad()
 def run(suite: Suite, report: Report) -> None:
-    for name in ("Infini, segment", "Infini, sliding"):
-        contender = contenders_of(suite)[name]
+    for name, local_attention in ((LINEAR, "segment"), (SLIDING, "sliding")):
+        contender = suite.contenders()[name]
         nbytes = state_nbytes(contender.state_after(contender.build(), suite.length(LENGTHS[-1])))
         report.add(points=[Point(STATE_PLOT, name, suite.length(tokens), nbytes) for tokens in LENGTHS])
         full = key_value_nbytes(suite.size, suite.length(LENGTHS[-1]))
@@ -39,7 +29,7 @@ def run(suite: Suite, report: Report) -> None:
         report.add(
             [
                 Figure(
-                    f"state after 1,048,576 tokens, {name.split(', ')[1]!r}, against Llama's keys and values",
+                    f"state after 1,048,576 tokens, {local_attention!r}, against Llama's keys and values",
                     Ratio(share, share, share),
                     1 / 1000,
                     is_least=False,
@@ -51,7 +41,7 @@ def run(suite: Suite, report: Report) -> None:
         points=[
             Point(
                 STATE_PLOT,
-                "Llama, full attention",
+                LLAMA,
                 suite.length(tokens),
                 key_value_nbytes(suite.size, suite.length(tokens)),
             )
@@ -59,7 +49,7 @@ def run(suite: Suite, report: Report) -> None:
         ]
     )
     for tokens in PEAK_LENGTHS:
-        for name in contenders_of(suite):
+        for name in (LINEAR, SLIDING, LLAMA, MISTRAL, LUCIDRAINS):
             length = suite.length(tokens)
             report.add(points=[Point(PEAK_PLOT, name, length, prefill_peak_nbytes(suite, name, length) / 2**20)])
 
@@ -76,6 +66,6 @@ def prefill_peak_nbytes(suite: Suite, name: str, tokens: int) -> int:
 def prefill_here(fields: tuple, name: str, tokens: int) -> None:
     """Reads `tokens` tokens and prints the peak memory of this process in bytes."""
     suite = Suite(*fields)
-    contender = contenders_of(suite)[name]
+    contender = suite.contenders()[name]
     contender.prefill(contender.build(), suite.ids(tokens))
     print(peak_nbytes())

@@ -7,7 +7,7 @@ import torch
 
 from .machine import prefill_flops
 from .report import Figure, Point, Report
-from .suite import Suite
+from .suite import ALL_HEADS, LINEAR, LLAMA, LUCIDRAINS, SLIDING, Suite
 from .timing import Ratio, interleaved_seconds, ratio
 
 
@@ -18,16 +18,7 @@ LONGEST = 131_072
 
 @torch.no_grad()
 def run(suite: Suite, report: Report) -> None:
-    contenders = {
-        "Infini, segment, linear": suite.infini(),
-        "Infini, segment, delta": suite.infini(use_mem_delta_rule=True),
-        "Infini, sliding, linear": suite.infini(local_attention="sliding"),
-        "Infini, segment, linear, bfloat16": suite.infini(torch.bfloat16),
-        "Llama, full attention": suite.llama(),
-        "Mistral, sliding window": suite.mistral(),
-        "infini-transformer-pytorch": suite.lucidrains(),
-        "Infini, all KV heads": suite.infini_all_heads(),
-    }
+    contenders = suite.contenders()
     models = {name: contender.build() for name, contender in contenders.items()}
 
     def runs(tokens: int, names=tuple(contenders)) -> dict:
@@ -37,7 +28,7 @@ def run(suite: Suite, report: Report) -> None:
     def points(tokens: int, seconds: dict[str, list[float]]) -> list[Point]:
         length = suite.length(tokens)
         shares = {}
-        for name, local in (("Infini, segment, linear", "segment"), ("Infini, sliding, linear", "sliding")):
+        for name, local in ((LINEAR, "segment"), (SLIDING, "sliding")):
             if name in seconds:
                 flops = prefill_flops(suite.size, length, suite.segment_length, local)
                 shares[name] = flops / median(seconds[name]) / suite.limits.flops
@@ -48,13 +39,13 @@ def run(suite: Suite, report: Report) -> None:
         rounds = max(1, min(9, suite.repeats * LENGTHS[1] // tokens))
         seconds = interleaved_seconds(runs(tokens), rounds, warm_up=tokens == LENGTHS[0])
         report.add(points=points(tokens, seconds))
-    ours, theirs = seconds["Infini, segment, linear"], seconds["Llama, full attention"]
+    ours, theirs = seconds[LINEAR], seconds[LLAMA]
     report.add(
         [
             Figure("prefill of 32,768 tokens against Llama (sdpa)", ratio(theirs, ours), 4.5),
             Figure(
                 "prefill of 32,768 tokens against infini-transformer-pytorch",
-                ratio(seconds["infini-transformer-pytorch"], seconds["Infini, all KV heads"]),
+                ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
                 1.5,
             ),
             Figure(
@@ -70,34 +61,30 @@ def run(suite: Suite, report: Report) -> None:
 
 def _longest(suite: Suite, report: Report, runs, points) -> None:
     """131,072 tokens beside as many in texts of 2,048, and full attention extrapolated from half of that."""
-    name, llama = "Infini, segment, linear", "Llama, full attention"
-    short = runs(LENGTHS[0], [name])[name]
+    short = runs(LENGTHS[0], [LINEAR])[LINEAR]
 
     def many_short() -> None:
         for _ in range(LONGEST // LENGTHS[0]):
             short()
 
-    compared = {
-        **runs(LONGEST, [name]),
-        "many short": many_short,
-    }
+    compared = {**runs(LONGEST, [LINEAR]), "many short": many_short}
     seconds = interleaved_seconds(compared, max(1, suite.repeats - 1), warm_up=False)
     many = seconds.pop("many short")
     report.add(points=points(LONGEST, seconds))
     figure = Figure(
         "prefill throughput at 131,072 tokens against its own at 2,048",
-        ratio(many, seconds[name]),
+        ratio(many, seconds[LINEAR]),
         0.95,
         note="as many tokens on both sides",
     )
     report.add([figure])
 
-    once = interleaved_seconds(runs(LONGEST // 2, [llama]), 1, warm_up=False)[llama]
-    report.add(points=points(LONGEST // 2, {llama: once}))
+    once = interleaved_seconds(runs(LONGEST // 2, [LLAMA]), 1, warm_up=False)[LLAMA]
+    report.add(points=points(LONGEST // 2, {LLAMA: once}))
     measured = {(point.plot, point.contender, point.tokens): point for point in report.points}
-    quarter = measured[PLOT, llama, suite.length(LENGTHS[-1])]
+    quarter = measured[PLOT, LLAMA, suite.length(LENGTHS[-1])]
     full = extrapolated_seconds(quarter.tokens / quarter.value, median(once))
-    extrapolated = full / median(seconds[name])
+    extrapolated = full / median(seconds[LINEAR])
     report.add(
         [
             Figure(

@@ -1,11 +1,23 @@
 """What all sections of the benchmarks share: sizes, lengths and the contenders."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from .contenders import Contender, infini, llama, lucidrains, mistral
 from .machine import Limits
+
+
+LINEAR = "Infini, segment, linear"
+DELTA = "Infini, segment, delta"
+SLIDING = "Infini, sliding, linear"
+BFLOAT16 = "Infini, segment, linear, bfloat16"
+COMPILED = "Infini, segment, linear, compiled"
+ALL_HEADS = "Infini, all KV heads"
+LLAMA = "Llama, full attention"
+MISTRAL = "Mistral, sliding window"
+LUCIDRAINS = "infini-transformer-pytorch"
 
 
 @dataclass
@@ -33,17 +45,19 @@ class Suite:
         """`(1, tokens)`, the same ones each time."""
         return torch.randint(0, self.size["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
 
-    def infini(self, dtype: torch.dtype = torch.float32, **fields) -> Contender:
-        return infini(self.size, dtype, segment_length=self.segment_length, **fields)
-
-    def infini_all_heads(self) -> Contender:
-        return infini(self.all_heads_size, segment_length=self.segment_length)
-
-    def llama(self, dtype: torch.dtype = torch.float32) -> Contender:
-        return llama(self.size, dtype)
-
-    def mistral(self) -> Contender:
-        return mistral(self.size, self.segment_length)
-
-    def lucidrains(self) -> Contender:
-        return lucidrains(self.all_heads_size, self.segment_length)
+    def contenders(self) -> dict[str, Contender]:
+        """All that are compared, by the names of the plots' legends."""
+        ours = partial(infini, self.size, segment_length=self.segment_length)
+        contenders = {
+            LINEAR: ours(),
+            DELTA: ours(use_mem_delta_rule=True),
+            SLIDING: ours(local_attention="sliding"),
+            BFLOAT16: ours(torch.bfloat16),
+            LLAMA: llama(self.size),
+            MISTRAL: mistral(self.size, self.segment_length),
+            LUCIDRAINS: lucidrains(self.all_heads_size, self.segment_length),
+            ALL_HEADS: infini(self.all_heads_size, segment_length=self.segment_length),
+        }
+        if self.compiles:
+            contenders[COMPILED] = ours(compiles_steps=True)
+        return contenders

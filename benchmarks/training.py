@@ -10,40 +10,33 @@ from statistics import median
 
 from .report import Figure, Point, Report
 from .sizes import ALL_HEADS_SIZE, SIZE
-from .suite import Suite
+from .suite import ALL_HEADS, DELTA, LINEAR, LLAMA, LUCIDRAINS, SLIDING, Suite
 from .timing import interleaved_seconds, ratio
 
 
 PLOT = "training step, tokens per second"
 LENGTHS = (2_048, 8_192)
 NUM_SEGMENTS = 16
+TRAINED = (LINEAR, DELTA, SLIDING, LLAMA, LUCIDRAINS, ALL_HEADS)
 
 
 def seconds_of_a_step(suite: Suite, length: int, warm_up: bool = True) -> dict[str, list[float]]:
     """Of each contender, on one text of `length` tokens."""
-    contenders = {
-        "Infini, segment, linear": suite.infini(),
-        "Infini, segment, delta": suite.infini(use_mem_delta_rule=True),
-        "Infini, sliding, linear": suite.infini(local_attention="sliding"),
-        "Llama, full attention": suite.llama(),
-        "infini-transformer-pytorch": suite.lucidrains(),
-        "Infini, all KV heads": suite.infini_all_heads(),
-    }
-    ids = suite.ids(length)
-    runs = {name: partial(each.train, each.build().train(), ids) for name, each in contenders.items()}
+    contenders, ids = suite.contenders(), suite.ids(length)
+    runs = {name: partial(contenders[name].train, contenders[name].build().train(), ids) for name in TRAINED}
     return interleaved_seconds(runs, suite.repeats, warm_up)
 
 
 def figures(title: str, seconds: dict[str, list[float]]) -> list[Figure]:
-    linear = seconds["Infini, segment, linear"]
+    linear = seconds[LINEAR]
     return [
         Figure(
             f"{title} against infini-transformer-pytorch",
-            ratio(seconds["infini-transformer-pytorch"], seconds["Infini, all KV heads"]),
+            ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
             1.5,
             note="which detaches the memory every second segment; ours does not",
         ),
-        Figure(f"{title}, delta rule against linear", ratio(linear, seconds["Infini, segment, delta"]), 0.85),
+        Figure(f"{title}, delta rule against linear", ratio(linear, seconds[DELTA]), 0.85),
     ]
 
 
@@ -66,7 +59,7 @@ def main() -> None:
         length = NUM_SEGMENTS * segment_length
         seconds = seconds_of_a_step(suite, length)
         title = f"training step of {length:,} tokens, N = {segment_length:,},"
-        against_llama = ratio(seconds["Llama, full attention"], seconds["Infini, segment, linear"])
+        against_llama = ratio(seconds[LLAMA], seconds[LINEAR])
         report.add([Figure(f"{title} against Llama (sdpa)", against_llama, 1.0), *figures(title, seconds)])
 
 

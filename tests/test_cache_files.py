@@ -1,5 +1,6 @@
 """P6: a memory is a file, which continues bit for bit in another process, and is refused where it does not fit."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tiny import MODES, random_ids, tiny_config, tiny_model
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
@@ -127,7 +128,7 @@ def test_what_is_damaged_is_refused(tmp_path):
     refused("has no valid tokens_read")
     metadata, tensors = saved()
     edit(metadata, tokens_read=[9])
-    refused(r"layers.0.keys is float32 \(2, 2, 5, 6\), not float32 \(1, 2, 5, 6\)")
+    refused(r"tokens_read is int64 \(2,\), and its metadata has int64 \(1,\)")
     metadata, tensors = saved()
     edit(metadata, dtype="int64")
     refused("dtype int64 is none of")
@@ -141,6 +142,14 @@ def test_what_is_damaged_is_refused(tmp_path):
     del states["layers.1.memory"]
     save_file(states, tensors)
     refused("is not what was saved")
+    metadata, tensors = saved()
+    states = load_file(tensors)
+    states["layers.0.keys"] = states["layers.0.keys"][:, :1].contiguous()
+    payload = save(states)
+    other = tmp_path / f"infini_cache-{hashlib.sha256(payload).hexdigest()[:16]}.safetensors"
+    other.write_bytes(payload)
+    edit(metadata, tensor_file=other.name)
+    refused(r"layers.0.keys is float32 \(2, 1, 5, 6\), not float32 \(2, 2, 5, 6\)")
     metadata, tensors = saved()
     tensors.unlink()
     refused("is missing")

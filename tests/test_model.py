@@ -237,6 +237,20 @@ def test_the_base_model_takes_ids_or_embeddings():
         model()
 
 
+def test_gates_and_norms_of_a_half_model_are_made_in_float32():
+    # transformers makes a model under the default dtype that it is loaded in.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = InfiniForCausalLM(tiny_config(memory_norm_init_scale=3.0))
+    finally:
+        torch.set_default_dtype(default)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.dtype == torch.bfloat16
+    exact = (attention.head_gates, attention.memory_query_norm, attention.memory_key_norm)
+    assert [module.weight.dtype for module in exact] == [torch.float32] * 3
+
+
 def test_servers_are_told_that_attention_over_paged_keys_does_not_fit():
     # vLLM and SGLang ask this before they put their own attention into a model of transformers.
     assert not InfiniForCausalLM.is_backend_compatible()

@@ -109,9 +109,14 @@ def read_cache(folder: Path, config: InfiniConfig) -> tuple[dict[str, Any], dict
     if _digest(payload) not in tensor_file.name:
         raise ValueError(f"The cache in {folder} is damaged: {tensor_file.name} is not what was saved.")
     try:
-        return metadata, load(payload)
+        tensors = load(payload)
     except SafetensorError as error:
         raise ValueError(f"The cache in {folder} is damaged: {tensor_file.name} cannot be read ({error}).") from error
+    # Before anybody makes room for as many rows as the metadata has.
+    rows, expected = describe(tensors.get("tokens_read")), f"int64 ({len(metadata['tokens_read'])},)"
+    if rows != expected:
+        raise ValueError(f"The cache in {folder} is damaged: tokens_read is {rows}, and its metadata has {expected}.")
+    return metadata, tensors
 
 
 def _digest(payload: bytes) -> str:

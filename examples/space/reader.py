@@ -29,6 +29,7 @@ from evaluation.examples import opening_ids
 from evaluation.haystacks import encode
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.passkey import PAPER_WORDING
+from evaluation.retrieval import weights_digest
 from modeling_infini import InfiniCache, InfiniConfig, state_nbytes
 
 
@@ -61,12 +62,8 @@ class Reader:
 
     @cached_property
     def weights_digest(self) -> str:
-        """Tells models of the same shape apart, by the first numbers of all their weights."""
-        digest = hashlib.sha256()
-        for name, weight in self.model.named_parameters():
-            first = weight.detach().flatten()[:1024].cpu().contiguous()
-            digest.update(f"{name} {weight.dtype}".encode() + first.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Tells models of the same shape apart."""
+        return weights_digest(self.model)
 
 
 @dataclass
