@@ -33,7 +33,7 @@ def without_autocast(function: Callable) -> Callable:
 
 def feature_map(states: torch.Tensor) -> torch.Tensor:
     """sigma(x) = elu(x) + 1, as exp(min(x, 0)) + max(x, 0): for x << 0, elu(x) + 1 loses the digits of exp(x)."""
-    return _FeatureMap.apply(states)
+    return _FeatureMap.apply(states) if torch.is_grad_enabled() else _FeatureMap.forward(states)
 
 
 class _FeatureMap(torch.autograd.Function):

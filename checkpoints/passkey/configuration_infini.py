@@ -34,7 +34,7 @@ class InfiniConfig(LlamaConfig):
         segment_length (`int`, defaults to 2048):
             Number of tokens N in a segment. A segment is written to the memory when it is complete.
         use_mem_delta_rule (`bool`, defaults to `False`):
-            Write with the delta rule, which stores only what the memory does not return already, instead of the
+            Write with the delta rule, which takes from each value what the memory returns for its key, instead of the
             linear rule.
         local_attention (`"segment"` or `"sliding"`, defaults to `"segment"`):
             What a token sees beside the memory. `"segment"`: the tokens of its own segment (the paper). `"sliding"`:

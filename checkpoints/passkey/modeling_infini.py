@@ -293,7 +293,7 @@ class InfiniAttention(nn.Module):
     def _mix(self, local: torch.Tensor, read: torch.Tensor, layout: SegmentLayout | DecodeLayout) -> torch.Tensor:
         """g * local + (1 - g) * read, and local alone in a stream's first segment; `(G, length, heads, head_dim)`."""
         has_memory = (layout.segment_index > 0).unsqueeze(1)
-        memory_share = torch.where(has_memory, 1 - self.head_gates().to(read.dtype), 0)
+        memory_share = has_memory * (1 - self.head_gates().to(read.dtype))
         # From `local`, whose layout the result takes: it is the one that the output projection wants.
         return torch.lerp(local.to(read.dtype), read, memory_share[:, None, :, None]).to(local.dtype)
 

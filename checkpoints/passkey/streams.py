@@ -65,6 +65,7 @@ class DecodeLayout:
     One token per row, on top of a cache.
 
     Attributes:
+        rows: `(B, 1)`, their numbers.
         offset, segment_index: `(B,)`, where the token stands in its stream.
         tokens: `(B,)` bool, False where the row has padding in this call; `None`: no padding.
         restarts: `(B,)` bool, True where the token starts a new stream; `None`: nowhere.
@@ -80,6 +81,7 @@ class DecodeLayout:
     ):
         # A copy: counters advance in place, and gradient checkpointing runs layers again after that.
         position = tokens_read.clone() if restarts is None else tokens_read.masked_fill(restarts, 0)
+        self.rows = torch.arange(position.shape[0], device=position.device).unsqueeze(1)
         self.position = position
         self.offset = position % segment_length
         self.segment_index = position // segment_length
