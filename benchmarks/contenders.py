@@ -14,7 +14,7 @@ from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapp
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, backpropagate
 
 
 # What Mistral reads at once: its sliding mask grows with the square of a call.
@@ -39,8 +39,21 @@ class Contender(NamedTuple):
     train: Callable[[Any, torch.Tensor], None]
 
 
-def infini(size: dict, dtype: torch.dtype = torch.float32, compiles_steps: bool = False, **fields) -> Contender:
-    """Ours; with `compiles_steps`, `generate()` runs on a compiled forward pass."""
+def infini(
+    size: dict,
+    dtype: torch.dtype = torch.float32,
+    compiles_steps: bool = False,
+    detach_every_num_segments: int | None = None,
+    **fields,
+) -> Contender:
+    """
+    Ours.
+
+    Args:
+        compiles_steps: `generate()` runs on a compiled forward pass.
+        detach_every_num_segments: where a training step ends back-propagation, going back as it goes; `None`: one pass
+            forward and one back.
+    """
 
     def build() -> InfiniForCausalLM:
         return InfiniForCausalLM(InfiniConfig(**size, **fields)).to(dtype).eval()
@@ -61,8 +74,14 @@ def infini(size: dict, dtype: torch.dtype = torch.float32, compiles_steps: bool 
         with _forward(model, compiled[0]) if compiled else nullcontext():
             _generate(model, ids[:, -1:], cache, tokens)
 
+    def train(model: InfiniForCausalLM, ids: torch.Tensor) -> None:
+        if detach_every_num_segments is None:
+            return _train(model, ids)
+        model.zero_grad()
+        backpropagate(model, {"input_ids": ids, "labels": ids}, detach_every_num_segments=detach_every_num_segments)
+
     compiled: list[Callable] = []
-    return Contender(build, prefill, state_after, generate, _train)
+    return Contender(build, prefill, state_after, generate, train)
 
 
 @contextmanager
@@ -104,7 +123,10 @@ def mistral(size: dict, window: int) -> Contender:
 
 
 def lucidrains(size: dict, segment_length: int, **fields) -> Contender:
-    """infini-transformer-pytorch; its generate() takes no state, so that none is made but by a prefill."""
+    """
+    infini-transformer-pytorch, whose memory is detached every second segment; its generate() takes no state, so that
+    none is made but by a prefill.
+    """
 
     def build() -> InfiniTransformerWrapper:
         model = InfiniTransformer(

@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from .report import Figure, Point, Report
-from .suite import ALL_HEADS, BFLOAT16, COMPILED, LINEAR, LLAMA, LUCIDRAINS, Suite
+from .suite import ALL_HEADS, BFLOAT16, COMPILED, COMPILED_ALL_HEADS, LINEAR, LLAMA, LUCIDRAINS, Suite
 from .timing import interleaved_seconds, ratio
 
 
@@ -25,7 +25,8 @@ def run(suite: Suite, report: Report) -> None:
     for tokens in (*LENGTHS, LONGEST):
         length = suite.length(tokens)
         names = ours if tokens == LONGEST else list(contenders)
-        seconds = _generate(suite, {name: contenders[name] for name in names}, models, length)
+        compared = {name: contenders[name] for name in names}
+        seconds = _generate(suite, compared, models, length, NEW_TOKENS, 2 * suite.repeats)
         report.add(
             points=[
                 Point(PLOT, name, length, NEW_TOKENS / median(took), _share(suite, models[name], took))
@@ -46,34 +47,52 @@ def run(suite: Suite, report: Report) -> None:
                         3.0,
                     ),
                     Figure(
-                        "generated tokens/s against infini-transformer-pytorch's generate",
-                        ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
-                        2.0,
-                    ),
-                    Figure(
                         "bfloat16 against float32, generated tokens/s",
                         ratio(linear, seconds[BFLOAT16]),
                         1.3,
                     ),
                 ]
             )
+    _whole_segments(suite, report, contenders, models)
 
 
-def _generate(suite: Suite, contenders: dict, models: dict, length: int) -> dict[str, list[float]]:
+def _whole_segments(suite: Suite, report: Report, contenders: dict, models: dict) -> None:
+    """Beside infini-transformer-pytorch, whose steps grow with the segment: all of them, from its first token on."""
+    names = [name for name in (LUCIDRAINS, ALL_HEADS, COMPILED_ALL_HEADS) if name in contenders]
+    length = suite.length(LENGTHS[1])
+    compared = {name: contenders[name] for name in names}
+    seconds = _generate(suite, compared, models, length, suite.segment_length, suite.repeats)
+    theirs = seconds.pop(LUCIDRAINS)
+    report.add(
+        [
+            Figure(
+                f"generated tokens/s of {name} against infini-transformer-pytorch's generate",
+                ratio(theirs, ours),
+                2.0,
+                note="over a whole segment",
+            )
+            for name, ours in seconds.items()
+        ]
+    )
+
+
+def _generate(
+    suite: Suite, contenders: dict, models: dict, length: int, new_tokens: int, rounds: int
+) -> dict[str, list[float]]:
     # One more than has been read: the token that a generation starts from.
     ids = suite.ids(length + 1)
     runs = {}
     for name, contender in contenders.items():
         state = contender.state_after(models[name], length)
-        runs[name] = partial(_next_tokens, contender, models[name], ids, state)
-    return interleaved_seconds(runs, 2 * suite.repeats)
+        runs[name] = partial(_next_tokens, contender, models[name], ids, state, new_tokens)
+    return interleaved_seconds(runs, rounds)
 
 
-def _next_tokens(contender, model, ids: torch.Tensor, state) -> None:
+def _next_tokens(contender, model, ids: torch.Tensor, state, new_tokens: int) -> None:
     read = state.get_seq_length() if hasattr(state, "get_seq_length") else ids.shape[1] - 1
     # A cache of transformers is told the whole text, of which it has read all but the last token.
     text = ids if read + 1 <= ids.shape[1] else ids[:, -1:].expand(1, read + 1)
-    contender.generate(model, text, state, NEW_TOKENS)
+    contender.generate(model, text, state, new_tokens)
 
 
 def _share(suite: Suite, model, seconds: list[float]) -> float:

@@ -15,6 +15,7 @@ SLIDING = "Infini, sliding, linear"
 BFLOAT16 = "Infini, segment, linear, bfloat16"
 COMPILED = "Infini, segment, linear, compiled"
 ALL_HEADS = "Infini, all KV heads"
+COMPILED_ALL_HEADS = "Infini, all KV heads, compiled"
 LLAMA = "Llama, full attention"
 MISTRAL = "Mistral, sliding window"
 LUCIDRAINS = "infini-transformer-pytorch"
@@ -47,7 +48,9 @@ class Suite:
 
     def contenders(self) -> dict[str, Contender]:
         """All that are compared, by the names of the plots' legends."""
-        ours = partial(infini, self.size, segment_length=self.segment_length)
+        ours, all_heads = (
+            partial(infini, size, segment_length=self.segment_length) for size in (self.size, self.all_heads_size)
+        )
         contenders = {
             LINEAR: ours(),
             DELTA: ours(use_mem_delta_rule=True),
@@ -56,8 +59,10 @@ class Suite:
             LLAMA: llama(self.size),
             MISTRAL: mistral(self.size, self.segment_length),
             LUCIDRAINS: lucidrains(self.all_heads_size, self.segment_length),
-            ALL_HEADS: infini(self.all_heads_size, segment_length=self.segment_length),
+            # As infini-transformer-pytorch does it.
+            ALL_HEADS: all_heads(detach_every_num_segments=2),
         }
         if self.compiles:
             contenders[COMPILED] = ours(compiles_steps=True)
+            contenders[COMPILED_ALL_HEADS] = all_heads(compiles_steps=True)
         return contenders

@@ -34,7 +34,7 @@ def figures(title: str, seconds: dict[str, list[float]]) -> list[Figure]:
             f"{title} against infini-transformer-pytorch",
             ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
             1.5,
-            note="which detaches the memory every second segment; ours does not",
+            note="both detach the memory every second segment",
         ),
         Figure(f"{title}, delta rule against linear", ratio(linear, seconds[DELTA]), 0.85),
     ]
