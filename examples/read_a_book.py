@@ -100,7 +100,8 @@ def main() -> None:
     (folder / "last_token").write_text(str(int(input_ids[0, -1])))
 
     config, tokens = model.config, input_ids.shape[1]
-    full_attention = 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    numbers = 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    full_attention = numbers * model.dtype.itemsize
     print(
         f"\nRead {tokens:,} tokens in segments of {config.segment_length}; the base model stops at "
         f"{config.max_position_embeddings:,}."

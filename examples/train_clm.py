@@ -57,6 +57,10 @@ class ModelArguments:
     def __post_init__(self):
         if self.lora_rank and self.model is None:
             raise ValueError("--lora_rank adapts a checkpoint: name one by --model.")
+        if self.config_overrides and self.model is not None:
+            raise ValueError(
+                "--config_overrides describes a model from scratch; a checkpoint has its own configuration."
+            )
 
     def config_fields(self) -> dict:
         """The fields in `config_overrides`, with their types."""

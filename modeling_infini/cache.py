@@ -148,11 +148,8 @@ class InfiniCache(Cache):
             self.counters = StreamCounters(batch_size, self.config, device)
             if self._recording is not None:
                 self._recording.counters = self.counters.fork()
-        if self._is_reading:
-            raise RuntimeError(
-                "The last call with this cache was interrupted, and some of its layers have read what others have "
-                "not. Go on from a copy or a saved cache, or `reset()` this one and read again."
-            )
+        self._require_whole()
+        self._notice_end_of_recording()
         if self.counters.tokens_read.shape[0] != batch_size:
             raise ValueError(
                 f"The cache holds {self.counters.tokens_read.shape[0]} rows, but the inputs have {batch_size}. To "
@@ -169,6 +166,17 @@ class InfiniCache(Cache):
             for layer in self.layers:
                 layer.map_states(torch.clone)
         return self.counters
+
+    def _require_whole(self) -> None:
+        if self._is_reading:
+            raise RuntimeError(
+                "The last call with this cache was interrupted, and some of its layers have read what others have "
+                "not. Go on from a copy or a saved cache, or `reset()` this one and read again."
+            )
+
+    def _notice_end_of_recording(self) -> None:
+        if not all(layer.record_past for layer in self.layers):
+            self._recording = None
 
     def begin_reading(self) -> None:
         """Marks the cache as half-read until `finish_call`."""
@@ -238,6 +246,7 @@ class InfiniCache(Cache):
 
     def activate_past_recording(self) -> None:
         """From now on, keeps what it takes to `crop` up to `segment_length` columns."""
+        self._notice_end_of_recording()
         if self._recording is None:
             self._recording = _Recording(self)
             for layer in self.layers:
@@ -253,12 +262,15 @@ class InfiniCache(Cache):
 
         Raises:
             ValueError: if more is to be taken back than was recorded; the cache is left as it was.
+            RuntimeError: if the last call was interrupted.
         """
         count = -int(tokens_to_remove)
         if count < 0:
             raise ValueError(f"crop takes minus the number of columns to remove, got {tokens_to_remove}.")
         if count == 0:
             return
+        self._require_whole()
+        self._notice_end_of_recording()
         recorded = 0 if self._recording is None else min(self._recording.length, self.config.segment_length)
         if count > recorded:
             hint = (
@@ -279,9 +291,14 @@ class InfiniCache(Cache):
 
         Args:
             save_directory: the folder; made if it does not exist.
+
+        Raises:
+            ValueError: if nothing was read.
+            RuntimeError: if the last call was interrupted.
         """
         if self.counters is None or not self.is_initialized:
             raise ValueError("The cache is empty: there is nothing to save before a model has read something.")
+        self._require_whole()
         columns, tokens_read = int(self.counters.columns), self.counters.tokens_read.tolist()
         write_cache(Path(save_directory), self.state_dict(), self.config, columns, tokens_read)
 

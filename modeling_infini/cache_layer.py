@@ -270,6 +270,11 @@ class InfiniCacheLayer(CacheLayerMixin):
     def record_past(self) -> bool:
         return self.record is not None
 
+    @record_past.setter
+    def record_past(self, is_recording: bool) -> None:
+        # So generate() ends the recording that it began, layer by layer.
+        self.record = (self.record or []) if is_recording else None
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty states for keys and values of `(batch, kv_heads, any, head_dim)`."""
         batch, heads, _, head_dim = key_states.shape

@@ -259,7 +259,7 @@ def test_a_cache_that_carries_gradients_can_be_copied():
     assert (twin.get_seq_length(), cache.get_seq_length()) == (12, 15)
 
 
-def test_an_interrupted_call_is_not_taken_for_a_read_one():
+def test_an_interrupted_call_is_not_taken_for_a_read_one(tmp_path):
     model, ids = tiny_model(), random_ids(1, 20)
 
     def interrupt(*_):
@@ -273,10 +273,35 @@ def test_an_interrupted_call_is_not_taken_for_a_read_one():
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 7:], past_key_values=cache)
         hook.remove()
-        with pytest.raises(RuntimeError, match="was interrupted"):
-            model(ids[:, 7:], past_key_values=cache)
+        for use in (
+            lambda: model(ids[:, 7:], past_key_values=cache),
+            lambda: cache.save_pretrained(tmp_path / "memory"),
+            lambda: cache.crop(-1),
+        ):
+            with pytest.raises(RuntimeError, match="was interrupted"):
+                use()
+        assert not (tmp_path / "memory").exists()
         cache.reset()
         assert torch.equal(feed(model, ids, cache)[0], feed(model, ids)[0])
+
+
+def test_recording_ends_and_begins_again_as_generate_does_it():
+    model, ids = tiny_model(torch.float64), random_ids(2, 20)
+    with torch.no_grad():
+        cache = InfiniCache(model.config)
+        cache.activate_past_recording()
+        feed(model, ids[:, :7], cache)
+        for layer in cache.layers:
+            layer.record_past = False
+        with pytest.raises(ValueError, match="has recorded 0"):
+            cache.crop(-1)
+        feed(model, ids[:, 7:9], cache)
+        for layer in cache.layers:
+            layer.record_past = False
+        cache.activate_past_recording()
+        feed(model, ids[:, 9:], cache)
+        cache.crop(-4)
+        assert_same_state(cache, feed(model, ids[:, :16])[1])
 
 
 def test_rows_selected_in_inference_mode_go_on_outside():

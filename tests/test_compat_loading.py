@@ -1,6 +1,7 @@
 """Loading: big-model placement, shards, dtypes, attention backends and renamed weights."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -67,11 +68,16 @@ def test_wherever_the_weights_are_the_answers_are_the_same(
     assert torch.equal(generated(model, num_beams=3), generated(plain, num_beams=3))
 
 
-def test_weights_in_bfloat16_are_offloaded_with_their_gates_in_float32(tmp_path, folder):
-    options = {"dtype": torch.bfloat16, "offload_folder": str(tmp_path)}
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, **options)
+def test_weights_in_bfloat16_are_offloaded_with_gates_and_norms_in_float32(tmp_path):
+    tiny_model(**SINKS, memory_norm_init_scale=1.5).save_pretrained(tmp_path / "model")
+    load = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "model", dtype=torch.bfloat16)
+    plain = load()
+    model = load(device_map={"": "disk"}, offload_folder=str(tmp_path / "offloaded"))
+    assert len(on_meta(model)) == len(list(model.parameters()))
     assert_same(model, plain)
+    for loaded in (model, plain):
+        exact = [p.dtype for name, p in loaded.named_parameters() if "head_gates" in name or "memory_" in name]
+        assert exact == [torch.float32] * 3 * model.config.num_hidden_layers
 
 
 def test_an_offloaded_model_is_saved_whole(tmp_path, folder, plain):
