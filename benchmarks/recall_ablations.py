@@ -7,7 +7,7 @@ filler follows, and the last 32 tokens name the 8 keys in another order, each to
 trains on 64 tokens, then 128 and 256, the next when the last is mastered, and is tested on up to 65,536. Each run
 takes about half a minute of one core.
 
-    python -m benchmarks.recall_ablations --seeds 0 1 --output docs/recall_ablations.jsonl
+    python -m benchmarks.recall_ablations --output docs/recall/ablations.jsonl
 
 writes a line per run as soon as it is done, goes on after the last one when called again, and prints the table.
 """
@@ -158,11 +158,16 @@ def train(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """One line per run: the mean over seeds, and each of them, of the share of right answers by length."""
-    lines = [f"| run | {' | '.join(f'{length:,}' for length in TESTED_LENGTHS)} |", "|---" * 7 + "|"]
+    """
+    A line per run: the step at which each seed mastered the first length; the share of right answers by length, its
+    mean and each seed's.
+    """
+    lengths = " | ".join(f"{length:,}" for length in TESTED_LENGTHS)
+    lines = [f"| run | first length mastered at step | {lengths} |", "|---" * (2 + len(TESTED_LENGTHS)) + "|"]
     for name in dict.fromkeys(row["run"] for row in rows):
         group = [row for row in rows if row["run"] == name]
-        cells = []
+        mastered = [str(row["begun"].get(str(TRAINED_LENGTHS[1]), "never")) for row in group]
+        cells = [", ".join(mastered)]
         for length in TESTED_LENGTHS:
             found = [row["accuracy"][str(length)] for row in group]
             cells.append(f"{mean(found):.2f} ({', '.join(f'{share:.2f}' for share in found)})")
@@ -172,7 +177,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=800, help="(default: %(default)s)")
     parser.add_argument("--runs", nargs="+", choices=RUNS, metavar="RUN", default=list(RUNS), help="(default: all)")
     parser.add_argument("--output", type=Path, help="a file of JSON lines")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import scale
+from benchmarks import recall_ablations, scale
 from benchmarks.__main__ import SHORT
 from benchmarks.contenders import infini, key_value_nbytes, llama, lucidrains, mistral, state_nbytes
 from benchmarks.machine import linear_shapes, matmul_flops, prefill_flops
@@ -121,3 +121,26 @@ def test_predicted_state_is_that_of_a_cache(local_attention, monkeypatch):
 def test_extrapolation_is_quadratic():
     seconds = {tokens: 3 * tokens + 5 * tokens**2 for tokens in (1, 2, 4)}
     assert extrapolated_seconds(seconds[1], seconds[2]) == seconds[4]
+
+
+def test_table_of_ablations_is_that_of_their_file():
+    docs = Path(__file__).parent.parent / "docs"
+    rows = [json.loads(line) for line in (docs / "recall" / "ablations.jsonl").read_text().splitlines()]
+    assert {row["run"] for row in rows} == set(recall_ablations.RUNS)
+    assert recall_ablations.markdown(rows) in (docs / "recall.md").read_text(encoding="utf-8")
+
+
+def test_associations_are_asked_for_once_each_and_answered_by_their_pairs():
+    generator = torch.Generator().manual_seed(0)
+    batch = recall_ablations.recall_batch(4, 128, generator)
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+        pairs = dict(
+            divmod(token, recall_ablations.NUM_VALUES) for token in ids[:32] if token < recall_ablations.FIRST_KEY
+        )
+        answers = {
+            ids[place - 1] - recall_ablations.FIRST_KEY: label - recall_ablations.FIRST_VALUE
+            for place, label in enumerate(labels)
+            if label != -100
+        }
+        assert len(pairs) == recall_ablations.NUM_PAIRS
+        assert answers == pairs
