@@ -13,7 +13,7 @@ from .timing import Ratio
 
 
 STATE_PLOT = "state, bytes"
-PEAK_PLOT = "peak memory of a prefill, MB"
+PEAK_PLOT = "peak memory of a prefill, MiB"
 LENGTHS = (2_048, 32_768, 131_072, 1_048_576)
 PEAK_LENGTHS = (2_048, 16_384)
 
@@ -33,7 +33,7 @@ def run(suite: Suite, report: Report) -> None:
                     Ratio(share, share, share),
                     1 / 1000,
                     is_least=False,
-                    note=f"{nbytes / 2**20:.1f} against {full / 2**20:,.0f} MB",
+                    note=f"{nbytes / 2**20:.1f} against {full / 2**20:,.0f} MiB",
                 )
             ]
         )

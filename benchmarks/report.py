@@ -72,6 +72,7 @@ class Report:
 
 def _draw(title: str, points: Sequence[Point], folder: Path) -> None:
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import LogLocator
 
     canvas = Canvas(figsize=(7, 4), layout="constrained")
     axes = canvas.subplots()
@@ -80,7 +81,13 @@ def _draw(title: str, points: Sequence[Point], folder: Path) -> None:
         style = "-" if contender.startswith("Infini") else "--"
         axes.plot(*zip(*own), style, marker="o", markersize=4, label=contender)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    values = [point.value for point in points]
+    if max(values) > 5 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     lengths = sorted({point.tokens for point in points})
     axes.set_xticks(lengths, [f"{tokens // 1024:,}k" for tokens in lengths])
     axes.minorticks_off()
