@@ -3,7 +3,7 @@
 import torch
 from transformers.generation import GenerationMixin
 
-from .cache import InfiniCache, require_infini_cache
+from .cache import CACHE_NAME, InfiniCache, require_infini_cache
 from .configuration_infini import InfiniConfig
 
 
@@ -26,11 +26,11 @@ class InfiniGenerationMixin(GenerationMixin):
                 f'cache_implementation="{cache_implementation}" is not for this model: its InfiniCache has a constant '
                 "size already. Leave cache_implementation out."
             )
-        if (cache := model_kwargs.get("past_key_values")) is not None:
+        if (cache := model_kwargs.get(CACHE_NAME)) is not None:
             require_infini_cache(cache)
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = cache = InfiniCache(self.config)
+            model_kwargs[CACHE_NAME] = cache = InfiniCache(self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         if cache is not None:
@@ -38,7 +38,7 @@ class InfiniGenerationMixin(GenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # Inputs no longer than the cache are new: generate() takes them so where the mask covers the history as well.
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         mask = model_kwargs.get("attention_mask")
         past_length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
         if mask is not None and mask.shape[1] == inputs_tensor.shape[1] <= past_length:
@@ -46,28 +46,27 @@ class InfiniGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = torch.cat([history, mask], 1)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids,
         next_sequence_length=None,
-        past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
+        cache = kwargs.get(CACHE_NAME)
         # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
-        if isinstance(past_key_values, InfiniCache):
+        if isinstance(cache, InfiniCache):
             if is_first_iteration:
-                past_key_values.prompt_length = None
+                cache.prompt_length = None
             elif attention_mask is None and next_sequence_length == 1:
-                attention_mask = _mask_of_ended_rows(input_ids, past_key_values)
+                attention_mask = _mask_of_ended_rows(input_ids, cache)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -76,7 +75,7 @@ class InfiniGenerationMixin(GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         # The cache counts positions and has read the padding's mask: no need for a mask and ids that grow.
-        if isinstance(outputs.get("past_key_values"), InfiniCache):
+        if isinstance(outputs.get(CACHE_NAME), InfiniCache):
             model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 

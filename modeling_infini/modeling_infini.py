@@ -36,7 +36,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import InfiniCache, StreamCounters, require_infini_cache
+from .cache import CACHE_NAME, InfiniCache, StreamCounters, one_cache, require_infini_cache
 from .cache_layer import (
     CheckpointedLayer,
     InfiniCacheLayer,
@@ -317,6 +317,12 @@ class InfiniDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
 
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
+        """`(B, T, hidden_size)` -> the same. Not Llama's, whose name for a cache depends on the version."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
 
 @auto_docstring
 class InfiniPreTrainedModel(PreTrainedModel):
@@ -324,7 +330,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["head_gates", "memory_query_norm", "memory_key_norm"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -407,6 +413,7 @@ class InfiniModel(InfiniPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         context_parallel: ContextParallel | None = None,
+        cache: InfiniCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -418,7 +425,10 @@ class InfiniModel(InfiniPreTrainedModel):
             What was read so far; this call is read into it.
         context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
             The ranks that the sequence is split over; the inputs are this rank's columns.
+        cache ([`InfiniCache`], *optional*):
+            `past_key_values`, by the name that transformers has for it from 5.24 on.
         """
+        past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -490,7 +500,7 @@ class InfiniModel(InfiniPreTrainedModel):
 
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},  # type: ignore[arg-type]
         )
 
     def _check_cache(self, cache: InfiniCache | None) -> None:
@@ -574,6 +584,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         context_parallel: ContextParallel | None = None,
+        cache: InfiniCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -585,6 +596,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             What was read so far; this call is read into it.
         context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
             The ranks that the sequence is split over; the inputs are this rank's columns.
+        cache ([`InfiniCache`], *optional*):
+            `past_key_values`, by the name that transformers has for it from 5.24 on.
 
         Example:
 
@@ -597,6 +610,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         >>> inputs = tokenizer(open("book.txt").read(), return_tensors="pt")
         >>> generated_ids = model.generate(**inputs, max_new_tokens=30)
         ```"""
+        past_key_values = one_cache(past_key_values, cache)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -627,7 +641,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -657,9 +671,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         last: list[torch.Tensor] = []
         for chunk in split_call(inputs, lengths, None if cache is None else cache.tokens_read):
             outputs = self.model(**chunk, past_key_values=cache, use_cache=True, **kwargs)
-            cache = outputs.past_key_values
+            cache = getattr(outputs, CACHE_NAME)
             last = [torch.cat([*last, outputs.last_hidden_state[:, -last_columns:]], 1)[:, -last_columns:]]
-        return BaseModelOutputWithPast(last_hidden_state=last[0], past_key_values=cache)
+        return BaseModelOutputWithPast(last[0], **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
 
 class BaseModelByAutoModel:

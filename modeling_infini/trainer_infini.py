@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, get_
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
-from .cache import InfiniCache
+from .cache import CACHE_NAME, InfiniCache
 from .documents import DocumentStreams, collate_documents
 from .masks import has_columns
 
@@ -275,7 +275,7 @@ class InfiniTrainer(Trainer):
             compute_loss=partial(self._sum_and_outputs, model),
         ):
             losses.append(loss)
-            memory = outputs["past_key_values"]
+            memory = outputs[CACHE_NAME]
             if not prediction_loss_only:
                 logits.append(outputs["logits"])
             del outputs

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_files import describe, read_cache, write_cache
 from .cache_layer import InfiniCacheLayer, KeyStates, RecordedCall
 from .configuration_infini import InfiniConfig
 from .rotary import Angles, relative_angles
 from .streams import DecodeLayout, SegmentLayout, plan_segments
+
+
+# What transformers calls a cache in its calls and outputs: `past_key_values`, and from 5.24 on `cache`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class StreamCounters:
@@ -348,6 +353,13 @@ class InfiniCache(Cache):
             state.copy_(tensors[name])
         cache.counters.columns.fill_(metadata["columns"])
         return cache
+
+
+def one_cache(past_key_values, cache):
+    """The cache of a call, which may go by either of the names that transformers has had for it."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("You cannot specify both `cache` and `past_key_values`: they are two names of the same.")
+    return past_key_values if cache is None else cache
 
 
 def require_infini_cache(cache) -> None:
