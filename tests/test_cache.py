@@ -259,6 +259,21 @@ def test_a_cache_that_carries_gradients_can_be_copied():
     assert (twin.get_seq_length(), cache.get_seq_length()) == (12, 15)
 
 
+def test_a_cache_goes_by_both_of_its_names():
+    model, ids = tiny_model(), random_ids(2, 20)
+    caches = {name: InfiniCache(model.config) for name in ("past_key_values", "cache")}
+    with torch.no_grad():
+        for part in (ids[:, :13], ids[:, 13:]):
+            logits = [model(part, **{name: cache}).logits for name, cache in caches.items()]
+            hidden = [model.model(part, **{name: copy.deepcopy(cache)})[0] for name, cache in caches.items()]
+            assert torch.equal(*logits)
+            assert torch.equal(*hidden)
+        assert_same_state(*caches.values())
+        for forward in (model, model.model):
+            with pytest.raises(ValueError, match="two names of the same"):
+                forward(ids, **caches)
+
+
 def test_an_interrupted_call_is_not_taken_for_a_read_one(tmp_path):
     model, ids = tiny_model(), random_ids(1, 20)
 
