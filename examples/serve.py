@@ -14,8 +14,8 @@ request: a book is sent once, and asked about many times. Each session is one ca
     client.post("/sessions", body={"id": "moby-2", "memory": "moby"}, cast_to=object)  # goes on from the saved memory
 
 In a session, `messages` are the new ones alone; without one, they are the whole conversation. `max_tokens=0` reads and
-writes nothing. A request that fails, or whose client goes away, leaves its session as it was. There is no
-authentication: listen to this machine alone.
+writes nothing. A request that fails, or whose client goes away before it is answered, leaves its session as it was.
+There is no authentication: listen to this machine alone.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -51,6 +51,8 @@ logger = logging.getLogger("uvicorn.error")
 # For models without a chat template: the contents, one after the other.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 LAST_ANSWER = "the answer before the new messages"
+# Before each call, reading a prompt ends if the client has gone away. The model itself reads about as many at once.
+TOKENS_PER_CALL = 4096
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -79,7 +81,7 @@ class ChatRequest(Body):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     user: str | None = None
 
 
@@ -117,6 +119,16 @@ class StopWhenSet(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
+def sampling_options(request: ChatRequest) -> dict:
+    """Options of generate(); what the request leaves open is as in the model's generation configuration."""
+    if request.temperature == 0:
+        return {"do_sample": False}
+    options = {"temperature": request.temperature, "top_p": request.top_p}
+    options = {name: value for name, value in options.items() if value is not None}
+    # A seed asks for sampling too.
+    return {"do_sample": True, **options} if options or request.seed is not None else {}
+
+
 class Engine:
     """The model and its sessions. One thread alone runs the model, so requests are answered one after the other."""
 
@@ -143,14 +155,14 @@ class Engine:
             raise ApiError(500, f"{type(error).__name__}: {error}") from error
 
     def session(self, name: str) -> InfiniCache:
-        if name not in self.sessions:
-            raise ApiError(
-                404, f"There is no session {name!r}: POST /v1/sessions first.", "session", "unknown_session"
-            )
-        return self.sessions[name]
+        # Once, since the engine's thread may close it meanwhile.
+        cache = self.sessions.get(name)
+        if cache is None:
+            message = f"There is no session {name!r}: POST /v1/sessions first."
+            raise ApiError(404, message, "session", "unknown_session")
+        return cache
 
-    def describe(self, name: str) -> dict:
-        cache = self.session(name)
+    def describe(self, name: str, cache: InfiniCache) -> dict:
         tokens = 0 if cache.tokens_read is None else int(cache.tokens_read)
         return {"id": name, "object": "session", "tokens_read": tokens, "bytes": cache.nbytes}
 
@@ -161,18 +173,25 @@ class Engine:
         if len(self.sessions) >= self.max_sessions:
             message = f"All {self.max_sessions} sessions are in use: DELETE /v1/sessions/ID first."
             raise ApiError(429, message, code="too_many_sessions")
-        cache = self.model.new_cache()
-        if request.memory is not None:
-            folder = self.folder(request.memory)
-            try:
-                cache = type(cache).from_pretrained(folder, self.model.config, self.model.device)
-            except FileNotFoundError:
-                message = f"No memory {request.memory!r} is saved."
-                raise ApiError(404, message, "memory", "unknown_memory") from None
-            except ValueError as error:
-                raise ApiError(400, str(error), "memory", "unfit_memory") from None
+        cache = self.model.new_cache() if request.memory is None else self.load(request.memory)
         self.sessions[name] = cache
-        return self.describe(name)
+        return self.describe(name, cache)
+
+    def load(self, memory: str) -> InfiniCache:
+        """A saved memory, which a session can go on from."""
+        folder = self.folder(memory)
+        try:
+            cache = type(self.model.new_cache()).from_pretrained(folder, self.model.config, self.model.device)
+            rows, dtype = len(cache.tokens_read), cache.layers[0].keys.dtype
+            if rows != 1:
+                raise ValueError(f"The memory {memory!r} is of {rows} texts, and a session reads one.")
+            if dtype != self.model.dtype:
+                raise ValueError(f"The memory {memory!r} is of {dtype}, and the model of {self.model.dtype}.")
+        except FileNotFoundError:
+            raise ApiError(404, f"No memory {memory!r} is saved.", "memory", "unknown_memory") from None
+        except ValueError as error:
+            raise ApiError(400, str(error), "memory", "unfit_memory") from None
+        return cache
 
     def save(self, name: str, memory: str) -> dict:
         try:
@@ -208,7 +227,15 @@ class Engine:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             raise ApiError(400, "The messages are empty: there is nothing to read.", "messages")
+        if not goes_on and self.tokenizer.chat_template is None:
+            ids = torch.cat([ids.new_tensor([self.opening()]), ids], 1)
         return ids.to(self.model.device)
+
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before every text, its BOS token or nothing; chat templates write it themselves."""
+        # Not all that it puts around a text: some add an EOS token too.
+        first = self.tokenizer("").input_ids[:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
 
     @torch.no_grad()
     def answer(
@@ -221,27 +248,10 @@ class Engine:
         limit = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
         limit = self.max_new_tokens if limit is None else limit
         # generate() takes ids longer than what was read for the whole history: it gets the last one alone.
-        read = ids if limit == 0 else ids[:, :-1]
-        if read.shape[1] > 0:
-            self.model(read, past_key_values=cache, logits_to_keep=1)
+        self.read(ids if limit == 0 else ids[:, :-1], cache, stop)
         new = ids.new_empty(0)
-        if limit > 0:
-            if request.seed is not None:
-                torch.manual_seed(request.seed)
-            options = {"temperature": request.temperature or None, "top_p": request.top_p}
-            options = {name: value for name, value in options.items() if value is not None}
-            if request.temperature is not None:
-                options["do_sample"] = request.temperature > 0
-            last = ids[:, -1:]
-            new = self.model.generate(
-                last,
-                attention_mask=torch.ones_like(last),
-                past_key_values=cache,
-                max_new_tokens=limit,
-                streamer=streamer,
-                stopping_criteria=[StopWhenSet(stop)],
-                **options,
-            )[0, 1:]
+        if limit > 0 and not stop.is_set():
+            new = self.generate(ids[:, -1:], cache, request, limit, streamer, stop)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         is_complete = len(new) > 0 and int(new[-1]) in ends
@@ -256,12 +266,40 @@ class Engine:
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         return Answer(text, "stop" if is_complete else "length", usage)
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str | Answer]:
+    def read(self, ids: torch.Tensor, cache: InfiniCache, stop: threading.Event) -> None:
+        """Reads `ids`, `(1, length)`, or only some of them where `stop` is set."""
+        for start in range(0, ids.shape[1], TOKENS_PER_CALL):
+            if stop.is_set():
+                return
+            self.model(ids[:, start : start + TOKENS_PER_CALL], past_key_values=cache, logits_to_keep=1)
+
+    def generate(
+        self,
+        last: torch.Tensor,
+        cache: InfiniCache,
+        request: ChatRequest,
+        limit: int,
+        streamer: AsyncTextIteratorStreamer | None,
+        stop: threading.Event,
+    ) -> torch.Tensor:
+        """At most `limit` new ids, `(length,)`, after all that `cache` has read and the `last` id, `(1, 1)`."""
+        # A seed is that of its request alone.
+        with torch.random.fork_rng(enabled=request.seed is not None):
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            return self.model.generate(
+                last,
+                attention_mask=torch.ones_like(last),
+                past_key_values=cache,
+                max_new_tokens=limit,
+                streamer=streamer,
+                stopping_criteria=[StopWhenSet(stop)],
+                **sampling_options(request),
+            )[0, 1:]
+
+    async def stream(self, request: ChatRequest, stop: threading.Event) -> AsyncIterator[str | Answer]:
         """The answer's text piece by piece, and then all of it."""
-        streamer, stop = (
-            AsyncTextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            threading.Event(),
-        )
+        streamer = AsyncTextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
         def run() -> Answer:
             try:
@@ -297,6 +335,10 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     async def _refuse_route(_: Request, error: HTTPException):
         return error_response(ApiError(error.status_code, str(error.detail)))
 
+    @app.exception_handler(Exception)
+    async def _fail(_: Request, error: Exception):
+        return error_response(ApiError(500, f"{type(error).__name__}: {error}"))
+
     @app.get("/v1/models")
     async def models():
         model = {"id": name, "object": "model", "created": started, "owned_by": "local"}
@@ -304,7 +346,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/v1/sessions")
     async def list_sessions():
-        return {"object": "list", "data": [engine.describe(session) for session in engine.sessions]}
+        # A copy, since the engine's thread opens and closes sessions meanwhile.
+        sessions = engine.sessions.copy()
+        return {"object": "list", "data": [engine.describe(session, cache) for session, cache in sessions.items()]}
 
     @app.post("/v1/sessions", status_code=201)
     async def open_session(request: NewSession):
@@ -312,7 +356,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/v1/sessions/{session}")
     async def describe_session(session: str):
-        return engine.describe(session)
+        return engine.describe(session, engine.session(session))
 
     @app.delete("/v1/sessions/{session}")
     async def close_session(session: str):
@@ -323,26 +367,42 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         return await engine.run(engine.save, session, request.memory or session)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest):
+    async def chat_completions(request: ChatRequest, http: Request):
         if request.model != name:
             raise ApiError(
                 404, f"The model {request.model!r} is not served, but {name!r}.", "model", "model_not_found"
             )
+        stop = threading.Event()
         fields = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if not request.stream:
-            answer = await engine.run(engine.answer, request, None, threading.Event())
+            answer = await watched(engine.run(engine.answer, request, None, stop), http, stop)
             message = {"role": "assistant", "content": answer.text}
             choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
             completion = {**fields, "object": "chat.completion", "choices": [choice], "usage": answer.usage}
             return ChatCompletion.model_validate(completion).model_dump(exclude_none=True)
         # What is refused before the first piece is refused as a response, with its status.
-        pieces = engine.stream(request)
-        first = await anext(pieces)
+        pieces = engine.stream(request, stop)
+        first = await watched(anext(pieces), http, stop)
         chunk = functools.partial(event, {**fields, "object": "chat.completion.chunk"})
         include_usage = request.stream_options is not None and request.stream_options.include_usage
         return StreamingResponse(events(chunk, first, pieces, include_usage), media_type="text/event-stream")
 
     return app
+
+
+async def watched(work: Awaitable, http: Request, stop: threading.Event):
+    """What `work` gives; `stop` is set where the client goes away before."""
+
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        stop.set()
+
+    watch_task = asyncio.create_task(watch())
+    try:
+        return await work
+    finally:
+        watch_task.cancel()
 
 
 def event(fields: dict, choices: list[dict], usage: CompletionUsage | None = None) -> str:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+import torch
+from tiny import random_ids, tiny_model
 from transformers import AutoTokenizer
 from words import random_text, save_word_tokenizer
 
@@ -18,12 +19,14 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
+from examples import serve  # noqa: E402
 from examples.serve import Engine, build_app  # noqa: E402
 from modeling_infini import InfiniForCausalLM  # noqa: E402
 
 
 N = 5
 END = 4
+MODEL = {"num_hidden_layers": 1, "local_attention": "sliding", "num_sink_tokens": 2}
 CHAT_TEMPLATE = (
     "w1 {% for message in messages %}{{ 'w2 ' if message.role == 'user' else 'w3 ' }}{{ message.content }} w4 "
     "{% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
@@ -33,13 +36,13 @@ CHAT_TEMPLATE = (
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "model"
-    tiny_model(num_hidden_layers=1, local_attention="sliding", num_sink_tokens=2).save_pretrained(path)
+    tiny_model(**MODEL).save_pretrained(path)
     save_word_tokenizer(path)
     return path
 
 
 def make_engine(folder, chat_template=None, **options) -> Engine:
-    model = tiny_model(num_hidden_layers=1, local_attention="sliding", num_sink_tokens=2)
+    model = tiny_model(**MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -106,7 +109,7 @@ def tokens_read(client, name: str) -> int:
 
 def generated(engine: Engine, text: str, max_new_tokens: int = 12) -> str:
     """What generate() writes after `text`, without a cache."""
-    ids = engine.tokenizer(text, return_tensors="pt").input_ids
+    ids = engine.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     out = engine.model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, use_cache=False)
     return engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -189,10 +192,68 @@ def test_a_saved_memory_is_gone_on_from_in_another_server(engine, folder):
     assert expected == generated(engine, f"{book} {question}")
 
 
-def test_sampling_follows_its_seed(client):
+@pytest.mark.parametrize(
+    ("rows", "dtype", "message"), [(2, torch.float32, "of 2 texts"), (1, torch.float64, "of torch.float64")]
+)
+def test_a_memory_that_no_session_can_go_on_from_is_refused(client, engine, rows, dtype, message):
+    model = tiny_model(dtype, **MODEL)
+    cache = model.new_cache()
+    model(random_ids(rows, 7), past_key_values=cache)
+    cache.save_pretrained(engine.memories / "book")
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        open_session(client, "a", memory="book")
+    assert (caught.value.code, caught.value.param) == ("unfit_memory", "memory")
+    assert client.get("/sessions", cast_to=object)["data"] == []
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.5}, {"temperature": None}, {"temperature": None, "top_p": 0.9}])
+def test_sampling_follows_its_seed(client, options):
     text = random_text(9)
-    answers = [text_of(ask(client, text, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    answers = [text_of(ask(client, text, seed=seed, **options)) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_nucleus_is_sampled_from(client):
+    text = random_text(9)
+    answers = {text_of(ask(client, text, temperature=None, top_p=0.99)) for _ in range(3)}
+    assert len(answers) > 1
+    first = {text_of(ask(client, text, temperature=None, top_p=1e-6)) for _ in range(2)}
+    assert first == {text_of(ask(client, text))}
+
+
+def test_a_seed_is_that_of_its_request_alone(client):
+    text, unseeded = random_text(9), []
+    for _ in range(2):
+        ask(client, text, temperature=1.5, seed=1)
+        unseeded.append(text_of(ask(client, text, temperature=1.5)))
+    assert unseeded[0] != unseeded[1]
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_without_a_template_a_text_starts_as_the_tokenizer_starts_it(folder, adds_eos):
+    engine = make_engine(folder)
+    engine.tokenizer.add_special_tokens({"bos_token": "w5", "eos_token": f"w{END}"})
+    engine.tokenizer.add_bos_token, engine.tokenizer.add_eos_token = True, adds_eos
+    book, question = random_text(9), random_text(4, seed=1)
+    assert engine.tokenizer(book).input_ids[0] == 5
+    with running(engine) as client:
+        open_session(client, "book")
+        ask(client, book, "book", max_tokens=0)
+        assert tokens_read(client, "book") == 1 + 9
+        in_session = ask(client, question, "book")
+        alone = ask(client, f"{book} {question}")
+        assert text_of(in_session) == text_of(alone) == generated(engine, f"w5 {book} {question}")
+        assert (in_session.usage.prompt_tokens, alone.usage.prompt_tokens) == (4, 1 + 9 + 4)
+        with pytest.raises(openai.BadRequestError, match="The messages are empty"):
+            ask(client, "")
+
+
+def test_a_template_writes_its_bos_token_itself(folder):
+    engine = make_engine(folder, CHAT_TEMPLATE)
+    engine.tokenizer.add_special_tokens({"bos_token": "w5"})
+    engine.tokenizer.add_bos_token = True
+    with running(engine) as client:
+        assert ask(client, random_text(4)).usage.prompt_tokens == 1 + 1 + 4 + 1 + 1
 
 
 def test_requests_at_once_do_not_mix(client, engine):
@@ -224,6 +285,44 @@ def test_a_client_that_goes_away_leaves_the_session_as_it_was(client, engine):
     assert tokens_read(client, "book") == 13
 
 
+@pytest.mark.parametrize(
+    ("words", "max_tokens", "stream"), [(60 * N, 0, False), (60 * N, 0, True), (3, 100_000, False)]
+)
+def test_a_client_that_waits_no_longer_is_answered_no_longer(client, engine, monkeypatch, words, max_tokens, stream):
+    open_session(client, "book")
+    ask(client, random_text(13), "book", max_tokens=0)
+    lengths, forward = [], engine.model.forward
+
+    def slowly(input_ids, **options):
+        lengths.append(input_ids.shape[1])
+        time.sleep(0.05)
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(engine.model, "forward", slowly)
+    monkeypatch.setattr(serve, "TOKENS_PER_CALL", N)
+    with pytest.raises(openai.APITimeoutError):
+        ask(client.with_options(timeout=0.3), random_text(words), "book", max_tokens, stream=stream)
+    # This is answered once the model is free again.
+    assert text_of(ask(client, random_text(6))) == generated(engine, random_text(6))
+    assert tokens_read(client, "book") == 13
+    assert lengths.count(N) < 60
+
+
+def test_sessions_are_listed_while_they_change(client, engine):
+    class Changing:
+        nbytes = 0
+
+        @property
+        def tokens_read(self):
+            engine.sessions.pop("b", None)
+            engine.sessions["c"] = engine.sessions["d"] = self
+            return 7
+
+    engine.sessions |= {"a": Changing(), "b": engine.model.new_cache()}
+    listed = client.get("/sessions", cast_to=object)["data"]
+    assert [(session["id"], session["tokens_read"]) for session in listed] == [("a", 7), ("b", 0)]
+
+
 def test_refusals_are_errors_of_the_api(client, engine, monkeypatch):
     def refused(kind, code, call):
         with pytest.raises(kind) as caught:
@@ -249,6 +348,7 @@ def test_refusals_are_errors_of_the_api(client, engine, monkeypatch):
     client.delete("/sessions/b", cast_to=object)
     open_session(client, "c")
     assert refused(bad, None, lambda: ask(client, "w1", temperature=3))["param"] == "temperature"
+    assert refused(bad, None, lambda: ask(client, "w1", seed=2**63))["param"] == "seed"
     assert refused(bad, None, lambda: ask(client, "w1", n=2))["param"] == "n"
     assert refused(bad, None, lambda: ask(client, []))["param"] == "messages"
     assert refused(bad, None, lambda: ask(client, ""))["param"] == "messages"
@@ -264,6 +364,9 @@ def test_refusals_are_errors_of_the_api(client, engine, monkeypatch):
     with pytest.raises(openai.APIError, match="out of memory"):
         list(ask(client, "w1 w2", "a", stream=True))
     assert tokens_read(client, "a") == 0
+    monkeypatch.setattr(engine, "describe", fail)
+    error = refused(openai.InternalServerError, None, lambda: tokens_read(client, "a"))
+    assert "out of memory" in error["message"]
 
 
 def test_transformers_serve_must_be_given_the_class(folder, monkeypatch):

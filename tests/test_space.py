@@ -1,5 +1,6 @@
 """The page of `examples/space`: what it does with a text and a memory, and the page itself in a browser."""
 
+import asyncio
 import json
 import os
 import re
@@ -100,6 +101,31 @@ def test_reading_stops_and_goes_on(reader):
     assert rest.memory.tokens == 300
     for name, tensor in tensors(read_all(reader, ids)).items():
         torch.testing.assert_close(rest.memory.cache.state_dict()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_fails_leaves_what_was_read_before(reader, monkeypatch):
+    ids = space.text_ids(reader, TEXT, 300)
+    first = read_all(reader, ids[:100])
+    calls, layer = [], reader.model.model.layers[1]
+    forward = layer.forward
+
+    def fails_at_last(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise RuntimeError("out of memory")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(layer, "forward", fails_at_last)
+    steps = space.read(reader, ids[100:], "a text", memory=first, seconds_per_call=0)
+    second = next(steps).memory
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(steps)
+    monkeypatch.undo()
+    whole = tensors(read_all(reader, ids))
+    for memory, tokens in ((first, 100), (second, second.tokens)):
+        assert 100 <= memory.tokens == tokens < 300
+        for name, tensor in tensors(read_all(reader, ids[tokens:], memory=memory)).items():
+            torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("words", ["", " ".join(WORDS[3:9])])
@@ -212,6 +238,23 @@ def test_damaged_memory_is_refused(reader, tmp_path, contents, message):
     file = space.save_memory(reader, read_all(reader, space.text_ids(reader, TEXT, 50)), tmp_path)
     with pytest.raises(space.ReaderError, match=message):
         space.load_memory(reader, changed_archive(file, tmp_path / "bad.zip", **contents))
+
+
+@pytest.mark.parametrize(("part", "message"), [("memory.json", "is not"), ("infini_cache.json", "cannot be loaded")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("flag_bits", 1), ("compress_type", 99), ("compress_type", zipfile.ZIP_DEFLATED)],
+    ids=["password", "unknown compression", "damaged compression"],
+)
+def test_archive_that_cannot_be_read_is_refused(reader, tmp_path, part, message, field, value):
+    file = space.save_memory(reader, read_all(reader, space.text_ids(reader, TEXT, 50)), tmp_path)
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
+        for name in old.namelist():
+            # No deflated data begins so.
+            bad.writestr(name, (b"\xff" if name == part else b"") + old.read(name))
+        setattr(bad.getinfo(part), field, value)
+    with pytest.raises(space.ReaderError, match=f"bad.zip {message}"):
+        space.load_memory(reader, tmp_path / "bad.zip")
 
 
 @pytest.mark.parametrize("token", [-1, 31, "3", None])
@@ -353,6 +396,90 @@ def test_plot_says_that_a_memory_is_empty(reader):
     memory = read_all(reader, space.text_ids(reader, TEXT, 4))
     figure = views.norms_figure(memory.norms())
     assert "Empty until" in figure.axes[0].texts[0].get_text()
+
+
+class Handlers:
+    """The handlers of a page that is open nowhere, with a model "tiny"; what they show is by the components' ids."""
+
+    def __init__(self, folder: Path):
+        self.gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
+        import app
+
+        self.app = app
+        self.library = space.Library([save_model(folder / "tiny")], folder)
+        self.page = app.build(self.library)
+
+    def session(self, **fields):
+        session = self.app.Session()
+        vars(session).update(fields)
+        return session
+
+    def named(self, name: str):
+        return next(function for function in self.page.fns.values() if function.name == name)
+
+    def run(self, name: str, *arguments):
+        for step in self.named(name).fn(*arguments):
+            yield {component.elem_id: shown for component, shown in step.items()}
+
+    def read_it(self, session):
+        return self.run("read_it", session, "tiny", self.app.PASTE, TEXT, None, 200, False, "", 0)
+
+
+@pytest.fixture
+def handlers(tmp_path) -> Handlers:
+    return Handlers(tmp_path)
+
+
+def test_reading_on_with_nothing_left_is_refused(handlers, reader):
+    memory = read_all(reader, space.text_ids(reader, TEXT, 50))
+    for session in (handlers.session(), handlers.session(reader=reader, memory=memory)):
+        with pytest.raises(handlers.gradio.Error, match="nothing left to read on"):
+            list(handlers.run("read_on", session))
+
+
+def test_what_was_stopped_before_it_began_leaves_the_memory(handlers, reader, tmp_path):
+    memory = read_all(reader, space.text_ids(reader, TEXT, 50))
+    session = handlers.session(reader=reader, memory=memory, is_stopped=True)
+    file = space.save_memory(handlers.library.open("tiny"), memory, tmp_path)
+    for steps in (handlers.read_it(session), handlers.run("load", session, "tiny", file)):
+        *_, last = steps
+        assert "Remembers a text" in last["status"]
+        assert session.memory is memory
+
+
+def test_after_any_error_the_card_shows_what_is_there(handlers, reader, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    def statuses(steps):
+        shown = []
+        with pytest.raises(RuntimeError, match="out of memory"):
+            shown.extend(step.get("status") for step in steps)
+        return shown
+
+    ids = space.text_ids(reader, TEXT, 300)
+    session = handlers.session(reader=reader, memory=read_all(reader, ids[:50]), rest=ids[50:])
+    monkeypatch.setattr(handlers.app, "read", fail)
+    assert "Remembers a text" in statuses(handlers.run("read_on", session))[-1]
+    monkeypatch.setattr(handlers.library, "open", fail)
+    assert "Remembers a text" in statuses(handlers.read_it(session))[-1]
+    assert "Remembers a text" in statuses(handlers.run("load", session, "tiny", "book.zip"))[-1]
+
+
+def test_memory_of_a_closed_page_is_freed(handlers):
+    from gradio.state_holder import StateHolder
+
+    holder = StateHolder()
+    holder.set_blocks(handlers.page)
+    opened = holder["a page"]
+    asyncio.run(handlers.page.process_api(handlers.named("start"), [None], opened))
+    holder.delete_all_expired_state()
+    (session,) = opened.state_data.values()
+    assert isinstance(session, handlers.app.Session)
+    # An hour, in Gradio 6.31, but for its tests.
+    opened.is_closed, opened.STATE_TTL_WHEN_CLOSED = True, -1
+    holder.delete_all_expired_state()
+    assert not opened.state_data
 
 
 CHROMIUM = Path("/usr/bin/chromium")

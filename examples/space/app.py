@@ -93,7 +93,8 @@ def build(library: Library) -> gr.Blocks:
 
     def start(session: Session) -> dict:
         session.is_stopped = False
-        return buttons(session, is_busy=True)
+        # Gradio frees, once their page is closed, those states alone that a handler has returned.
+        return {state: session, **buttons(session, is_busy=True)}
 
     def finish(session: Session) -> dict:
         return buttons(session, is_busy=False)
@@ -107,6 +108,19 @@ def build(library: Library) -> gr.Blocks:
             norms: gr.Plot(norms_figure(session.memory.norms()), visible=True),
         }
 
+    def resets_status(handler):
+        """After an error, the card shows what the session holds; the first argument is the session."""
+
+        @functools.wraps(handler)
+        def reset(session, *arguments):
+            try:
+                yield from handler(session, *arguments)
+            except Exception:
+                yield {status: shown(session)}
+                raise
+
+        return reset
+
     def follow(session: Session, ids: torch.Tensor, title: str) -> Iterator[dict]:
         """Reads `ids` into the memory of the session, and shows how far it is."""
         progress: Progress | None = None
@@ -114,10 +128,11 @@ def build(library: Library) -> gr.Blocks:
             session.memory = progress.memory
             session.rest = None if progress.is_finished else ids[progress.tokens :]
             yield {status: reading(session.reader, progress, "Reading")}
-        state = "Read" if progress.is_finished else "Stopped in"
-        yield {status: reading(session.reader, progress, state), **inside(session)}
+        end = "Read" if progress.is_finished else "Stopped in"
+        yield {status: reading(session.reader, progress, end), **inside(session)}
 
     @tells_errors
+    @resets_status
     def read_it(session, model, source, pasted, file, tokens, hides, number, depth) -> Iterator[dict]:
         if source == BIBLE:
             text, title = king_james_bible(), "the King James Bible"
@@ -126,19 +141,22 @@ def build(library: Library) -> gr.Blocks:
         else:
             text, title = read_text_file(file), Path(file or "").name
         yield {status: being_prepared(model)}
-        try:
-            reader = library.open(model)
-            count = int(tokens or 0)
-            ids = hide_number(reader, text, count, number, depth / 100) if hides else text_ids(reader, text, count)
-        except ReaderError:
+        reader = library.open(model)
+        count = int(tokens or 0)
+        ids = hide_number(reader, text, count, number, depth / 100) if hides else text_ids(reader, text, count)
+        # While it waited for other pages, or for the model: then what was there before stays.
+        if session.is_stopped:
             yield {status: shown(session)}
-            raise
+            return
         session.reader, session.memory, session.rest = reader, None, None
         yield {answers: [], saved: gr.File(value=None, visible=False)}
         yield from follow(session, ids, title)
 
     @tells_errors
+    @resets_status
     def read_on(session) -> Iterator[dict]:
+        if session.memory is None or session.rest is None:
+            raise ReaderError("There is nothing left to read on. Press “Read it” first.")
         yield {saved: gr.File(value=None, visible=False)}
         yield from follow(session, session.rest, session.memory.title)
 
@@ -185,14 +203,15 @@ def build(library: Library) -> gr.Blocks:
             yield {saved: gr.File(value=str(save_memory(session.reader, session.memory, Path(folder))), visible=True)}
 
     @tells_errors
+    @resets_status
     def load(session, model, file) -> Iterator[dict]:
         yield {status: being_prepared(model)}
-        try:
-            reader = library.open(model)
-            memory = load_memory(reader, file)
-        except ReaderError:
+        reader = library.open(model)
+        memory = load_memory(reader, file)
+        # As in `read_it`.
+        if session.is_stopped:
             yield {status: shown(session)}
-            raise
+            return
         session.reader, session.memory, session.rest = reader, memory, None
         yield {status: remembering(reader, memory, "Loaded:"), answers: [], **inside(session)}
 
@@ -211,7 +230,7 @@ def build(library: Library) -> gr.Blocks:
         }
 
     with gr.Blocks(title="A text of any length", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        session = gr.State(Session())
+        state = gr.State(Session())
         gr.HTML(
             "<h1>A text of any length, a memory of constant size</h1>"
             "<p>A language model with Infini-attention reads a book and keeps what it read in a memory that does not "
@@ -310,12 +329,12 @@ def build(library: Library) -> gr.Blocks:
         def runs(event, handler, inputs, outputs) -> None:
             """One at a time for all pages; the buttons say so, also after an error."""
             quietly = {"show_progress": "hidden", "queue": False}
-            work = event(start, session, all_buttons, **quietly).then(
-                handler, [session, *inputs], outputs, concurrency_id="model", show_progress="hidden"
+            work = event(start, state, [state, *all_buttons], **quietly).then(
+                handler, [state, *inputs], outputs, concurrency_id="model", show_progress="hidden"
             )
             # In Gradio 6.31, `then` does not follow an error.
-            work.then(finish, session, all_buttons, **quietly)
-            work.failure(finish, session, all_buttons, **quietly)
+            work.then(finish, state, all_buttons, **quietly)
+            work.failure(finish, state, all_buttons, **quietly)
 
         texts = [model, source, pasted, file, tokens, hides, number, depth]
         shows = [status, answers, saved, gates, norms]
@@ -326,7 +345,7 @@ def build(library: Library) -> gr.Blocks:
         runs(continue_button.click, continue_text, [answers, *writing], [answers])
         runs(save_button.click, save, [], [saved])
         runs(load_button.upload, load, [model, load_button], shows)
-        stop_button.click(stop, session, None, queue=False, show_progress="hidden")
+        stop_button.click(stop, state, None, queue=False, show_progress="hidden")
         source.change(choose_source, source, [pasted, file], queue=False, show_progress="hidden")
         hides.change(lambda shown: gr.Row(visible=shown), hides, number_options, queue=False, show_progress="hidden")
         gr.on(

@@ -3,10 +3,12 @@
 import copy
 import hashlib
 import json
+import lzma
 import re
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ from modeling_infini import InfiniCache, InfiniConfig, state_nbytes
 MEMORY_FILE = "memory.json"
 MEMORY_FORMAT = "memory of a text"
 SEGMENT_LENGTH = 512
+# What reading an archive that somebody else made can raise: RuntimeError where it has a password, NotImplementedError
+# (which is one) where it is compressed in a way that is not known here.
+ARCHIVE_ERRORS = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 ShouldStop = Callable[[], bool]
 
@@ -274,7 +279,8 @@ def read(
     seconds_per_call: float = 0.5,
 ) -> Iterator[Progress]:
     """
-    Reads a text in calls of about `seconds_per_call`, and says after each how far it is.
+    Reads a text in calls of about `seconds_per_call`, and says after each how far it is. Each call reads into a copy:
+    a memory that was passed or yielded stays as it is, also where a later call fails.
 
     Args:
         ids: `(tokens,)`.
@@ -287,6 +293,7 @@ def read(
     done, length, begin = 0, 64, time.perf_counter()
     while done < len(ahead) - 1:
         call_begin = time.perf_counter()
+        cache = copy.deepcopy(cache)
         chunk = ahead[done : min(done + length, len(ahead) - 1)]
         reader.model(chunk[None].to(reader.model.device), past_key_values=cache, logits_to_keep=1)
         done += len(chunk)
@@ -417,7 +424,7 @@ def load_memory(reader: Reader, file: str | Path) -> Memory:
     not_a_memory = ReaderError(f"{file.name} is not a memory. Load a .zip file that “Save memory” has made.")
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, OSError) as error:
+    except ARCHIVE_ERRORS as error:
         raise not_a_memory from error
     with archive:
         parts = {part.filename: part for part in archive.infolist()}
@@ -426,7 +433,7 @@ def load_memory(reader: Reader, file: str | Path) -> Memory:
             raise not_a_memory
         try:
             description = json.loads(archive.read(MEMORY_FILE))
-        except (ValueError, zipfile.BadZipFile) as error:
+        except ARCHIVE_ERRORS as error:
             raise not_a_memory from error
         if not isinstance(description, dict) or description.get("format") != MEMORY_FORMAT:
             raise not_a_memory
@@ -454,7 +461,7 @@ def _extract_cache(reader: Reader, archive: zipfile.ZipFile, name: str) -> Infin
             return InfiniCache.from_pretrained(folder, reader.config, reader.model.device)
         except ReaderError:
             raise
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except ARCHIVE_ERRORS as error:
             reason = str(error).replace(folder, name)
             raise ReaderError(f"{name} cannot be loaded: {reason} Save the memory again.") from error
 
