@@ -17,7 +17,7 @@ setup(
     install_requires=[
         "accelerate>=1.15",
         "einops>=0.8",
-        "tokenizers>=0.23",
+        "tokenizers>=0.23.1",
         "torch>=2.13",
         "transformers>=5.23,<6",
     ],
