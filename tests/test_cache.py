@@ -12,6 +12,7 @@ from tiny import MODES, config_fields, float64_weights, hurting_lengths, random_
 from transformers import DynamicCache
 
 from modeling_infini import InfiniCache
+from modeling_infini.cache import CACHE_NAME
 
 
 def feed(model, ids, cache=None, cuts=(), **inputs):
@@ -272,6 +273,10 @@ def test_a_cache_goes_by_both_of_its_names():
         for forward in (model, model.model):
             with pytest.raises(ValueError, match="two names of the same"):
                 forward(ids, **caches)
+    assert CACHE_NAME in model(ids, use_cache=True)
+    if CACHE_NAME != "cache":
+        with pytest.raises(ValueError, match="takes a cache as past_key_values="):
+            model.generate(ids, cache=caches["cache"])
 
 
 def test_an_interrupted_call_is_not_taken_for_a_read_one(tmp_path):

@@ -3,7 +3,7 @@
 import torch
 from transformers.generation import GenerationMixin
 
-from .cache import CACHE_NAME, InfiniCache, require_infini_cache
+from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
 
 
@@ -26,6 +26,8 @@ class InfiniGenerationMixin(GenerationMixin):
                 f'cache_implementation="{cache_implementation}" is not for this model: its InfiniCache has a constant '
                 "size already. Leave cache_implementation out."
             )
+        if CACHE_NAME != "cache" and model_kwargs.get("cache") is not None:
+            raise ValueError("generate() of this version of transformers takes a cache as past_key_values=.")
         if (cache := model_kwargs.get(CACHE_NAME)) is not None:
             require_infini_cache(cache)
             cache._is_user_defined = True
@@ -46,16 +48,18 @@ class InfiniGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = torch.cat([history, mask], 1)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids,
         next_sequence_length=None,
+        past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
+        cache=None,
         **kwargs,
     ):
-        cache = kwargs.get(CACHE_NAME)
+        cache = one_cache(past_key_values, cache)
         # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
@@ -70,6 +74,7 @@ class InfiniGenerationMixin(GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
