@@ -50,6 +50,7 @@ notebooks: $(INSTALLED)
 notebooks-write: $(INSTALLED)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb
+	$(BIN)/python notebooks/drop_stderr.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
