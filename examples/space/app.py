@@ -346,8 +346,9 @@ def build(library: Library) -> gr.Blocks:
         runs(save_button.click, save, [], [saved])
         runs(load_button.upload, load, [model, load_button], shows)
         stop_button.click(stop, state, None, queue=False, show_progress="hidden")
-        source.change(choose_source, source, [pasted, file], queue=False, show_progress="hidden")
-        hides.change(lambda shown: gr.Row(visible=shown), hides, number_options, queue=False, show_progress="hidden")
+        source.input(choose_source, source, [pasted, file], queue=False, show_progress="hidden")
+        # Not `change`: what `choose_model` sets would ask for an update of its own, while the user already goes on.
+        hides.input(lambda shown: gr.Row(visible=shown), hides, number_options, queue=False, show_progress="hidden")
         gr.on(
             [page.load, model.change],
             choose_model,
