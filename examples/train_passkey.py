@@ -12,6 +12,8 @@ trained on. Texts grow from 80 to 32,768 tokens as the model masters them; after
 length, the others of any. Where the number stands is never told to the model or the loss: what teaches it to write
 little is the pressure of `sparse_writes`, which looks at no label.
 
+Over questions alone a converted checkpoint forgets its language; `--language_share 0.6` mixes passages of texts in.
+
 Each option of `transformers.TrainingArguments` and `InfiniTrainingArguments` is one of this script.
 """
 
@@ -19,7 +21,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from evaluation.haystacks import REPEATED_SENTENCE, Filler, repeated_sentence, text_filler
+from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence, text_filler
 from evaluation.loading import load_tokenizer
 from evaluation.passkey import DECOYS, TRAINING_WORDINGS, passkey_example
 from modeling_infini import (
@@ -115,6 +117,10 @@ class RecipeArguments:
         default=0.0, metadata={"help": "The share of the filler's words that are replaced by numbers of any kind."}
     )
     write_sparsity: float = field(default=0.003, metadata={"help": "Weight of the penalty on writes; 0: none."})
+    language_share: float = field(
+        default=0.0,
+        metadata={"help": "Of all steps, on passages of the texts, every token a label."},
+    )
 
 
 class Curriculum(TrainerCallback):
@@ -140,11 +146,18 @@ class Curriculum(TrainerCallback):
         """Whether the task is mastered so far that gates are trained, writes pressed on and decoys moved near."""
         return self.stage >= self.arguments.release_stage
 
+    @contextmanager
+    def segments_of_questions(self) -> Iterator[None]:
+        """The model's segments are short for short texts: only then has one an end between number and question."""
+        self.model.config.segment_length = min(self.segment_length, max(32, self.length // 4))
+        try:
+            yield
+        finally:
+            self.model.config.segment_length = self.segment_length
+
     def _enter(self, stage: int) -> None:
         self.stage = stage
         self.losses.clear()
-        # Between short texts and questions, only short segments have an end.
-        self.model.config.segment_length = min(self.segment_length, max(32, self.length // 4))
         if stage == self.arguments.release_stage and self.arguments.write_sparsity > 0:
             self.penalty.enter_context(sparse_writes(self.model, self.arguments.write_sparsity))
         for name, parameter in self.model.named_parameters():
@@ -161,9 +174,9 @@ class Curriculum(TrainerCallback):
         )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
+        if "question_loss" not in (logs or {}):
             return
-        self.losses.append(logs["loss"])
+        self.losses.append(logs["question_loss"])
         has_mastered = len(self.losses) == LOGS_OF_MASTERY and np.mean(self.losses) < self.arguments.mastery
         if has_mastered and self.stage + 1 < len(self.arguments.lengths):
             self._enter(self.stage + 1)
@@ -171,22 +184,57 @@ class Curriculum(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.penalty.close()
-        self.model.config.segment_length = self.segment_length
+
+
+class RecipeTrainer(InfiniTrainer):
+    """Reads questions in the segments of their stage, and logs their loss, by which the curriculum goes."""
+
+    def __init__(self, *args, curriculum: Curriculum, **kwargs):
+        super().__init__(*args, callbacks=[curriculum], **kwargs)
+        self.curriculum = curriculum
+        self._question_losses: list[float] = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not (inputs["labels"] == -100).any():
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.curriculum.segments_of_questions():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._question_losses.append(loss.item())
+        return loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._question_losses:
+            logs["question_loss"] = float(np.mean(self._question_losses))
+            self._question_losses.clear()
+        super().log(logs, start_time)
 
 
 class PasskeyTexts(IterableDataset):
-    """Batches of texts that end in a question and its answer, the only part with labels."""
+    """
+    Batches of texts that end in a question and its answer, the only part with labels; and among them, with the
+    probability `language_share`, passages of `language` with labels everywhere.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, fillers: Sequence[Filler], curriculum: Curriculum, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        fillers: Sequence[Filler],
+        language: Filler,
+        curriculum: Curriculum,
+        seed: int,
     ):
         self.tokenizer = tokenizer
         self.fillers = fillers
+        self.language = language
         self.curriculum = curriculum
         self.generator = np.random.default_rng(seed)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        share = self.curriculum.arguments.language_share
         while True:
+            if share > 0 and self.generator.random() < share:
+                yield self._draw_passage(self.curriculum.arguments.tokens_per_step)
+                continue
             length = self._draw_length()
             rows = max(1, self.curriculum.arguments.tokens_per_step // length)
             texts = [self._draw_text(length) for _ in range(rows)]
@@ -197,6 +245,10 @@ class PasskeyTexts(IterableDataset):
         if self.generator.random() < 0.6:
             return longest
         return round(math.exp(self.generator.uniform(math.log(shortest), math.log(longest))))
+
+    def _draw_passage(self, length: int) -> dict[str, torch.Tensor]:
+        ids = self.language.passage(int(self.generator.integers(len(self.language.ids))), length).unsqueeze(0)
+        return {"input_ids": ids, "labels": ids}
 
     def _draw_text(self, length: int) -> dict[str, torch.Tensor]:
         draw = self.generator
@@ -263,16 +315,18 @@ def main() -> None:
     tokenizer = load_tokenizer(recipe.model) if recipe.model else train_tokenizer(texts, recipe.vocab_size)
     text = with_stray_numbers("\n".join(texts), recipe.stray_numbers, np.random.default_rng(arguments.seed))
     fillers = [repeated_sentence(tokenizer), text_filler(tokenizer, "training texts", text)]
+    # As the texts are written, and not with single spaces.
+    language = Filler("training texts", encode(tokenizer, "\n".join(texts))) if recipe.language_share else fillers[1]
     model = make_model(tokenizer, recipe)
     curriculum = Curriculum(model, recipe)
     print(f"{model.num_parameters():,} parameters, {len(fillers[1].ids):,} tokens of filler", flush=True)
-    trainer = InfiniTrainer(
+    trainer = RecipeTrainer(
         model,
         arguments,
         data_collator=lambda batches: batches[0],
-        train_dataset=PasskeyTexts(tokenizer, fillers, curriculum, arguments.seed),
+        train_dataset=PasskeyTexts(tokenizer, fillers, language, curriculum, arguments.seed),
         processing_class=tokenizer,
-        callbacks=[curriculum],
+        curriculum=curriculum,
     )
     trainer.train()
     # Off in training, and what a saved model should do when it is read with.

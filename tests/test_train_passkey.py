@@ -95,7 +95,9 @@ def test_only_the_answer_and_the_end_are_labels(length):
     recipe = train_passkey.RecipeArguments(train_files=[], lengths=[length], tokens_per_step=4 * length)
     model = train_passkey.make_model(tokenizer, recipe)
     filler = repeated_sentence(tokenizer)
-    texts = train_passkey.PasskeyTexts(tokenizer, [filler, filler], train_passkey.Curriculum(model, recipe), seed=0)
+    texts = train_passkey.PasskeyTexts(
+        tokenizer, [filler, filler], filler, train_passkey.Curriculum(model, recipe), seed=0
+    )
     batch = next(iter(texts))
     assert batch["input_ids"].shape == batch["labels"].shape == (4, length)
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
@@ -108,6 +110,26 @@ def test_only_the_answer_and_the_end_are_labels(length):
         assert number.isdigit()
         # Where the question stands, and in the needle.
         assert tokenizer.decode(ids).count(number) == 3
+
+
+def test_passages_are_learned_between_questions_in_segments_of_the_model(train, monkeypatch):
+    steps = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        steps.append(((inputs["labels"] != -100).all().item(), model.config.segment_length, inputs["labels"].shape))
+        return torch.tensor(1.0 + len(steps), requires_grad=True)
+
+    monkeypatch.setattr(train_passkey.InfiniTrainer, "training_step", training_step)
+    scratch = ("--config_overrides", json.dumps(SMALL), "--max_steps", 20, "--mastery", 0)
+    folder = train("mixed", *scratch, "--language_share", 0.5)
+    passages = [step[1:] for step in steps if step[0]]
+    questions = [step[1:] for step in steps if not step[0]]
+    assert set(passages) == {(64, (1, 1024))}
+    assert {segment_length for segment_length, _ in questions} == {32}
+    assert 5 <= len(passages) <= 15
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    logged = [entry["question_loss"] for entry in log if "question_loss" in entry]
+    assert logged == [2.0 + index for index, step in enumerate(steps) if not step[0]]
 
 
 def test_stray_numbers_replace_the_share_of_words():
