@@ -6,7 +6,17 @@ from statistics import median
 import torch
 
 from .report import Figure, Point, Report
-from .suite import ALL_HEADS, BFLOAT16, COMPILED, COMPILED_ALL_HEADS, LINEAR, LLAMA, LUCIDRAINS, Suite
+from .suite import (
+    ALL_HEADS,
+    BFLOAT16,
+    BY_INPUT_ALL_HEADS,
+    COMPILED,
+    COMPILED_ALL_HEADS,
+    LINEAR,
+    LLAMA,
+    LUCIDRAINS,
+    Suite,
+)
 from .timing import interleaved_seconds, ratio
 
 
@@ -58,7 +68,7 @@ def run(suite: Suite, report: Report) -> None:
 
 def _whole_segments(suite: Suite, report: Report, contenders: dict, models: dict) -> None:
     """Beside infini-transformer-pytorch, whose steps grow with the segment: all of them, from its first token on."""
-    names = [name for name in (LUCIDRAINS, ALL_HEADS, COMPILED_ALL_HEADS) if name in contenders]
+    names = [name for name in (LUCIDRAINS, ALL_HEADS, BY_INPUT_ALL_HEADS, COMPILED_ALL_HEADS) if name in contenders]
     length = suite.length(LENGTHS[1])
     compared = {name: contenders[name] for name in names}
     seconds = _generate(suite, compared, models, length, suite.segment_length, suite.repeats)

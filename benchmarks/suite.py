@@ -15,7 +15,8 @@ SLIDING = "Infini, sliding, linear"
 BFLOAT16 = "Infini, segment, linear, bfloat16"
 COMPILED = "Infini, segment, linear, compiled"
 ALL_HEADS = "Infini, all KV heads"
-COMPILED_ALL_HEADS = "Infini, all KV heads, compiled"
+BY_INPUT_ALL_HEADS = "Infini, all KV heads, weights stored by input"
+COMPILED_ALL_HEADS = "Infini, all KV heads, weights stored by input, compiled"
 LLAMA = "Llama, full attention"
 MISTRAL = "Mistral, sliding window"
 LUCIDRAINS = "infini-transformer-pytorch"
@@ -64,5 +65,6 @@ class Suite:
         }
         if self.compiles:
             contenders[COMPILED] = ours(compiles_steps=True)
-            contenders[COMPILED_ALL_HEADS] = all_heads(compiles_steps=True)
+            contenders[BY_INPUT_ALL_HEADS] = all_heads(stores_by_input=True)
+            contenders[COMPILED_ALL_HEADS] = all_heads(stores_by_input=True, compiles_steps=True)
         return contenders
