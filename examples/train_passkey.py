@@ -5,7 +5,7 @@ or goes on with a converted checkpoint.
     python examples/train_passkey.py --train_files austen/ shakespeare/ sotu/ --output_dir passkey-model
     python -m evaluation.retrieval passkey-model --lengths 131072 1048576 --fillers sentence moby_dick.txt
 
-docs/recall.md has the four phases that made checkpoints/passkey.
+docs/recall.md has the five phases that made checkpoints/passkey.
 
 What the filler is, how the number is announced and what other numbers there are varies, and only the answer is
 trained on. Texts grow from 80 to 32,768 tokens as the model masters them; after that six in ten are of the greatest

@@ -16,7 +16,7 @@ from evaluation.retrieval import score, weights_digest
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDER = REPOSITORY / "checkpoints" / "passkey"
-TRIALS = REPOSITORY / "docs" / "recall" / "fourth_phase"
+TRIALS = REPOSITORY / "docs" / "recall" / "fifth_phase"
 
 
 def test_code_beside_the_weights_is_that_of_the_package():
@@ -50,7 +50,7 @@ def test_reported_trials_are_of_these_weights():
 def test_reported_figures_are_those_of_the_trials():
     readme, card = ((folder / "README.md").read_text(encoding="utf-8") for folder in (REPOSITORY, FOLDER))
     report = (REPOSITORY / "docs" / "recall.md").read_text(encoding="utf-8")
-    ours = "fourth_phase/seed0-"
+    ours = "fifth_phase/seed0-"
     near = [f"{ours}131k.jsonl", "third_phase/seed1-131k.jsonl", "third_phase/seed2-131k.jsonl"]
     cards = []
     fillers = {"repeated sentence": "the paper's repeated sentence", "moby_dick": "a held-out novel, *Moby Dick*"}
