@@ -129,6 +129,8 @@ class Curriculum(TrainerCallback):
     def __init__(self, model: InfiniForCausalLM, arguments: RecipeArguments):
         if arguments.write_sparsity > 0 and not model.config.memory_write_gate:
             raise ValueError("A model without write gates has none to press on: --write_sparsity 0, or add them.")
+        if not 0 <= arguments.language_share < 1:
+            raise ValueError(f"--language_share is of all steps: 0 or more, below 1; got {arguments.language_share}.")
         self.model = model
         self.arguments = arguments
         self.segment_length = model.config.segment_length

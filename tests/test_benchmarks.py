@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import recall_ablations, scale
 from benchmarks.__main__ import SHORT
-from benchmarks.contenders import infini, key_value_nbytes, llama, lucidrains, mistral, state_nbytes
+from benchmarks.contenders import (
+    infini,
+    key_value_nbytes,
+    llama,
+    lucidrains,
+    mistral,
+    state_nbytes,
+    store_by_input,
+)
 from benchmarks.machine import linear_shapes, matmul_flops, prefill_flops
 from benchmarks.memory import prefill_peak_nbytes
 from benchmarks.prefill import extrapolated_seconds
@@ -78,6 +86,14 @@ def test_each_contender_goes_on_from_its_state():
         contender.generate(model, ids, state, 4)
         if state is not None:
             assert state.get_seq_length() == 3 * N + 4
+
+
+def test_weights_stored_by_input_are_the_same_weights():
+    layer = torch.nn.Linear(3, 5)
+    weight = layer.weight.detach().clone()
+    store_by_input(torch.nn.Sequential(layer))
+    assert torch.equal(layer.weight, weight)
+    assert layer.weight.stride() == (1, 5)
 
 
 def test_peak_memory_is_of_the_process_itself():

@@ -132,6 +132,12 @@ def test_passages_are_learned_between_questions_in_segments_of_the_model(train, 
     assert logged == [2.0 + index for index, step in enumerate(steps) if not step[0]]
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.0, 60])
+def test_a_share_that_leaves_no_questions_is_refused_before_training(train, share):
+    with pytest.raises(ValueError, match="--language_share is of all steps"):
+        train("refused", "--config_overrides", json.dumps(SMALL), "--max_steps", 1, "--language_share", share)
+
+
 def test_stray_numbers_replace_the_share_of_words():
     text = random_text(5000)
     draw = np.random.default_rng
