@@ -61,10 +61,13 @@ def measure(size: dict, tokens: int) -> Limits:
     return Limits(matmul_flops(size, tokens), read_bandwidth())
 
 
-def prefill_flops(size: dict, tokens: int, segment_length: int, local_attention: str) -> float:
+def prefill_flops(size: dict, tokens: int, segment_length: int, local_attention: str, written: int = 0) -> float:
     """
     The operations that a prefill with the linear rule cannot do without: linear layers (but for the logits), local
     attention over what a token sees, and reading and writing the memory.
+
+    Args:
+        written: tokens of which the last layer computes what it keeps alone: keys, values and what they write.
     """
     head_dim = size["hidden_size"] // size["num_attention_heads"]
     heads, kv_heads = size["num_attention_heads"], size["num_key_value_heads"]
@@ -72,4 +75,6 @@ def prefill_flops(size: dict, tokens: int, segment_length: int, local_attention:
     seen = segment_length if local_attention == "sliding" else (segment_length + 1) / 2
     attention = 4 * heads * head_dim * seen
     memory = 2 * head_dim * head_dim * (heads + kv_heads)
-    return tokens * size["num_hidden_layers"] * (linear + attention + memory)
+    layer = linear + attention + memory
+    write = 2 * kv_heads * head_dim * (2 * size["hidden_size"] + head_dim)
+    return tokens * size["num_hidden_layers"] * layer - written * (layer - write)

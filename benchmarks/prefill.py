@@ -5,6 +5,8 @@ from statistics import median
 
 import torch
 
+from modeling_infini.modeling_infini import PREFILL_TOKENS
+
 from .machine import prefill_flops
 from .report import Figure, Point, Report
 from .suite import ALL_HEADS, LINEAR, LLAMA, LUCIDRAINS, SLIDING, Suite
@@ -30,8 +32,7 @@ def run(suite: Suite, report: Report) -> None:
         shares = {}
         for name, local in ((LINEAR, "segment"), (SLIDING, "sliding")):
             if name in seconds:
-                flops = prefill_flops(suite.size, length, suite.segment_length, local)
-                shares[name] = flops / median(seconds[name]) / suite.limits.flops
+                shares[name] = _flops(suite, length, local) / median(seconds[name]) / suite.limits.flops
         return [Point(PLOT, name, length, length / median(took), shares.get(name)) for name, took in seconds.items()]
 
     for tokens in LENGTHS:
@@ -102,7 +103,13 @@ def extrapolated_seconds(quarter: float, half: float) -> float:
     return 6 * half - 8 * quarter
 
 
+def _flops(suite: Suite, length: int, local_attention: str) -> float:
+    # A longer prompt is read in calls, of which only the last asks for logits.
+    written = length - 1 if length > PREFILL_TOKENS else 0
+    return prefill_flops(suite.size, length, suite.segment_length, local_attention, written)
+
+
 def _of_limit(suite: Suite, tokens: int, seconds: list[float]) -> Ratio:
-    flops = prefill_flops(suite.size, suite.length(tokens), suite.segment_length, "segment")
+    flops = _flops(suite, suite.length(tokens), "segment")
     shares = [flops / took / suite.limits.flops for took in seconds]
     return Ratio(median(shares), min(shares), max(shares))

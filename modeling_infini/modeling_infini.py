@@ -183,8 +183,9 @@ class InfiniAttention(nn.Module):
         past_key_values: InfiniCache | None = None,
         window_columns: tuple[torch.Tensor, int] | None = None,
         context_parallel: ContextParallel | None = None,
+        writes_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: `(B, T, hidden_size)`.
@@ -194,36 +195,48 @@ class InfiniAttention(nn.Module):
             window_columns: the column `(G, window)` in each window's slots and the number of columns in all, where
                 attention weights are to be returned.
             context_parallel: the ranks that the sequence is split over, of which this one has `layout`'s columns.
+            writes_only: whether the call is read into the cache, and nothing else is asked for.
 
         Returns:
-            `(B, T, hidden_size)`, and the weights of local attention `(B, heads, T, columns)` if asked for.
+            `(B, T, hidden_size)`, `None` with `writes_only`; and the weights of local attention
+            `(B, heads, T, columns)` if asked for.
         """
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        queries = self.q_proj(hidden_states).view(hidden_shape)
         keys = self.k_proj(hidden_states).view(hidden_shape)
         values = self.v_proj(hidden_states).view(hidden_shape)
         if self.config.qk_norm:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+            keys = self.k_norm(keys)
 
         strength = None
         if self.config.learned_delta_update:
             strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
-        memory_queries, memory_keys = queries, None
+        memory_keys = None
         if self.config.memory_norm_init_scale is not None:
-            memory_queries, memory_keys = self.memory_query_norm(queries), self.memory_key_norm(keys)
+            memory_keys = self.memory_key_norm(keys)
         if self.config.memory_write_gate:
             memory_keys = keys if memory_keys is None else memory_keys
             memory_keys = memory_keys + self.memory_write_gate(hidden_states).unsqueeze(-1)
 
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)
-        rotated_queries = rotate(queries, position_embeddings.own)
         if isinstance(layout, DecodeLayout):
             window = layer.decode_window(key_states, values, layout, strength)
             memory = MemoryState(layer.memory, layer.normaliser)
+            # A write makes new states, so that those that the token reads stay as they are.
+            layer.decode_memory(key_states.of_memory, values, layout, strength)
         else:
-            memory_queries, rotated_queries = map(layout.to_segments, (memory_queries, rotated_queries))
             window, memory = self._window_and_memory(key_states, values, layout, layer, strength, context_parallel)
+        if writes_only:
+            return None, None
+
+        queries = self.q_proj(hidden_states).view(hidden_shape)
+        if self.config.qk_norm:
+            queries = self.q_norm(queries)
+        has_norm = self.config.memory_norm_init_scale is not None
+        memory_queries = self.memory_query_norm(queries) if has_norm else queries
+        rotated_queries = rotate(queries, position_embeddings.own)
+        if not isinstance(layout, DecodeLayout):
+            memory_queries, rotated_queries = map(layout.to_segments, (memory_queries, rotated_queries))
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -245,9 +258,7 @@ class InfiniAttention(nn.Module):
             # Without a norm, the memory's queries are those of local attention.
             normed_queries = None if self.config.memory_norm_init_scale is None else memory_queries
             output = output + self._zero(strength, normed_queries, memory_keys)
-        if isinstance(layout, DecodeLayout):
-            layer.decode_memory(key_states.of_memory, values, layout, strength)
-        else:
+        if not isinstance(layout, DecodeLayout):
             output = layout.to_columns(output)
 
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
@@ -317,9 +328,14 @@ class InfiniDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
-        """`(B, T, hidden_size)` -> the same. Not Llama's, whose name for a cache depends on the version."""
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor | None:  # type: ignore[override]
+        """
+        `(B, T, hidden_size)` -> the same, or `None` where the layer only writes to the cache. Not Llama's, whose name
+        for a cache depends on the version.
+        """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        if attended is None:
+            return None
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -414,6 +430,7 @@ class InfiniModel(InfiniPreTrainedModel):
         use_cache: bool | None = None,
         context_parallel: ContextParallel | None = None,
         cache: InfiniCache | None = None,
+        writes_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -427,6 +444,9 @@ class InfiniModel(InfiniPreTrainedModel):
             The ranks that the sequence is split over; the inputs are this rank's columns.
         cache ([`InfiniCache`], *optional*):
             `past_key_values`, by the name that transformers has for it from 5.24 on.
+        writes_only (`bool`, *optional*, defaults to `False`):
+            Whether nothing is asked for but that `past_key_values` reads the call. The last layer then writes its
+            keys, values and memory and computes nothing else; `last_hidden_state` is `None`.
         """
         past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -439,6 +459,8 @@ class InfiniModel(InfiniPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = InfiniCache(self.config)
         self._check_cache(past_key_values)
+        if writes_only and past_key_values is None:
+            raise ValueError("writes_only=True needs past_key_values or use_cache=True: there is nothing to write to.")
 
         batch_size, length = inputs_embeds.shape[:2]
         if length == 0:
@@ -491,6 +513,7 @@ class InfiniModel(InfiniPreTrainedModel):
                 past_key_values=past_key_values if checkpointed is None else checkpointed,
                 layout=layout,
                 context_parallel=context_parallel,
+                writes_only=writes_only and index == self.config.num_hidden_layers - 1,
                 **kwargs,
             )
             if checkpointed is not None:
@@ -499,7 +522,7 @@ class InfiniModel(InfiniPreTrainedModel):
             past_key_values.finish_call(layout, length, tokens, restarts)
 
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=None if writes_only else self.norm(hidden_states),
             **{CACHE_NAME: past_key_values},  # type: ignore[arg-type]
         )
 
@@ -666,14 +689,20 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
     ) -> BaseModelOutputWithPast:
         """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        length = states.shape[1]
-        lengths = [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
+        last_columns = min(last_columns, states.shape[1])
+        written = self._lengths_of_chunks(states.shape[1] - last_columns)
+        lengths = [*written, *self._lengths_of_chunks(last_columns)]
         last: list[torch.Tensor] = []
-        for chunk in split_call(inputs, lengths, None if cache is None else cache.tokens_read):
-            outputs = self.model(**chunk, past_key_values=cache, use_cache=True, **kwargs)
+        for index, chunk in enumerate(split_call(inputs, lengths, None if cache is None else cache.tokens_read)):
+            writes_only = index < len(written)
+            outputs = self.model(**chunk, past_key_values=cache, use_cache=True, writes_only=writes_only, **kwargs)
             cache = getattr(outputs, CACHE_NAME)
-            last = [torch.cat([*last, outputs.last_hidden_state[:, -last_columns:]], 1)[:, -last_columns:]]
-        return BaseModelOutputWithPast(last[0], **{CACHE_NAME: cache})  # type: ignore[arg-type]
+            if not writes_only:
+                last.append(outputs.last_hidden_state)
+        return BaseModelOutputWithPast(torch.cat(last, 1), **{CACHE_NAME: cache})  # type: ignore[arg-type]
+
+    def _lengths_of_chunks(self, length: int) -> list[int]:
+        return [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
 
 
 class BaseModelByAutoModel:

@@ -40,8 +40,11 @@ def test_ratio_is_of_medians_and_its_spread_of_rounds():
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == (4 / 3, 1.0, 3.0)
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("local_attention", ["segment", "sliding"])
-def test_flops_of_a_prefill_are_those_counted(local_attention):
+def test_flops_of_a_prefill_are_those_counted(local_attention, is_long, monkeypatch):
+    if is_long:
+        monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 2 * N)
     contender = infini(SIZE, segment_length=N, local_attention=local_attention, attn_implementation="eager")
     tokens = 8 * N
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -51,9 +54,11 @@ def test_flops_of_a_prefill_are_those_counted(local_attention):
     # What is computed and masked, and z's products, count as done, but not as what cannot be left out.
     dense = 2 * N if local_attention == "sliding" else N
     seen = N if local_attention == "sliding" else (N + 1) / 2
-    masked = tokens * layers * 4 * heads * head_dim * (dense - seen)
-    normaliser = tokens * layers * 2 * heads * head_dim
-    expected = prefill_flops(SIZE, tokens, N, local_attention) + masked + normaliser + logits
+    reading = tokens * layers - (tokens - 1 if is_long else 0)
+    masked = reading * 4 * heads * head_dim * (dense - seen)
+    normaliser = reading * 2 * heads * head_dim
+    expected = prefill_flops(SIZE, tokens, N, local_attention, tokens - 1 if is_long else 0)
+    expected += masked + normaliser + logits
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 

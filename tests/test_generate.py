@@ -206,7 +206,8 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     )
     monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
     assert torch.equal(generate(model, ids, attention_mask=mask), expected)
-    assert lengths[:8] == [10, 10, 10, 10, 10, 10, 4, 1]
+    # The token whose logits are asked for, and the tokens that are generated, are on their own.
+    assert lengths[:9] == [10, 10, 10, 10, 10, 10, 3, 1, 1]
     lengths.clear()
     generate(model, ids[:1], prompt_lookup_num_tokens=2)
     assert max(lengths) == 10
@@ -222,6 +223,41 @@ def test_reading_in_chunks_keeps_packed_documents_apart(monkeypatch):
         found = model(ids, position_ids=positions, logits_to_keep=3)
     torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
     assert found.past_key_values.tokens_read.item() == 12
+
+
+@both_rules
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *MODES,
+        {"learned_delta_update": True, "qk_norm": True},
+        {"memory_norm_init_scale": 2.0, "memory_write_gate": True},
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("last_columns", [1, 3, 17, 40])
+def test_what_the_last_layer_leaves_out_of_a_long_prompt_is_not_missed(
+    fields, delta, padded, last_columns, monkeypatch
+):
+    model, ids = generator(fields, delta), random_ids(2, 33)
+    inputs = {"input_ids": ids, **(left_padded(ids) if padded else {})}
+    whole, in_chunks = InfiniCache(model.config), InfiniCache(model.config)
+    with torch.no_grad():
+        expected = model(**inputs, past_key_values=whole).logits[:, -last_columns:]
+        monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+        computed = []
+        model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
+        found = model(**inputs, past_key_values=in_chunks, logits_to_keep=last_columns).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(in_chunks.state_dict(), whole.state_dict(), atol=1e-4, rtol=1e-4)
+    assert sum(computed) == min(last_columns, 33)
+
+
+def test_a_call_that_only_writes_needs_a_cache():
+    model = generator({})
+    with pytest.raises(ValueError, match="writes_only=True needs past_key_values or use_cache=True"):
+        model.model(random_ids(1, 7), use_cache=False, writes_only=True)
+    assert model.model(random_ids(1, 7), writes_only=True).last_hidden_state is None
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded", "quantized", "offloaded_static"])
