@@ -13,6 +13,7 @@ from .backpropagation import backpropagate, loss_in_chunks
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel
+from .cpu_kernels import use_cpu_kernels
 from .documents import DocumentStreams, collate_documents, load_documents, tokenize_documents
 from .model_card_infini import model_card
 from .modeling_infini import (
@@ -64,4 +65,5 @@ __all__ = [
     "sparse_writes",
     "state_nbytes",
     "tokenize_documents",
+    "use_cpu_kernels",
 ]

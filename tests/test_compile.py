@@ -10,6 +10,7 @@ import torch
 from tiny import MODES, random_ids, relative_error, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_cache
+from transformers import CompileConfig
 
 from modeling_infini import InfiniCache
 
@@ -48,6 +49,36 @@ def test_reading_into_a_cache_breaks_the_graph_but_not_the_result():
         found = [compiled(part, past_key_values=cache).logits for part in ids.split(parts, 1)]
     assert relative_error(torch.cat(found, 1), expected) < 1e-5
     assert counter.frame_count > len(parts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(("delta", "fields"), [(False, MODES[0]), (True, MODES[2])])
+def test_generate_compiles_one_step_for_all_prompts(fields, delta, batch_size):
+    model, graphs = tiny_model(num_hidden_layers=1, use_mem_delta_rule=delta, **fields), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    options = {"max_new_tokens": 2 * N, "do_sample": False}
+    for length in (2, N, 2 * N + 2, 4 * N):
+        ids = random_ids(batch_size, length)
+        compiled = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        assert torch.equal(model.generate(ids, compile_config=compiled, **options), model.generate(ids, **options))
+    assert len(graphs) == 1
+
+
+def test_what_generate_cannot_compile_is_not(caplog):
+    model, ids = tiny_model(), random_ids(1, 7)
+
+    def backend(graph, example_inputs):
+        raise AssertionError("compiled")
+
+    options = {"max_new_tokens": 3, "do_sample": False, "compile_config": CompileConfig(backend=backend, mode=None)}
+    for option in ({"prefill_chunk_size": 3}, {"use_cache": False}, {"disable_compile": True}):
+        model.generate(ids, **options, **option)
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    model.generate(ids, **options)
 
 
 @pytest.mark.slow

@@ -194,8 +194,11 @@ def scan_memory(
     else:
         memories = exclusive_cumsum(start.memory, folded.memory)
     before = MemoryState(layout.by_segment(memories[:, :-1]), normaliser_before)
-    # Clones, lest a slice keeps the states of all segments alive.
-    after = MemoryState(memories[:, -1].clone(), normalisers[:, -1].clone())
+    # Clones, lest a slice keeps the states of all segments alive; with strides of their own, lest a compiled decode
+    # step is compiled anew for those of each number of segments.
+    after = MemoryState(
+        *(states[:, -1].clone(memory_format=torch.contiguous_format) for states in (memories, normalisers))
+    )
 
     if layout.complete is None:
         return MemoryScan(before, after, MemoryState(*(torch.zeros_like(state) for state in after)))

@@ -1,0 +1,138 @@
+"""`use_cpu_kernels` changes how linear layers are computed, and nothing else."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import MODES, random_ids, relative_error, tiny_model
+from torch import nn
+from torch._inductor.utils import fresh_cache
+from transformers import CompileConfig
+
+from modeling_infini import InfiniForCausalLM, use_cpu_kernels
+from modeling_infini.cpu_kernels import CPULinear, row_product
+
+
+widths = st.integers(1, 40)
+
+
+def pair(before, after, bias=True, dtype=torch.float32):
+    """A linear layer and its copy with our kernels."""
+    torch.manual_seed(0)
+    layer = nn.Linear(before, after, bias=bias, dtype=dtype)
+    return layer, use_cpu_kernels(copy.deepcopy(nn.Sequential(layer)))[0]
+
+
+@given(widths, widths, st.lists(st.integers(0, 5), max_size=3), st.booleans(), st.booleans())
+def test_the_product_and_its_gradients_are_those_of_a_linear_layer(before, after, shape, bias, is_strided):
+    layers = pair(before, after, bias)
+    assert type(layers[1]) is CPULinear
+    input = torch.randn(*shape, before)
+    if is_strided:
+        input = torch.randn(before, *shape).movedim(0, -1)
+    upstream = torch.randn(*shape, after)
+    found = []
+    for layer in layers:
+        states = input.detach().requires_grad_()
+        output = layer(states)
+        gradients = torch.autograd.grad(output, [states, *layer.parameters()], upstream)
+        with torch.no_grad():
+            found.append([output, layer(states), *gradients])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
+@given(widths, widths, st.integers(0, 3), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+def test_a_row_times_a_matrix_is_a_sum(before, after, num_dimensions, bias, dtype):
+    layer, _ = pair(before, after, bias, dtype)
+    row = torch.randn(*(1,) * num_dimensions, before, dtype=dtype)
+    torch.testing.assert_close(row_product(row, layer.weight, layer.bias), layer(row), atol=1e-5, rtol=1e-4)
+
+
+def test_a_bfloat16_row_is_summed_in_float32():
+    layer, _ = pair(512, 8, dtype=torch.bfloat16)
+    row = torch.randn(1, 512, dtype=torch.bfloat16)
+    exact = layer.double()(row.double()).bfloat16()
+    torch.testing.assert_close(row_product(row, layer.bfloat16().weight, layer.bias), exact)
+
+
+@pytest.mark.parametrize("is_frozen", list(itertools.product([False, True], repeat=2)))
+def test_what_backward_does_not_need_is_not_kept(is_frozen):
+    saved = []
+    for layer in pair(8, 8):
+        layer.weight.requires_grad_(not is_frozen[0])
+        layer.bias.requires_grad_(not is_frozen[0])
+        input = torch.randn(4, 8, requires_grad=not is_frozen[1])
+        saved.append([])
+        with torch.autograd.graph.saved_tensors_hooks(saved[-1].append, lambda states: states):
+            layer(input)
+    assert len(saved[0]) == len(saved[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "autocast", "mixed"])
+def test_whatever_is_not_float32_is_left_to_pytorch(dtype):
+    is_float32 = dtype in ("autocast", "mixed")
+    layers = pair(16, 8, dtype=torch.float32 if is_float32 else dtype)
+    input = torch.randn(3, 16, dtype=torch.float32 if dtype == "autocast" else layers[0].weight.dtype)
+    if dtype == "mixed":
+        for layer in layers:
+            with pytest.raises(RuntimeError, match="dtype"):
+                layer(input.double())
+        return
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        expected, found = (layer(input) for layer in layers)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("fields", [*MODES, {"memory_write_gate": True, "attention_bias": True}])
+def test_a_model_computes_what_it_did(fields, delta, tmp_path):
+    model, ids = tiny_model(use_mem_delta_rule=delta, **fields), random_ids(2, 13)
+    model.save_pretrained(tmp_path)
+    fast = use_cpu_kernels(InfiniForCausalLM.from_pretrained(tmp_path))
+    losses = [one(ids, labels=ids, use_cache=False).loss for one in (model, fast)]
+    gradients = [torch.autograd.grad(loss, list(one.parameters())) for loss, one in zip(losses, (model, fast))]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(fast.generate(ids, **options), model.generate(ids, **options))
+
+    fast.save_pretrained(tmp_path / "again")
+    loaded = InfiniForCausalLM.from_pretrained(tmp_path / "again")
+    assert type(loaded.lm_head) is nn.Linear
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_adapters_find_the_layers():
+    model = use_cpu_kernels(tiny_model())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["head_gates"]))
+    ids = random_ids(2, 13)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, weight in adapted.named_parameters() if weight.grad is not None and weight.grad.any()]
+    for part in ("lora_B", "head_gates"):
+        assert any(part in name for name in trained)
+
+
+def test_without_onednn_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no oneDNN: leave use_cpu_kernels"):
+        use_cpu_kernels(nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@fresh_cache()
+def test_compiled_steps_generate_the_same(dtype):
+    torch._dynamo.reset()
+    model = tiny_model(num_hidden_layers=1, dtype=dtype, **MODES[2])
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    compiled = CompileConfig(fullgraph=True, mode="default")
+    for length in (1, 13):
+        ids = random_ids(1, length)
+        expected = torch.stack(model.generate(ids, **options).logits)
+        found = use_cpu_kernels(copy.deepcopy(model)).generate(ids, compile_config=compiled, **options)
+        assert relative_error(torch.stack(found.logits), expected) < (1e-5 if dtype == torch.float32 else 0.05)
