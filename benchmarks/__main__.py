@@ -46,9 +46,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="rounds of the longest runs (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder for results.json, table.md and the plots")
     parser.add_argument("--short", action="store_true", help="tiny models and texts, for a smoke test")
-    parser.add_argument(
-        "--compile", action="store_true", help="decode by torch.compile, too: minutes for its compiler"
-    )
     arguments = parser.parse_args()
 
     if arguments.short:
@@ -56,7 +53,6 @@ def main() -> None:
         suite = Suite(size, {**SHORT, "num_key_value_heads": 2}, segment_length=16, scale=64, repeats=1)
     else:
         suite = Suite(SIZE, ALL_HEADS_SIZE, SEGMENT_LENGTH, scale=1, repeats=arguments.repeats)
-    suite.compiles = arguments.compile
     torch.manual_seed(0)
     suite.limits = measure(suite.size, suite.length(4096))
     report = Report(
@@ -70,8 +66,8 @@ def main() -> None:
         }
     )
     print(
-        f"{torch.get_num_threads()} threads; matrix products {suite.limits.flops / 1e9:.0f} GFLOP/s, "
-        f"memory {suite.limits.bandwidth / 1e9:.1f} GB/s",
+        f"{torch.get_num_threads()} threads; matrix products {suite.limits.flops / 1e9:.0f} GFLOP/s, with CPU kernels "
+        f"{suite.limits.kernel_flops / 1e9:.0f}; memory {suite.limits.bandwidth / 1e9:.1f} GB/s",
         flush=True,
     )
     for name in arguments.sections:

@@ -5,16 +5,23 @@ A state is what a contender keeps of a text; its bytes are those of its tensors.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
 from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, backpropagate
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, backpropagate, use_cpu_kernels
 
 
 # What Mistral reads at once: its sliding mask grows with the square of a call.
@@ -42,8 +49,8 @@ class Contender(NamedTuple):
 def infini(
     size: dict,
     dtype: torch.dtype = torch.float32,
+    has_cpu_kernels: bool = False,
     compiles_steps: bool = False,
-    stores_by_input: bool = False,
     detach_every_num_segments: int | None = None,
     **fields,
 ) -> Contender:
@@ -51,17 +58,15 @@ def infini(
     Ours.
 
     Args:
-        compiles_steps: `generate()` runs on a compiled forward pass.
-        stores_by_input: see [`store_by_input`].
+        has_cpu_kernels: after `use_cpu_kernels`.
+        compiles_steps: `generate()` has a `compile_config`.
         detach_every_num_segments: where a training step ends back-propagation, going back as it goes; `None`: one pass
             forward and one back.
     """
 
     def build() -> InfiniForCausalLM:
         model = InfiniForCausalLM(InfiniConfig(**size, **fields)).to(dtype).eval()
-        if stores_by_input:
-            store_by_input(model)
-        return model
+        return use_cpu_kernels(model) if has_cpu_kernels else model
 
     def prefill(model: InfiniForCausalLM, ids: torch.Tensor) -> InfiniCache:
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -74,10 +79,8 @@ def infini(
         return cache
 
     def generate(model: InfiniForCausalLM, ids: torch.Tensor, cache: InfiniCache, tokens: int) -> None:
-        if compiles_steps and not compiled:
-            compiled.append(torch.compile(model.forward, fullgraph=True))
-        with _forward(model, compiled[0]) if compiled else nullcontext():
-            _generate(model, ids[:, -1:], cache, tokens)
+        compilation = {"compile_config": CompileConfig(fullgraph=True, mode="default")} if compiles_steps else {}
+        _generate(model, ids[:, -1:], cache, tokens, **compilation)
 
     def train(model: InfiniForCausalLM, ids: torch.Tensor) -> None:
         if detach_every_num_segments is None:
@@ -85,28 +88,7 @@ def infini(
         model.zero_grad()
         backpropagate(model, {"input_ids": ids, "labels": ids}, detach_every_num_segments=detach_every_num_segments)
 
-    compiled: list[Callable] = []
     return Contender(build, prefill, state_after, generate, train)
-
-
-def store_by_input(model: nn.Module) -> None:
-    """
-    Stores the weights of linear layers by input and not by output, their shapes and values as before: where a step has
-    one row, the float32 product of MKL then passes over them faster.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()
-
-
-@contextmanager
-def _forward(model: InfiniForCausalLM, forward: Callable) -> Iterator[None]:
-    """A prompt is read by the model's own forward pass, and steps by another."""
-    own, model.forward = model.forward, forward
-    try:
-        yield
-    finally:
-        model.forward = own
 
 
 def llama(size: dict, dtype: torch.dtype = torch.float32) -> Contender:
@@ -137,10 +119,13 @@ def mistral(size: dict, window: int) -> Contender:
     return Contender(build, prefill, _random_keys_and_values, _generate, _train)
 
 
-def lucidrains(size: dict, segment_length: int, **fields) -> Contender:
+def lucidrains(size: dict, segment_length: int, has_cpu_kernels: bool = False, **fields) -> Contender:
     """
     infini-transformer-pytorch, whose memory is detached every second segment; its generate() takes no state, so that
     none is made but by a prefill.
+
+    Args:
+        has_cpu_kernels: after our `use_cpu_kernels`, which takes any model.
     """
 
     def build() -> InfiniTransformerWrapper:
@@ -152,6 +137,8 @@ def lucidrains(size: dict, segment_length: int, **fields) -> Contender:
             heads=size["num_attention_heads"],
             **fields,
         )
+        if has_cpu_kernels:
+            use_cpu_kernels(model)
         return InfiniTransformerWrapper(model, segment_length=segment_length).eval()
 
     def prefill(wrapper: InfiniTransformerWrapper, ids: torch.Tensor):
@@ -212,8 +199,8 @@ def _random_keys_and_values(model: nn.Module, tokens: int) -> DynamicCache:
     return cache
 
 
-def _generate(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> None:
-    model.generate(ids, past_key_values=cache, min_new_tokens=tokens, max_new_tokens=tokens, **SAMPLING)
+def _generate(model: Any, ids: torch.Tensor, cache: Any, tokens: int, **options) -> None:
+    model.generate(ids, past_key_values=cache, min_new_tokens=tokens, max_new_tokens=tokens, **SAMPLING, **options)
 
 
 def _train(model: nn.Module, ids: torch.Tensor) -> None:

@@ -6,12 +6,19 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from modeling_infini.cpu_kernels import onednn_product
 
 
 class Limits(NamedTuple):
-    """`flops`: floating-point operations per second of the products of a layer; `bandwidth`: bytes read per second."""
+    """
+    `flops`: floating-point operations per second of the products of a layer, as PyTorch computes them; `kernel_flops`:
+    the same with our CPU kernels; `bandwidth`: bytes read per second.
+    """
 
     flops: float
+    kernel_flops: float
     bandwidth: float
 
 
@@ -38,7 +45,9 @@ def linear_shapes(size: dict) -> list[tuple[int, int]]:
     ]
 
 
-def matmul_flops(size: dict, tokens: int, dtype: torch.dtype = torch.float32, repeats: int = 20) -> float:
+def matmul_flops(
+    size: dict, tokens: int, dtype: torch.dtype = torch.float32, repeats: int = 20, product=nn.functional.linear
+) -> float:
     """Operations per second of the linear layers of one decoder layer on `tokens` tokens, and of nothing else."""
     shapes = linear_shapes(size)
     inputs = {width: torch.randn(tokens, width).to(dtype) for width, _ in shapes}
@@ -46,7 +55,7 @@ def matmul_flops(size: dict, tokens: int, dtype: torch.dtype = torch.float32, re
 
     def run() -> None:
         for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            product(inputs[weight.shape[1]], weight)
 
     return 2 * tokens * sum(before * after for before, after in shapes) / _median_seconds(run, repeats)
 
@@ -58,7 +67,8 @@ def read_bandwidth(nbytes: int = 2**29, repeats: int = 10) -> float:
 
 
 def measure(size: dict, tokens: int) -> Limits:
-    return Limits(matmul_flops(size, tokens), read_bandwidth())
+    kernel_flops = matmul_flops(size, tokens, product=onednn_product)
+    return Limits(matmul_flops(size, tokens), kernel_flops, read_bandwidth())
 
 
 def prefill_flops(size: dict, tokens: int, segment_length: int, local_attention: str, written: int = 0) -> float:

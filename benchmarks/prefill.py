@@ -9,7 +9,16 @@ from modeling_infini.modeling_infini import PREFILL_TOKENS
 
 from .machine import prefill_flops
 from .report import Figure, Point, Report
-from .suite import ALL_HEADS, LINEAR, LLAMA, LUCIDRAINS, SLIDING, Suite
+from .suite import (
+    COMPILED,
+    COMPILED_ALL_HEADS,
+    KERNELS,
+    LINEAR,
+    LLAMA,
+    SLIDING,
+    Suite,
+    against_lucidrains,
+)
 from .timing import Ratio, interleaved_seconds, ratio
 
 
@@ -21,6 +30,8 @@ LONGEST = 131_072
 @torch.no_grad()
 def run(suite: Suite, report: Report) -> None:
     contenders = suite.contenders()
+    for name in (COMPILED, COMPILED_ALL_HEADS):  # A prompt is not compiled.
+        del contenders[name]
     models = {name: contender.build() for name, contender in contenders.items()}
 
     def runs(tokens: int, names=tuple(contenders)) -> dict:
@@ -30,33 +41,35 @@ def run(suite: Suite, report: Report) -> None:
     def points(tokens: int, seconds: dict[str, list[float]]) -> list[Point]:
         length = suite.length(tokens)
         shares = {}
-        for name, local in ((LINEAR, "segment"), (SLIDING, "sliding")):
+        for name in (LINEAR, SLIDING, KERNELS):
             if name in seconds:
-                shares[name] = _flops(suite, length, local) / median(seconds[name]) / suite.limits.flops
+                shares[name] = median(_shares(suite, name, length, seconds[name]))
         return [Point(PLOT, name, length, length / median(took), shares.get(name)) for name, took in seconds.items()]
 
     for tokens in LENGTHS:
         # Rounds enough for the short ones, few for what takes a minute.
-        rounds = max(1, min(9, suite.repeats * LENGTHS[1] // tokens))
+        rounds = max(suite.repeats, min(9, suite.repeats * LENGTHS[1] // tokens))
         seconds = interleaved_seconds(runs(tokens), rounds, warm_up=tokens == LENGTHS[0])
         report.add(points=points(tokens, seconds))
-    ours, theirs = seconds[LINEAR], seconds[LLAMA]
+    title = "prefill of 32,768 tokens"
     report.add(
         [
-            Figure("prefill of 32,768 tokens against Llama (sdpa)", ratio(theirs, ours), 4.5),
-            Figure(
-                "prefill of 32,768 tokens against infini-transformer-pytorch",
-                ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
-                1.5,
-            ),
-            Figure(
-                "share of the measured matrix throughput in that prefill",
-                _of_limit(suite, LENGTHS[-1], ours),
-                0.65,
-                note="the products that cannot be left out, causal half of attention",
-            ),
+            Figure(f"{title} against Llama (sdpa)", ratio(seconds[LLAMA], seconds[LINEAR]), 4.5),
+            *against_lucidrains(title, seconds),
         ]
     )
+    for name, products in ((LINEAR, "PyTorch's"), (KERNELS, "CPU kernels, of oneDNN's")):
+        shares = _shares(suite, name, suite.length(LENGTHS[-1]), seconds[name])
+        report.add(
+            [
+                Figure(
+                    f"share of the measured matrix throughput in that prefill, {products}",
+                    Ratio(median(shares), min(shares), max(shares)),
+                    0.65,
+                    note="the products that cannot be left out, causal half of attention",
+                )
+            ]
+        )
     _longest(suite, report, runs, points)
 
 
@@ -109,7 +122,8 @@ def _flops(suite: Suite, length: int, local_attention: str) -> float:
     return prefill_flops(suite.size, length, suite.segment_length, local_attention, written)
 
 
-def _of_limit(suite: Suite, tokens: int, seconds: list[float]) -> Ratio:
-    flops = _flops(suite, suite.length(tokens), "segment")
-    shares = [flops / took / suite.limits.flops for took in seconds]
-    return Ratio(median(shares), min(shares), max(shares))
+def _shares(suite: Suite, name: str, length: int, seconds: list[float]) -> list[float]:
+    """Of the rate of matrix products alone, as the contender computes them, in each round."""
+    flops = _flops(suite, length, "sliding" if name == SLIDING else "segment")
+    limit = suite.limits.kernel_flops if name == KERNELS else suite.limits.flops
+    return [flops / took / limit for took in seconds]

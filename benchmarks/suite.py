@@ -7,19 +7,23 @@ import torch
 
 from .contenders import Contender, infini, llama, lucidrains, mistral
 from .machine import Limits
+from .report import Figure
+from .timing import ratio
 
 
 LINEAR = "Infini, segment, linear"
 DELTA = "Infini, segment, delta"
 SLIDING = "Infini, sliding, linear"
 BFLOAT16 = "Infini, segment, linear, bfloat16"
-COMPILED = "Infini, segment, linear, compiled"
+KERNELS = "Infini, segment, linear, CPU kernels"
+COMPILED = "Infini, segment, linear, CPU kernels, compiled"
 ALL_HEADS = "Infini, all KV heads"
-BY_INPUT_ALL_HEADS = "Infini, all KV heads, weights stored by input"
-COMPILED_ALL_HEADS = "Infini, all KV heads, weights stored by input, compiled"
+KERNELS_ALL_HEADS = "Infini, all KV heads, CPU kernels"
+COMPILED_ALL_HEADS = "Infini, all KV heads, CPU kernels, compiled"
 LLAMA = "Llama, full attention"
 MISTRAL = "Mistral, sliding window"
 LUCIDRAINS = "infini-transformer-pytorch"
+KERNELS_LUCIDRAINS = "infini-transformer-pytorch, our CPU kernels"
 
 
 @dataclass
@@ -29,7 +33,6 @@ class Suite:
         size: of all models; `all_heads_size`: with as many KV heads as heads, as infini-transformer-pytorch has.
         scale: what all lengths are divided by.
         repeats: rounds of the longest runs.
-        compiles: whether decoding is measured compiled, too.
     """
 
     size: dict
@@ -37,8 +40,7 @@ class Suite:
     segment_length: int
     scale: int
     repeats: int
-    compiles: bool = False
-    limits: Limits = field(default_factory=lambda: Limits(1.0, 1.0))
+    limits: Limits = field(default_factory=lambda: Limits(1.0, 1.0, 1.0))
 
     def length(self, tokens: int) -> int:
         return tokens // self.scale
@@ -52,19 +54,37 @@ class Suite:
         ours, all_heads = (
             partial(infini, size, segment_length=self.segment_length) for size in (self.size, self.all_heads_size)
         )
-        contenders = {
+        theirs = partial(lucidrains, self.all_heads_size, self.segment_length)
+        return {
             LINEAR: ours(),
             DELTA: ours(use_mem_delta_rule=True),
             SLIDING: ours(local_attention="sliding"),
             BFLOAT16: ours(torch.bfloat16),
             LLAMA: llama(self.size),
             MISTRAL: mistral(self.size, self.segment_length),
-            LUCIDRAINS: lucidrains(self.all_heads_size, self.segment_length),
+            KERNELS: ours(has_cpu_kernels=True),
+            COMPILED: ours(has_cpu_kernels=True, compiles_steps=True),
+            LUCIDRAINS: theirs(),
+            KERNELS_LUCIDRAINS: theirs(has_cpu_kernels=True),
             # As infini-transformer-pytorch does it.
             ALL_HEADS: all_heads(detach_every_num_segments=2),
+            KERNELS_ALL_HEADS: all_heads(has_cpu_kernels=True, detach_every_num_segments=2),
+            COMPILED_ALL_HEADS: all_heads(has_cpu_kernels=True, compiles_steps=True),
         }
-        if self.compiles:
-            contenders[COMPILED] = ours(compiles_steps=True)
-            contenders[BY_INPUT_ALL_HEADS] = all_heads(stores_by_input=True)
-            contenders[COMPILED_ALL_HEADS] = all_heads(stores_by_input=True, compiles_steps=True)
-        return contenders
+
+
+def against_lucidrains(title: str, seconds: dict[str, list[float]], aim: float = 1.5, note: str = "") -> list[Figure]:
+    """How much faster ours are than infini-transformer-pytorch: as they are, with CPU kernels, and both with them."""
+    compared = [
+        ("", LUCIDRAINS, ALL_HEADS, aim),
+        (", ours with CPU kernels", LUCIDRAINS, KERNELS_ALL_HEADS, aim),
+        (", ours with CPU kernels and compiled", LUCIDRAINS, COMPILED_ALL_HEADS, aim),
+        (", both with CPU kernels", KERNELS_LUCIDRAINS, KERNELS_ALL_HEADS, 1.0),
+    ]
+    return [
+        Figure(
+            f"{title} against infini-transformer-pytorch{how}", ratio(seconds[theirs], seconds[ours]), aim, note=note
+        )
+        for how, theirs, ours, aim in compared
+        if ours in seconds
+    ]

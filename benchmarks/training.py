@@ -10,14 +10,36 @@ from statistics import median
 
 from .report import Figure, Point, Report
 from .sizes import ALL_HEADS_SIZE, SIZE
-from .suite import ALL_HEADS, DELTA, LINEAR, LLAMA, LUCIDRAINS, SLIDING, Suite
+from .suite import (
+    ALL_HEADS,
+    DELTA,
+    KERNELS,
+    KERNELS_ALL_HEADS,
+    KERNELS_LUCIDRAINS,
+    LINEAR,
+    LLAMA,
+    LUCIDRAINS,
+    SLIDING,
+    Suite,
+    against_lucidrains,
+)
 from .timing import interleaved_seconds, ratio
 
 
 PLOT = "training step, tokens per second"
 LENGTHS = (2_048, 8_192)
 NUM_SEGMENTS = 16
-TRAINED = (LINEAR, DELTA, SLIDING, LLAMA, LUCIDRAINS, ALL_HEADS)
+TRAINED = (
+    LINEAR,
+    DELTA,
+    SLIDING,
+    KERNELS,
+    LLAMA,
+    LUCIDRAINS,
+    KERNELS_LUCIDRAINS,
+    ALL_HEADS,
+    KERNELS_ALL_HEADS,
+)
 
 
 def seconds_of_a_step(suite: Suite, length: int, warm_up: bool = True) -> dict[str, list[float]]:
@@ -28,15 +50,9 @@ def seconds_of_a_step(suite: Suite, length: int, warm_up: bool = True) -> dict[s
 
 
 def figures(title: str, seconds: dict[str, list[float]]) -> list[Figure]:
-    linear = seconds[LINEAR]
     return [
-        Figure(
-            f"{title} against infini-transformer-pytorch",
-            ratio(seconds[LUCIDRAINS], seconds[ALL_HEADS]),
-            1.5,
-            note="both detach the memory every second segment",
-        ),
-        Figure(f"{title}, delta rule against linear", ratio(linear, seconds[DELTA]), 0.85),
+        *against_lucidrains(title, seconds, note="both detach the memory every second segment"),
+        Figure(f"{title}, delta rule against linear", ratio(seconds[LINEAR], seconds[DELTA]), 0.85),
     ]
 
 
