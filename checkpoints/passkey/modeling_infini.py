@@ -70,7 +70,7 @@ STATE_FIELDS = (
 )
 
 # A prompt is read in calls of about this many tokens where only its last logits are asked for.
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 2048
 
 
 class InfiniHeadGates(nn.Module):
