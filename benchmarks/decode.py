@@ -26,6 +26,7 @@ PLOT = "decode, tokens per second"
 LENGTHS = (2_048, 32_768, 131_072)
 LONGEST = 1_048_576
 NEW_TOKENS = 16
+WHOLE_SEGMENTS_ONLY = (KERNELS_LUCIDRAINS, KERNELS_ALL_HEADS, COMPILED_ALL_HEADS)
 
 
 @torch.no_grad()
@@ -33,12 +34,13 @@ def run(suite: Suite, report: Report) -> None:
     contenders = suite.contenders()
     models = {name: contender.build() for name, contender in contenders.items()}
     # Full attention's keys and values of a million tokens are 16 GB here, and are copied at each step.
-    ours = [name for name in contenders if name.startswith("Infini")]
+    ours = [name for name in contenders if name.startswith("Infini") and name not in WHOLE_SEGMENTS_ONLY]
     for tokens in (*LENGTHS, LONGEST):
         length = suite.length(tokens)
-        names = ours if tokens == LONGEST else list(contenders)
+        names = ours if tokens == LONGEST else [name for name in contenders if name not in WHOLE_SEGMENTS_ONLY]
         compared = {name: contenders[name] for name in names}
-        seconds = _generate(suite, compared, models, length, NEW_TOKENS, 2 * suite.repeats)
+        rounds = 2 * suite.repeats if tokens <= 32_768 else suite.repeats
+        seconds = _generate(suite, compared, models, length, NEW_TOKENS, rounds)
         report.add(
             points=[
                 Point(PLOT, name, length, NEW_TOKENS / median(took), _share(suite, models[name], took))

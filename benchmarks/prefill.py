@@ -48,7 +48,7 @@ def run(suite: Suite, report: Report) -> None:
 
     for tokens in LENGTHS:
         # Rounds enough for the short ones, few for what takes a minute.
-        rounds = max(suite.repeats, min(9, suite.repeats * LENGTHS[1] // tokens))
+        rounds = max(suite.repeats, min(5, suite.repeats * LENGTHS[1] // tokens))
         seconds = interleaved_seconds(runs(tokens), rounds, warm_up=tokens == LENGTHS[0])
         report.add(points=points(tokens, seconds))
     title = "prefill of 32,768 tokens"

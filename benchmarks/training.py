@@ -13,7 +13,6 @@ from .sizes import ALL_HEADS_SIZE, SIZE
 from .suite import (
     ALL_HEADS,
     DELTA,
-    KERNELS,
     KERNELS_ALL_HEADS,
     KERNELS_LUCIDRAINS,
     LINEAR,
@@ -33,7 +32,6 @@ TRAINED = (
     LINEAR,
     DELTA,
     SLIDING,
-    KERNELS,
     LLAMA,
     LUCIDRAINS,
     KERNELS_LUCIDRAINS,

@@ -5,11 +5,12 @@ For products in float32 PyTorch takes MKL, which has no AVX-512 kernels for proc
 the weights of a single row on one core. oneDNN, which is in PyTorch as well, has both.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -17,8 +18,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def use_cpu_kernels(model: Model) -> Model:
     """
-    Makes the linear layers of `model` [`CPULinear`], in place. Parameters, their names and what is saved stay as they
-    are; PEFT and quantization know the layers as linear ones.
+    Makes the linear layers of `model` [`CPULinear`] and Llama's MLPs [`CPUMLP`], in place. Parameters, their names and
+    what is saved stay as they are; PEFT and quantization know the layers as linear ones.
+
+    Args:
+        model: any module; layers of other classes stay as they are.
 
     Raises:
         RuntimeError: this build of PyTorch has no oneDNN.
@@ -26,9 +30,11 @@ def use_cpu_kernels(model: Model) -> Model:
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("This build of PyTorch has no oneDNN: leave use_cpu_kernels() out.")
     for module in model.modules():
-        # Other classes may compute something else.
+        # Subclasses may compute something else.
         if type(module) is nn.Linear:
             module.__class__ = CPULinear
+        elif type(module) is LlamaMLP and module.config.hidden_act in ("silu", "swish"):
+            module.__class__ = CPUMLP
     return model
 
 
@@ -40,25 +46,46 @@ class CPULinear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        is_on_cpu = input.device.type == self.weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not is_on_cpu or type(self.weight) is not nn.Parameter or input.dtype != self.weight.dtype:
-            return super().forward(input)
         if torch.compiler.is_compiling():
             is_row = input.numel() == self.in_features and not torch.is_grad_enabled()
-            return row_product(input, self.weight, self.bias) if is_row else super().forward(input)
-        if input.dtype != torch.float32 or input.numel() == 0:
-            return super().forward(input)
-        if torch.is_grad_enabled():
-            return _OneDNNProduct.apply(input, self.weight, self.bias)
-        return onednn_product(input, self.weight, self.bias)
+            if is_row and self._is_plain(input):
+                return row_product(input, self.weight, self.bias)
+        elif self.is_for_onednn(input):
+            product = _OneDNNProduct.apply if torch.is_grad_enabled() else onednn_product
+            return product(input, self.weight, self.bias)
+        return super().forward(input)
+
+    def is_for_onednn(self, input: torch.Tensor) -> bool:
+        return self._is_plain(input) and input.dtype == torch.float32 and input.numel() > 0
+
+    def _is_plain(self, input: torch.Tensor) -> bool:
+        is_on_cpu = input.device.type == self.weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return is_on_cpu and type(self.weight) is nn.Parameter and input.dtype == self.weight.dtype
 
 
-def onednn_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+class CPUMLP(LlamaMLP):
+    """Llama's MLP; in float32 on a CPU and without gradients, SiLU is part of a product, not a pass over memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate: Any = self.gate_proj
+        # An adapter or a hook on the layer has its own forward pass.
+        is_bare = type(gate) is CPULinear and not (gate._forward_hooks or gate._forward_pre_hooks)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_bare or not gate.is_for_onednn(x):
+            return super().forward(x)
+        return self.down_proj(onednn_product(x, gate.weight, gate.bias, "swish").mul_(self.up_proj(x)))
+
+
+def onednn_product(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
+) -> torch.Tensor:
     """
     `(..., before)`, `(after, before)`, `(after,)` -> `(..., after)`, all float32, by the operator that `torch.compile`
     takes for packed weights; it takes others as well.
+
+    Args:
+        activation: `"none"` or `"swish"`, as the operator names it.
     """
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], "")
 
 
 def row_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -72,7 +72,7 @@ def test_matrix_products_are_those_of_a_layer():
 @torch.no_grad()
 def test_states_have_the_size_that_reading_gives():
     ids = random_ids(5 * N)
-    for contender in (llama(SIZE), mistral(SIZE, N), infini(SIZE, segment_length=N)):
+    for contender in (llama(SIZE), infini(SIZE, segment_length=N)):
         model = contender.build()
         assert state_nbytes(contender.prefill(model, ids)) == state_nbytes(contender.state_after(model, 5 * N))
     full = llama(SIZE)
@@ -112,6 +112,17 @@ def test_command_prints_its_table(tmp_path):
     assert all(figure["ratio"][0] > 0 for figure in measured)
     assert (tmp_path / "table.md").read_text().strip() in done.stdout
     assert {file.name for file in tmp_path.glob("*.png")} == {"prefill.png", "decode.png", "training-step.png"}
+
+
+def test_published_figures_are_those_of_the_run():
+    root = Path(__file__).parent.parent
+    table = (root / "docs" / "performance" / "table.md").read_text().strip()
+    assert table in (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = ["|".join(row.split("|")[:4]) + "|" for row in table.splitlines()]
+    section = (root / "README.md").read_text(encoding="utf-8").split("## What it costs")[1].split("\n![")[0]
+    published = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(published) >= 12
+    assert set(published) <= set(rows)
 
 
 def test_the_page_on_scale_has_the_predicted_table():

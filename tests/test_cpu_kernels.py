@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny import MODES, random_ids, relative_error, tiny_model
+from tiny import MODES, random_ids, relative_error, tiny_config, tiny_model
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from transformers import CompileConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from modeling_infini import InfiniForCausalLM, use_cpu_kernels
-from modeling_infini.cpu_kernels import CPULinear, row_product
+from modeling_infini.cpu_kernels import CPUMLP, CPULinear, row_product
 
 
 widths = st.integers(1, 40)
@@ -105,6 +106,36 @@ def test_a_model_computes_what_it_did(fields, delta, tmp_path):
     loaded = InfiniForCausalLM.from_pretrained(tmp_path / "again")
     assert type(loaded.lm_head) is nn.Linear
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_computes_what_it_did(bias):
+    mlp = LlamaMLP(tiny_config(mlp_bias=bias))
+    fast = use_cpu_kernels(copy.deepcopy(nn.Sequential(mlp)))[0]
+    assert type(fast) is CPUMLP
+    states = torch.randn(2, 3, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(states), mlp(states))
+        seen = []
+        fast.gate_proj.register_forward_hook(lambda *_: seen.append("hook"))
+        torch.testing.assert_close(fast(states), mlp(states))
+    assert seen == ["hook"]
+    torch.testing.assert_close(fast(states), mlp(states))
+    gelu = LlamaMLP(tiny_config(hidden_act="gelu"))
+    assert type(use_cpu_kernels(gelu)) is LlamaMLP
+
+
+def test_merged_and_separate_adapters_are_those_of_the_model(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 13)
+    config = LoraConfig(target_modules=["gate_proj", "o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), config).eval()
+    fast = use_cpu_kernels(copy.deepcopy(adapted))
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        for one in (fast, fast.merge_and_unload()):
+            assert relative_error(one(ids).logits, expected) < 1e-5
+    assert relative_error(model(ids).logits, expected) > 1e-2
 
 
 def test_adapters_find_the_layers():
