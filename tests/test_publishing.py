@@ -21,9 +21,9 @@ from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, 
 
 ROOT = Path(__file__).parent.parent
 # What a model needs to be loaded and run; training is for those who have the package.
-TRAINING_FILES = {"backpropagation.py", "documents.py", "trainer_infini.py", "write_sparsity.py"}
+PACKAGE_FILES = {"backpropagation.py", "cpu_kernels.py", "documents.py", "trainer_infini.py", "write_sparsity.py"}
 CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")}
-CODE_FILES -= {"__init__.py", *TRAINING_FILES}
+CODE_FILES -= {"__init__.py", *PACKAGE_FILES}
 AUTO_CLASSES = {
     "AutoConfig",
     "AutoModel",
