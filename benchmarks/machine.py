@@ -81,7 +81,7 @@ def prefill_flops(size: dict, tokens: int, segment_length: int, local_attention:
     attention over what a token sees, and reading and writing the memory.
 
     Args:
-        written: tokens of which the last layer computes what it keeps alone: keys, values and what they write.
+        written: tokens of which the last layer computes only what it keeps: keys, values and what they write.
     """
     head_dim = size["hidden_size"] // size["num_attention_heads"]
     heads, kv_heads = size["num_attention_heads"], size["num_key_value_heads"]

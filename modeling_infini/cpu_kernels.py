@@ -10,16 +10,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 Model = TypeVar("Model", bound=nn.Module)
+SILU = (SiLUActivation, nn.SiLU)
 
 
 def use_cpu_kernels(model: Model) -> Model:
     """
     Makes the linear layers of `model` [`CPULinear`] and Llama's MLPs [`CPUMLP`], in place. Parameters, their names and
-    what is saved stay as they are; PEFT and quantization know the layers as linear ones.
+    what is saved stay as they are. PEFT knows the layers as linear ones; quantize before, not after.
+
+    They have no second derivatives, no forward-mode ones, and no `vmap` with gradients.
 
     Args:
         model: any module; layers of other classes stay as they are.
@@ -33,7 +37,7 @@ def use_cpu_kernels(model: Model) -> Model:
         # Subclasses may compute something else.
         if type(module) is nn.Linear:
             module.__class__ = CPULinear
-        elif type(module) is LlamaMLP and module.config.hidden_act in ("silu", "swish"):
+        elif type(module) is LlamaMLP and type(module.act_fn) in SILU:
             module.__class__ = CPUMLP
     return model
 
@@ -56,7 +60,9 @@ class CPULinear(nn.Linear):
         return super().forward(input)
 
     def is_for_onednn(self, input: torch.Tensor) -> bool:
-        return self._is_plain(input) and input.dtype == torch.float32 and input.numel() > 0
+        is_product = input.shape[-1:] == (self.in_features,) and input.numel() > 0 and not torch.jit.is_tracing()
+        is_float32 = input.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled)
+        return is_product and is_float32 and self._is_plain(input)
 
     def _is_plain(self, input: torch.Tensor) -> bool:
         is_on_cpu = input.device.type == self.weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
@@ -68,11 +74,15 @@ class CPUMLP(LlamaMLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate: Any = self.gate_proj
-        # An adapter or a hook on the layer has its own forward pass.
-        is_bare = type(gate) is CPULinear and not (gate._forward_hooks or gate._forward_pre_hooks)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_bare or not gate.is_for_onednn(x):
+        is_usual = type(gate) is CPULinear and type(self.act_fn) in SILU and _is_bare(gate) and _is_bare(self.act_fn)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_usual or not gate.is_for_onednn(x):
             return super().forward(x)
         return self.down_proj(onednn_product(x, gate.weight, gate.bias, "swish").mul_(self.up_proj(x)))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nobody hooks into the module's forward pass, or has put another in its place."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def onednn_product(
@@ -85,6 +95,8 @@ def onednn_product(
     Args:
         activation: `"none"` or `"swish"`, as the operator names it.
     """
+    # The operator takes no notice of a bias's strides.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], "")
 
 

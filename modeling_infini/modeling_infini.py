@@ -195,7 +195,7 @@ class InfiniAttention(nn.Module):
             window_columns: the column `(G, window)` in each window's slots and the number of columns in all, where
                 attention weights are to be returned.
             context_parallel: the ranks that the sequence is split over, of which this one has `layout`'s columns.
-            writes_only: whether the call is read into the cache, and nothing else is asked for.
+            writes_only: whether this layer writes to the cache, and nobody asks for what it computes.
 
         Returns:
             `(B, T, hidden_size)`, `None` with `writes_only`; and the weights of local attention
@@ -328,14 +328,14 @@ class InfiniDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor | None:  # type: ignore[override]
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """
-        `(B, T, hidden_size)` -> the same, or `None` where the layer only writes to the cache. Not Llama's, whose name
+        `(B, T, hidden_size)` -> the same; unchanged where the layer only writes to the cache. Not Llama's, whose name
         for a cache depends on the version.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         if attended is None:
-            return None
+            return hidden_states
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -461,6 +461,8 @@ class InfiniModel(InfiniPreTrainedModel):
         self._check_cache(past_key_values)
         if writes_only and past_key_values is None:
             raise ValueError("writes_only=True needs past_key_values or use_cache=True: there is nothing to write to.")
+        if writes_only and kwargs.get("output_hidden_states", self.config.output_hidden_states):
+            raise ValueError("writes_only=True computes no last hidden states: leave output_hidden_states out.")
 
         batch_size, length = inputs_embeds.shape[:2]
         if length == 0:
@@ -690,8 +692,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         last_columns = min(last_columns, states.shape[1])
-        written = self._lengths_of_chunks(states.shape[1] - last_columns)
-        lengths = [*written, *self._lengths_of_chunks(last_columns)]
+        written = self._split_length(states.shape[1] - last_columns)
+        lengths = [*written, *self._split_length(last_columns)]
         last: list[torch.Tensor] = []
         for index, chunk in enumerate(split_call(inputs, lengths, None if cache is None else cache.tokens_read)):
             writes_only = index < len(written)
@@ -701,7 +703,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
                 last.append(outputs.last_hidden_state)
         return BaseModelOutputWithPast(torch.cat(last, 1), **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
-    def _lengths_of_chunks(self, length: int) -> list[int]:
+    def _split_length(self, length: int) -> list[int]:
         return [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
 
 

@@ -68,14 +68,24 @@ def test_generate_compiles_one_step_for_all_prompts(fields, delta, batch_size):
     assert len(graphs) == 1
 
 
-def test_what_generate_cannot_compile_is_not(caplog):
+def test_what_generate_cannot_compile_is_not():
     model, ids = tiny_model(), random_ids(1, 7)
 
     def backend(graph, example_inputs):
         raise AssertionError("compiled")
 
-    options = {"max_new_tokens": 3, "do_sample": False, "compile_config": CompileConfig(backend=backend, mode=None)}
-    for option in ({"prefill_chunk_size": 3}, {"use_cache": False}, {"disable_compile": True}):
+    compiled = CompileConfig(backend=backend, mode=None)
+    options = {"max_new_tokens": 3, "do_sample": False, "compile_config": compiled}
+    recording = InfiniCache(model.config)
+    recording.activate_past_recording()
+    model.generation_config.num_assistant_tokens = 3
+    for option in (
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+        {"disable_compile": True},
+        {"past_key_values": recording},
+        {"assistant_model": tiny_model(seed=1)},
+    ):
         model.generate(ids, **options, **option)
     model.hf_device_map = {"model": 0, "lm_head": "cpu"}
     model.generate(ids, **options)

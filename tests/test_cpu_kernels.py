@@ -125,6 +125,46 @@ def test_an_mlp_computes_what_it_did(bias):
     assert type(use_cpu_kernels(gelu)) is LlamaMLP
 
 
+@pytest.mark.parametrize("part", ["gate_proj", "act_fn"])
+def test_what_is_put_in_the_place_of_an_mlps_part_is_computed(part):
+    mlp = LlamaMLP(tiny_config())
+    fast = use_cpu_kernels(copy.deepcopy(nn.Sequential(mlp)))[0]
+    states = torch.randn(2, 3, 24)
+    for one in (mlp, fast):
+        module = getattr(one, part)
+        module.forward = lambda states, forward=module.forward: 2 * forward(states)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(states), mlp(states))
+        for one in (mlp, fast):
+            one.act_fn = nn.GELU()
+        torch.testing.assert_close(fast(states), mlp(states))
+
+
+def test_a_bias_may_have_any_strides():
+    layers = pair(8, 4)
+    bias = nn.Parameter(torch.randn(4, 2)[:, 0])
+    for layer in layers:
+        layer.bias = bias
+    states = torch.randn(3, 8)
+    torch.testing.assert_close(layers[1](states), layers[0](states))
+    with torch.no_grad():
+        torch.testing.assert_close(layers[1](states), layers[0](states))
+
+
+def test_a_wrong_width_is_refused_as_by_a_linear_layer():
+    for layer in pair(8, 4):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(torch.randn(3, 7))
+
+
+def test_onednn_can_be_turned_off(monkeypatch):
+    layer, fast = pair(8, 4)
+    monkeypatch.setattr("modeling_infini.cpu_kernels.onednn_product", None)
+    states = torch.randn(3, 8)
+    with torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
+        assert torch.equal(fast(states), layer(states))
+
+
 def test_merged_and_separate_adapters_are_those_of_the_model(tmp_path):
     model, ids = tiny_model(), random_ids(2, 13)
     config = LoraConfig(target_modules=["gate_proj", "o_proj"], init_lora_weights=False)

@@ -247,6 +247,8 @@ def test_what_the_last_layer_leaves_out_of_a_long_prompt_is_not_missed(
         monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
         computed = []
         model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
+        # A hook that changes a layer's output finds a tensor, whatever the layer leaves out.
+        model.model.layers[-1].register_forward_hook(lambda _, args, output: output * 1.0)
         found = model(**inputs, past_key_values=in_chunks, logits_to_keep=last_columns).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(in_chunks.state_dict(), whole.state_dict(), atol=1e-4, rtol=1e-4)
@@ -258,6 +260,8 @@ def test_a_call_that_only_writes_needs_a_cache():
     with pytest.raises(ValueError, match="writes_only=True needs past_key_values or use_cache=True"):
         model.model(random_ids(1, 7), use_cache=False, writes_only=True)
     assert model.model(random_ids(1, 7), writes_only=True).last_hidden_state is None
+    with pytest.raises(ValueError, match="computes no last hidden states"):
+        model.model(random_ids(1, 7), writes_only=True, output_hidden_states=True)
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded", "quantized", "offloaded_static"])

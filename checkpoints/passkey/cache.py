@@ -257,6 +257,12 @@ class InfiniCache(Cache):
             for layer in self.layers:
                 layer.record = []
 
+    @property
+    def records(self) -> bool:
+        """Whether it keeps what it takes to `crop`."""
+        self._notice_end_of_recording()
+        return self._recording is not None
+
     def crop(self, tokens_to_remove: int) -> None:
         """
         Takes back the last columns, as if they had never been fed.
