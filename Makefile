@@ -54,6 +54,7 @@ notebooks-write: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.cpu_kernels
 	$(BIN)/python -m benchmarks.core
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.chunked_training

@@ -114,6 +114,23 @@ def test_command_prints_its_table(tmp_path):
     assert {file.name for file in tmp_path.glob("*.png")} == {"prefill.png", "decode.png", "training-step.png"}
 
 
+@pytest.mark.slow
+def test_command_measures_cpu_kernels_of_a_model(tmp_path):
+    infini(SIZE, segment_length=N).build().save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "benchmarks.cpu_kernels", "--model", str(tmp_path), "--repeats", "1"]
+    command += ["--tokens", "64", "--trained-tokens", "32", "--new-tokens", "2"]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines()[2:]]
+    steps = ["as it is", "CPU kernels"]
+    assert rows == [
+        *(["prefill", how] for how in steps),
+        *(["generated", how] for how in (*steps, "CPU kernels, compiled")),
+        *(["training step", how] for how in steps),
+    ]
+
+
 def test_published_figures_are_those_of_the_run():
     root = Path(__file__).parent.parent
     table = (root / "docs" / "performance" / "table.md").read_text().strip()

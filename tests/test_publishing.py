@@ -20,7 +20,7 @@ from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, 
 
 
 ROOT = Path(__file__).parent.parent
-# What a model needs to be loaded and run; training is for those who have the package.
+# What a model needs to be loaded and run; training and CPU kernels are for those who have the package.
 PACKAGE_FILES = {"backpropagation.py", "cpu_kernels.py", "documents.py", "trainer_infini.py", "write_sparsity.py"}
 CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")}
 CODE_FILES -= {"__init__.py", *PACKAGE_FILES}

@@ -40,17 +40,21 @@ class InfiniGenerationMixin(GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         # transformers compiles the steps of its static caches alone, and none on a CPU. Steps have one shape here as
-        # well, and are compiled where a compile_config is given. Parts of a prompt are not: data decide their layout.
+        # well, and are compiled where a compile_config is given. Parts of a prompt are not: data decide their layout;
+        # nor what a cache that records, as an assistant's, reads again when tokens are taken back.
         is_wanted = generation_config.compile_config is not None and not generation_config.disable_compile
-        # So do those of a cache that records: it takes tokens back by reading others again.
         cache = model_kwargs.get(CACHE_NAME)
-        records = generation_config.is_assistant or (isinstance(cache, InfiniCache) and cache.records)
-        has_steps_alone = generation_config.prefill_chunk_size is None and isinstance(cache, InfiniCache)
+        has_steps_alone = (
+            isinstance(cache, InfiniCache)
+            and not cache.records
+            and not generation_config.is_assistant
+            and generation_config.prefill_chunk_size is None
+        )
         devices = set(getattr(self, "hf_device_map", {}).values())
         is_offloaded = "disk" in devices or ("cpu" in devices and len(devices) > 1)
         quantizer = getattr(self, "hf_quantizer", None)
         can_compile = quantizer is None or quantizer.is_compileable
-        if is_wanted and has_steps_alone and can_compile and not records and not is_offloaded:
+        if is_wanted and has_steps_alone and can_compile and not is_offloaded:
             return True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
