@@ -3,42 +3,185 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_infini import InfiniConfig
-from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts
+from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts, plan_segments, refuse_unless
 
 
 # Of packed sequences, for the attention backend: they describe columns, and the backend gets segments.
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def tokens_of_call(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
-    """The mask of the call's own columns, `(B, T)` bool, from one that may cover the whole history."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
-        raise ValueError(
-            f"attention_mask must be of shape (batch={batch_size}, columns), 0 for padding; got "
-            f"{tuple(attention_mask.shape)}. What a token sees of its segment is given by the model."
+def taken_packing(kwargs: dict) -> dict[str, torch.Tensor]:
+    """Takes out of `kwargs` those of `PACKING_ARGUMENTS` that it has."""
+    packing = {name: kwargs.pop(name, None) for name in PACKING_ARGUMENTS}
+    return {name: argument for name, argument in packing.items() if argument is not None}
+
+
+def streams_of_call(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    batch_size: int,
+    length: int,
+    tokens_read: torch.Tensor | None,
+    packing: dict[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """
+    Which of a call's columns hold tokens, and which of these start a new stream.
+
+    Args:
+        attention_mask: `(B, columns)`, 0 for padding and 1 for tokens, or the numbers 1, 2, ... of packed documents;
+            of a longer history, the last columns belong to the call.
+        position_ids: `(B or 1, columns)`, 0 where a document starts, see [`find_restarts`].
+        tokens_read: `(B,)`, tokens read before this call; `None`: nothing has been read.
+        packing: of `PACKING_ARGUMENTS`, those that the call has.
+
+    Returns:
+        `(B, T)` bool, `None`: all; and `(B, T)` bool, `None`: none.
+
+    Raises:
+        ValueError: for shapes and values that have no meaning.
+    """
+    tokens = restarts = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+            raise ValueError(
+                f"attention_mask must be of shape (batch={batch_size}, columns), 0 for padding; got "
+                f"{tuple(attention_mask.shape)}. What a token sees of its segment is given by the model."
+            )
+        tokens = _columns_of_call(attention_mask, "attention_mask", length, tokens_read) != 0
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"position_ids must be of shape (batch={batch_size}, columns); got {tuple(position_ids.shape)}."
+            )
+        positions = _columns_of_call(position_ids, "position_ids", length, tokens_read).expand(batch_size, -1)
+        restarts = find_restarts(positions, tokens, tokens_read)
+    if tokens is not None and _numbers_documents(attention_mask, length):
+        has_read = None if restarts is not None else tokens_read
+        new_documents = _find_documents(attention_mask, length, has_read)
+        restarts = new_documents if restarts is None else restarts | new_documents
+    if packing:
+        _check_packing(packing, tokens, restarts, (batch_size, length))
+    return tokens, restarts
+
+
+def _check_packing(
+    packing: dict[str, torch.Tensor],
+    tokens: torch.Tensor | None,
+    restarts: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> None:
+    """Where documents start by the arguments of an attention backend, a stream must start."""
+    if restarts is None:
+        raise ValueError(f"{', '.join(packing)}: packed sequences need position_ids that start at 0 in each document.")
+    rows, length = shape
+    for name in packing.keys() & {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
+        if name == "seq_idx":
+            numbers = packing[name].expand(rows, -1) + 1
+        else:
+            starts = packing[name].flatten().long().clamp(max=rows * length)
+            is_start = torch.zeros(rows * length + 1, dtype=torch.long, device=restarts.device)
+            numbers = is_start.index_fill(0, starts, 1)[:-1].cumsum(0).view(rows, length)
+        if tokens is not None:
+            numbers = torch.where(tokens, numbers, 0)
+        newest = numbers.cummax(1).values
+        starts_document = F.pad((newest[:, 1:] > newest[:, :-1]) & (newest[:, :-1] > 0), (1, 0))
+        refuse_unless(
+            (restarts | ~starts_document).all(),
+            f"{name} and position_ids disagree: {name} starts a document where position_ids go on. What a token sees "
+            "follows position_ids, which must be 0 at the start of each document.",
         )
-    return _columns_of_call(attention_mask, "attention_mask", length) != 0
 
 
-def positions_of_call(position_ids: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:
-    """The position ids of the call's own columns, `(B, T)`."""
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size):
-        raise ValueError(
-            f"position_ids must be of shape (batch={batch_size}, columns); got {tuple(position_ids.shape)}."
+def plan_call(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    shape: tuple[int, int],
+    tokens_read: torch.Tensor | None,
+    config: InfiniConfig,
+    device: torch.device,
+    packing: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, SegmentLayout]:
+    """
+    What [`streams_of_call`] returns for a call of `shape` `(B, T)`, and its layout. What looks at values stands
+    outside of compiled graphs, which it breaks once.
+    """
+    looks_at_values = attention_mask is not None or position_ids is not None or tokens_read is not None
+    is_in_graph = torch.compiler.is_exporting() or not looks_at_values
+    plan = _plan if is_in_graph else _plan_outside_of_graphs
+    return plan(attention_mask, position_ids, shape, tokens_read, config, device, packing)
+
+
+def _plan(attention_mask, position_ids, shape, tokens_read, config, device, packing):
+    tokens, restarts = streams_of_call(attention_mask, position_ids, shape[0], shape[1], tokens_read, packing)
+    layout = plan_segments(shape, tokens, restarts, tokens_read, config.segment_length, config.num_sink_tokens, device)
+    return tokens, restarts, layout
+
+
+_plan_outside_of_graphs = torch.compiler.disable(_plan)
+
+
+def _numbers_documents(attention_mask: torch.Tensor, length: int) -> bool:
+    """Whether a mask has other values than 0 and 1; a compiled step of one token does not look."""
+    if attention_mask.dtype == torch.bool or (
+        length == 1 and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    ):
+        return False
+    is_one = attention_mask == 1
+    is_plain = (is_one | (attention_mask == 0)).all()
+    if attention_mask.is_floating_point():
+        # No token at all: an additive mask that hides none.
+        is_plain = is_plain & is_one.any()
+    if torch.compiler.is_exporting():
+        refuse_unless(is_plain, "attention_mask must hold 0 and 1: exported programs take one document per row.")
+        return False
+    return not is_plain
+
+
+def _find_documents(attention_mask: torch.Tensor, length: int, tokens_read: torch.Tensor | None) -> torch.Tensor:
+    """
+    Where the document's number changes, `(B, T)` bool.
+
+    Args:
+        tokens_read: `(B,)`, tokens read before the call, where nothing else tells whether its first token goes on;
+            `None`: something does.
+    """
+    refuse_unless(
+        ((attention_mask >= 0) & (attention_mask == attention_mask.floor())).all() & (attention_mask > 0).any(),
+        "attention_mask must hold 0 for padding and 1 for tokens (or 1, 2, ... for packed documents). It has other "
+        "values, or none but 0.0, as an additive mask (0 and -inf) would.",
+    )
+    # Numbers grow, so that the greatest so far is that of the last token, and padding changes nothing.
+    newest = attention_mask.cummax(1).values
+    newest = F.pad(newest, (1, 0))[:, -length - 1 :]
+    number, previous = attention_mask[:, attention_mask.shape[1] - length :], newest[:, :-1]
+    refuse_unless(
+        ((number == 0) | (number >= previous)).all(),
+        "attention_mask numbers packed documents (its values are above 1), and their numbers must grow along each "
+        "row: 1, 1, 2, 2, ...",
+    )
+    if tokens_read is not None:
+        first = newest.gather(1, (number != 0).long().argmax(1, keepdim=True) + 1)
+        refuse_unless(
+            ((previous[:, :1] > 0) | (first <= 1) | (tokens_read == 0).unsqueeze(1)).all(),
+            "attention_mask numbers packed documents (its values are above 1), but it does not cover what the cache "
+            "has read, so that nobody can tell whether the first token goes on with the last document. Pass the mask "
+            "of the whole history, or position_ids that start at 0 in each document.",
         )
-    return _columns_of_call(position_ids, "position_ids", length).expand(batch_size, -1)
+    return (number > previous) & (previous > 0)
 
 
-def _columns_of_call(states: torch.Tensor, name: str, length: int) -> torch.Tensor:
-    if states.shape[1] < length:
-        raise ValueError(f"{name} has {states.shape[1]} columns, but the inputs have {length}.")
-    return states[:, states.shape[1] - length :]
+def _columns_of_call(states: torch.Tensor, name: str, length: int, tokens_read: torch.Tensor | None) -> torch.Tensor:
+    columns = states.shape[1]
+    if columns < length:
+        raise ValueError(f"{name} has {columns} columns, but the inputs have {length}.")
+    if columns > length and tokens_read is None:
+        raise ValueError(f"{name} has {columns} columns, but the inputs have {length}, and nothing was read before.")
+    return states[:, columns - length :]
 
 
 def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:
@@ -55,14 +198,16 @@ def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor |
     if len(lengths) == 1:
         return [inputs]
     batch_size, length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
-    tokens = tokens_of_call(inputs.get("attention_mask"), batch_size, length)
+    packing = taken_packing(inputs)
+    tokens, restarts = streams_of_call(
+        inputs.get("attention_mask"), inputs.get("position_ids"), batch_size, length, tokens_read, packing
+    )
     if tokens is not None:
         inputs["attention_mask"] = tokens
-    if "position_ids" in inputs:
-        positions = positions_of_call(inputs["position_ids"], batch_size, length)
-        inputs["position_ids"] = canonical_position_ids(find_restarts(positions, tokens, tokens_read))
+    if restarts is not None:
+        inputs["position_ids"] = canonical_position_ids(restarts)
     by_column = {name: states for name, states in inputs.items() if has_columns(states, batch_size, length)}
-    whole = {name: state for name, state in inputs.items() if name not in (*by_column, *PACKING_ARGUMENTS)}
+    whole = {name: state for name, state in inputs.items() if name not in by_column}
     pieces = zip(*(states.split(list(lengths), 1) for states in by_column.values()))
     return [{**whole, **dict(zip(by_column, (states.contiguous() for states in piece)))} for piece in pieces]
 

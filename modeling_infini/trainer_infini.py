@@ -406,7 +406,9 @@ def _spread(values: torch.Tensor) -> dict[str, float]:
 
 def _count_tokens(inputs: dict) -> int:
     mask = inputs.get("attention_mask")
-    return int(mask.sum()) if mask is not None else inputs["labels" if "labels" in inputs else "input_ids"].numel()
+    if mask is None:
+        return inputs["labels" if "labels" in inputs else "input_ids"].numel()
+    return int((mask != 0).sum())
 
 
 __all__ = ["InfiniTrainer", "InfiniTrainingArguments"]

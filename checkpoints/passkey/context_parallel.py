@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from .cache_layer import KeyStates, MemoryState, Window, keep, local_window, segment_writes
 from .configuration_infini import InfiniConfig
+from .masks import streams_of_call
 from .memory import affine_prefixes, affine_scan, apply_correction, delta_correction, exclusive_cumsum
-from .streams import AlignedLayout, SegmentLayout, find_restarts
+from .streams import AlignedLayout, SegmentLayout
 
 
 IGNORED_LABEL = -100
@@ -102,10 +103,12 @@ class ContextParallel:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("ContextParallel.shard needs exactly one of input_ids or inputs_embeds.")
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        length = next(iter(inputs.values())).shape[1]
-        has_padding = attention_mask is not None and not bool((attention_mask != 0).all())
-        has_restarts = position_ids is not None and bool(find_restarts(position_ids, None, None).any())
-        _refuse_ragged(has_padding, has_restarts)
+        batch_size, length = next(iter(inputs.values())).shape[:2]
+        tokens, restarts = streams_of_call(attention_mask, position_ids, batch_size, length, None)
+        _refuse_ragged(
+            has_padding=tokens is not None and not bool(tokens.all()),
+            has_restarts=restarts is not None and bool(restarts.any()),
+        )
 
         if labels is not None and shift_labels is None:
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
@@ -171,6 +174,10 @@ class ContextParallel:
                 "With context_parallel, a loss needs num_items_in_batch, the number of targets on all ranks: "
                 "ContextParallel.shard counts it."
             )
+
+    def has_read(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Whether rows have tokens before this rank's piece, `(B,)`: at an id of 0, a document would start there."""
+        return torch.full((batch_size,), self.rank > 0, device=device)
 
     def plan(
         self,

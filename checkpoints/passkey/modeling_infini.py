@@ -49,11 +49,11 @@ from .cache_layer import (
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
 from .generation_infini import InfiniGenerationMixin
-from .masks import PACKING_ARGUMENTS, local_attention_mask, positions_of_call, split_call, tokens_of_call
+from .masks import local_attention_mask, plan_call, split_call, streams_of_call, taken_packing
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
-from .streams import DecodeLayout, SegmentLayout, find_restarts, plan_segments
+from .streams import DecodeLayout, SegmentLayout
 
 
 # The fields of a configuration that a cache must share with the model that uses it.
@@ -435,9 +435,11 @@ class InfiniModel(InfiniPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         r"""
         attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
-            0 for padding, wherever it stands; of a longer history, only the last columns belong to this call.
+            0 for padding, wherever it stands, and 1 for tokens, or the numbers 1, 2, ... of packed documents, each of
+            which is a stream; of a longer history, only the last columns belong to this call.
         position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-            Serve only to find where packed documents start: where they do not increase, a new stream starts.
+            Serve only to find where packed documents start: a new stream starts at each token whose id is 0. Others
+            must grow from token to token.
         past_key_values ([`InfiniCache`], *optional*):
             What was read so far; this call is read into it.
         context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
@@ -467,33 +469,26 @@ class InfiniModel(InfiniPreTrainedModel):
         batch_size, length = inputs_embeds.shape[:2]
         if length == 0:
             raise ValueError("The inputs have no columns: there is nothing to read.")
-        packing = [kwargs.pop(name, None) for name in PACKING_ARGUMENTS]
-        if position_ids is None and any(argument is not None for argument in packing):
-            raise ValueError("Packed sequences need position_ids that restart at each document.")
-        tokens = tokens_of_call(attention_mask, batch_size, length)
-        positions = None if position_ids is None else positions_of_call(position_ids, batch_size, length)
-        counters = None if past_key_values is None else past_key_values.start_call(batch_size, inputs_embeds.device)
-        tokens_read = None if counters is None else counters.tokens_read
-        restarts = None if positions is None else find_restarts(positions, tokens, tokens_read)
+        packing = taken_packing(kwargs)
+        shape, device = (batch_size, length), inputs_embeds.device
+        tokens_read = None if past_key_values is None else past_key_values.tokens_read
+        counters = None if past_key_values is None else past_key_values.start_call(batch_size, device)
         layout: DecodeLayout | SegmentLayout
         if context_parallel is not None:
-            layout = context_parallel.plan((batch_size, length), tokens, restarts, self.config, inputs_embeds.device)
+            tokens_read = context_parallel.has_read(batch_size, device)
+            tokens, restarts = streams_of_call(attention_mask, position_ids, *shape, tokens_read, packing)
+            layout = context_parallel.plan(shape, tokens, restarts, self.config, device)
         elif counters is not None and length == 1:
+            tokens, restarts = streams_of_call(attention_mask, position_ids, *shape, tokens_read, packing)
             layout = DecodeLayout(
-                tokens_read,
+                counters.tokens_read,
                 None if tokens is None else tokens.squeeze(1),
                 None if restarts is None else restarts.squeeze(1),
                 self.config.segment_length,
             )
         else:
-            layout = plan_segments(
-                (batch_size, length),
-                tokens,
-                restarts,
-                tokens_read,
-                self.config.segment_length,
-                self.config.num_sink_tokens,
-                inputs_embeds.device,
+            tokens, restarts, layout = plan_call(
+                attention_mask, position_ids, shape, tokens_read, self.config, device, packing
             )
 
         hidden_states = inputs_embeds
@@ -614,9 +609,11 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
     ) -> CausalLMOutputWithPast:
         r"""
         attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
-            0 for padding, wherever it stands; of a longer history, only the last columns belong to this call.
+            0 for padding, wherever it stands, and 1 for tokens, or the numbers 1, 2, ... of packed documents, each of
+            which is a stream; of a longer history, only the last columns belong to this call.
         position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-            Serve only to find where packed documents start: where they do not increase, a new stream starts.
+            Serve only to find where packed documents start: a new stream starts at each token whose id is 0. Others
+            must grow from token to token.
         past_key_values ([`InfiniCache`], *optional*):
             What was read so far; this call is read into it.
         context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
@@ -641,6 +638,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            **taken_packing(kwargs),
         }
         has_targets = labels is not None or kwargs.get("shift_labels") is not None
         if context_parallel is not None:

@@ -24,26 +24,49 @@ def find_restarts(
     position_ids: torch.Tensor, tokens: torch.Tensor | None, tokens_read: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    Where a new stream starts inside a row: at a token whose position id is not greater than that of the token before
-    it; at the call's first token, where its id is 0 and the row has read something.
+    Where a new stream starts inside a row: at a token whose position id is 0, unless the row has read nothing yet.
 
     Args:
         position_ids: `(B, T)`.
-        tokens: `(B, T)` bool, False for padding; `None`: no padding.
+        tokens: `(B, T)` bool, False for padding, whose ids mean nothing; `None`: no padding.
         tokens_read: `(B,)`, tokens read before this call; `None`: nothing has been read.
 
     Returns:
         `(B, T)` bool.
+
+    Raises:
+        ValueError: at an id that is neither 0 nor greater than that of the token before it, where values can be
+            looked at: not in a call of one column that is compiled, and when the program runs, if it is exported.
     """
-    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
-    last_token = columns.expand_as(position_ids)
+    is_start = position_ids == 0
     if tokens is not None:
-        last_token = torch.where(tokens, last_token, -1).cummax(1).values
-    previous = F.pad(last_token[:, :-1], (1, 0), value=-1)
-    restarts = position_ids <= position_ids.gather(1, previous.clamp(min=0))
-    has_read = False if tokens_read is None else (tokens_read > 0).unsqueeze(1)
-    restarts = torch.where(previous >= 0, restarts, (position_ids == 0) & has_read)
-    return restarts if tokens is None else restarts & tokens
+        is_start = is_start & tokens
+    first = torch.zeros_like(is_start[:, :1]) if tokens_read is None else (tokens_read > 0).unsqueeze(1)
+    if position_ids.shape[1] == 1:
+        return is_start & first
+    if tokens is None:
+        previous, follows = F.pad(position_ids[:, :-1], (1, 0), value=-1), torch.ones_like(is_start)
+        has_read = torch.cat([first, follows[:, 1:]], 1)
+    else:
+        columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last_token = F.pad(torch.where(tokens, columns, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+        previous = torch.where(last_token >= 0, position_ids.gather(1, last_token.clamp(min=0)), -1)
+        has_read = (last_token >= 0) | first
+    is_meant = (position_ids == 0) | (position_ids > previous)
+    refuse_unless(
+        (is_meant if tokens is None else is_meant | ~tokens).all(),
+        "position_ids must grow from each token to the next, or start again at 0, where a new document begins. They "
+        "serve only to find where documents start: leave them out if there is one document per row.",
+    )
+    return is_start & has_read
+
+
+def refuse_unless(condition: torch.Tensor, message: str) -> None:
+    """Raises a ValueError if `condition` `()` is False; in an exported program, when it runs, a RuntimeError."""
+    if torch.compiler.is_exporting():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
 
 
 def canonical_position_ids(restarts: torch.Tensor) -> torch.Tensor:
@@ -293,15 +316,20 @@ class AlignedLayout(SegmentLayout):
 
 
 class RaggedLayout(SegmentLayout):
-    """Padding, rows at different offsets, or several streams in a row: slots are gathered by index."""
+    """
+    Padding, rows at different offsets, or several streams in a row: slots are gathered by index.
+
+    With `restarts` unknown, `None`, nothing depends on the data but indices, for `torch.export`: each row is one
+    stream, of as many segments as T tokens may touch.
+    """
 
     query_start = 0
 
     def __init__(
         self,
         tokens: torch.Tensor,
-        restarts: torch.Tensor,
-        tokens_read: torch.Tensor,
+        restarts: torch.Tensor | None,
+        tokens_read: torch.Tensor | None,
         segment_length: int,
         num_sink_tokens: int,
     ):
@@ -310,56 +338,74 @@ class RaggedLayout(SegmentLayout):
         batch_size, length, device = *tokens.shape, tokens.device
         rows = torch.arange(batch_size, device=device)
         columns = torch.arange(length, device=device)
+        is_static = restarts is None
+        # A row that has read nothing starts at offset 0, and T tokens touch fewer segments.
+        most_tokens = length if tokens_read is None else length + segment_length - 1
+        if tokens_read is None:
+            tokens_read = torch.zeros_like(rows)
 
         # Streams of the call, row by row: first the one that the row continues, then one for each restart.
-        stream_in_row = restarts.cumsum(1)
-        streams_of_row = stream_in_row[:, -1] + 1
-        first_stream = streams_of_row.cumsum(0) - streams_of_row
+        if is_static:
+            stream_in_row = torch.zeros_like(tokens, dtype=torch.long)
+            first_stream = self._last_stream = self._row_of_stream = rows
+        else:
+            stream_in_row = restarts.cumsum(1)
+            streams_of_row = stream_in_row[:, -1] + 1
+            first_stream = streams_of_row.cumsum(0) - streams_of_row
+            self._row_of_stream = rows.repeat_interleave(streams_of_row)
+            self._last_stream = first_stream + streams_of_row - 1
         stream = first_stream.unsqueeze(1) + stream_in_row
-        self._row_of_stream = rows.repeat_interleave(streams_of_row)
-        self._last_stream = first_stream + streams_of_row - 1
+        num_streams = self._num_streams = self._row_of_stream.shape[0]
         self._continues = torch.zeros_like(self._row_of_stream, dtype=torch.bool).index_fill(0, first_stream, True)
 
         # Position of each token in its stream.
         rank = tokens.cumsum(1) - 1
-        first_rank = torch.where(restarts, rank, 0).cummax(1).values
+        first_rank = 0 if is_static else torch.where(restarts, rank, 0).cummax(1).values
         position = rank - first_rank + torch.where(stream_in_row == 0, tokens_read.unsqueeze(1), 0)
         position = torch.where(tokens, position, 0)
         self.offsets = position % segment_length
-        num_streams = self._row_of_stream.shape[0]
         stream_start = torch.where(self._continues, tokens_read[self._row_of_stream], 0)
+        first_segment = stream_start // segment_length
         tokens_of_stream = torch.zeros(num_streams, dtype=torch.long, device=device)
         tokens_of_stream = tokens_of_stream.index_add(0, stream.flatten(), tokens.long().flatten())
         stream_end = stream_start + tokens_of_stream
         self.tokens_read = stream_end[self._last_stream]
 
         # Segments of the call, in the order of their first tokens.
-        opens_segment = tokens & ((self.offsets == 0) | (rank == 0))
-        segment = opens_segment.flatten().cumsum(0).view(batch_size, length) - 1
-        opening = opens_segment.flatten().nonzero().squeeze(1)
-        if opening.numel() == 0:
-            # A call of padding alone: one segment without tokens stands in, since not every backend takes none.
-            opening = opening.new_zeros(1)
-        num_segments = opening.shape[0]
-        self._stream_of_segment = stream.flatten()[opening]
-        self.segment_index = position.flatten()[opening] // segment_length
+        if is_static:
+            self._segments = (most_tokens - 1) // segment_length + 1
+            order = torch.arange(self._segments, device=device).repeat(num_streams)
+            self._stream_of_segment = rows.repeat_interleave(self._segments)
+            self.segment_index = first_segment[self._stream_of_segment] + order
+            segment = (position // segment_length - first_segment[stream]) + stream * self._segments
+            self.reads_past = most_tokens > segment_length
+            self.query_length = self.key_length = min(most_tokens, segment_length)
+        else:
+            opens_segment = tokens & ((self.offsets == 0) | (rank == 0))
+            segment = opens_segment.flatten().cumsum(0).view(batch_size, length) - 1
+            opening = opens_segment.flatten().nonzero().squeeze(1)
+            if opening.numel() == 0:
+                # A call of padding alone: one segment without tokens stands in, since not every backend takes none.
+                opening = opening.new_zeros(1)
+            self._stream_of_segment = stream.flatten()[opening]
+            self.segment_index = position.flatten()[opening] // segment_length
+            order = (self.segment_index - first_segment[self._stream_of_segment]).clamp(min=0)
+            self._segments = int(order.max()) + 1
+            self.reads_past = bool((self.segment_index > 0).any())
+            self.query_length = self.key_length = max(1, int(torch.where(tokens, self.offsets + 1, 0).max()))
+        num_segments = self._stream_of_segment.shape[0]
         row_of_segment = self._row_of_stream[self._stream_of_segment]
-        first_segment = stream_start[self._stream_of_segment] // segment_length
-        order = (self.segment_index - first_segment).clamp(min=0)
-        self._num_streams = num_streams
-        self._segments = int(order.max()) + 1
         self._slot_in_streams = self._stream_of_segment * self._segments + order
-        self.reads_past = bool((self.segment_index > 0).any())
-        self.query_length = self.key_length = max(1, int(torch.where(tokens, self.offsets + 1, 0).max()))
         slots = torch.arange(self.query_length, device=device)
 
-        # Column of the call in each slot, -1 for none.
+        # Column of the call in each slot, -1 for none. What is no token goes to a slot past the last.
+        num_slots = num_segments * self.query_length
         slot_of_token = segment * self.query_length + self.offsets
         self._tokens = tokens
         self._slot_of_token = torch.where(tokens, slot_of_token, 0)
-        column = torch.full((num_segments * self.query_length,), -1, device=device)
-        column[slot_of_token[tokens]] = columns.expand_as(tokens)[tokens]
-        column = column.view(num_segments, self.query_length)
+        column = torch.full((num_slots + 1,), -1, device=device)
+        column = column.scatter(0, torch.where(tokens, slot_of_token, num_slots).flatten(), columns.repeat(batch_size))
+        column = column[:-1].view(num_segments, self.query_length)
         self.written = column >= 0
         self._query_source = row_of_segment.unsqueeze(1) * length + column.clamp(min=0)
 
@@ -368,25 +414,25 @@ class RaggedLayout(SegmentLayout):
         row_start = row_of_segment.unsqueeze(1) * width
         self._own_source = row_start + torch.where(self.written, segment_length + column, slots)
         self._previous_source = row_start + torch.arange(segment_length, device=device)
-        if self.query_length == segment_length and num_segments > 1:
+        if self.query_length == segment_length and self._segments > 1:
             follows = self._stream_of_segment[1:] == self._stream_of_segment[:-1]
-            self._previous_source[1:] = torch.where(
-                follows.unsqueeze(1), self._own_source[:-1], self._previous_source[1:]
-            )
+            followed = torch.where(follows.unsqueeze(1), self._own_source[:-1], self._previous_source[1:])
+            self._previous_source = torch.cat([self._previous_source[:1], followed])
 
         # Each stream's segments that end in this call: all its tokens up to there have been read.
         order_of_stream = torch.arange(self._segments, device=device)
-        segment_of_stream = stream_start.unsqueeze(1) // segment_length + order_of_stream
+        segment_of_stream = first_segment.unsqueeze(1) + order_of_stream
         self.complete = (segment_of_stream + 1) * segment_length <= stream_end.unsqueeze(1)
-        self.ends_segment = bool(self.complete.any())
-        last = (stream_end - 1).clamp(min=0) // segment_length - stream_start // segment_length
+        self.ends_segment = is_static or bool(self.complete.any())
+        last = (stream_end - 1).clamp(min=0) // segment_length - first_segment
         self._last_order = torch.where(tokens_of_stream > 0, last, 0)
 
         # The call's columns by row and rank, to find a token of a stream by its position.
-        column_of_rank = torch.zeros(batch_size, length, dtype=torch.long, device=device)
-        column_of_rank[rows.unsqueeze(1).expand_as(tokens)[tokens], rank[tokens]] = columns.expand_as(tokens)[tokens]
+        column_of_rank = torch.zeros(batch_size, length + 1, dtype=torch.long, device=device)
+        column_of_rank = column_of_rank.scatter(1, torch.where(tokens, rank, length), columns.expand_as(tokens))
         rank_of_start = torch.zeros(num_streams, dtype=torch.long, device=device)
-        rank_of_start[stream[restarts]] = rank[restarts]
+        if not is_static:
+            rank_of_start[stream[restarts]] = rank[restarts]
         self._column_of_rank, self._rank_of_start, self._stream_start = column_of_rank, rank_of_start, stream_start
 
         ring_slots = torch.arange(segment_length, device=device)
@@ -464,7 +510,8 @@ def plan_segments(
     device: torch.device,
 ) -> AlignedLayout | RaggedLayout:
     """
-    The layout of a call of any number of tokens. Looks at the values of its arguments, and so waits for the device.
+    The layout of a call of any number of tokens. Looks at the values of its arguments, and so waits for the device;
+    not in an export, whose program takes one stream per row.
 
     Args:
         shape: `(B, T)` of the call.
@@ -472,6 +519,15 @@ def plan_segments(
         restarts: `(B, T)` bool, see [`find_restarts`]; `None`: no restart.
         tokens_read: `(B,)`, tokens read before this call; `None`: nothing has been read.
     """
+    if tokens is None and restarts is None and tokens_read is None:
+        return AlignedLayout(shape[0], shape[1], 0, segment_length, num_sink_tokens, device)
+    all_tokens = torch.ones(shape, dtype=torch.bool, device=device) if tokens is None else tokens
+    if torch.compiler.is_exporting():
+        if restarts is not None:
+            refuse_unless(
+                ~restarts.any(), "position_ids must not start again: exported programs take one document per row."
+            )
+        return RaggedLayout(all_tokens, None, tokens_read, segment_length, num_sink_tokens)
     starts = [0] if tokens_read is None else tokens_read.tolist()
     is_aligned = (
         min(starts) == max(starts)
@@ -480,13 +536,9 @@ def plan_segments(
     )
     if is_aligned:
         return AlignedLayout(shape[0], shape[1], starts[0], segment_length, num_sink_tokens, device)
-    if tokens is None:
-        tokens = torch.ones(shape, dtype=torch.bool, device=device)
     if restarts is None:
-        restarts = torch.zeros(shape, dtype=torch.bool, device=device)
-    if tokens_read is None:
-        tokens_read = torch.zeros(shape[0], dtype=torch.long, device=device)
-    return RaggedLayout(tokens, restarts, tokens_read, segment_length, num_sink_tokens)
+        restarts = torch.zeros_like(all_tokens)
+    return RaggedLayout(all_tokens, restarts, tokens_read, segment_length, num_sink_tokens)
 
 
 def _move(layout, *args, **kwargs):
