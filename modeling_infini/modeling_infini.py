@@ -49,7 +49,7 @@ from .cache_layer import (
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
 from .generation_infini import InfiniGenerationMixin
-from .masks import local_attention_mask, plan_call, split_call, streams_of_call, taken_packing
+from .masks import local_attention_mask, plan_call, split_call, streams_of_call, taken_packing, targets
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
@@ -660,6 +660,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if has_targets:
+            if attention_mask is not None and kwargs.get("shift_labels") is None:
+                kwargs["shift_labels"] = targets(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

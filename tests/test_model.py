@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import reference_stream
-from tiny import MODES, config_fields, float64_weights, hurting_lengths, random_ids, tiny_config, tiny_model
+from tiny import (
+    MODES,
+    config_fields,
+    float64_weights,
+    hurting_lengths,
+    random_ids,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 from torch._dynamo.testing import CompileCounter
 from transformers import (
     AttentionInterface,
@@ -254,3 +263,19 @@ def test_gates_and_norms_of_a_half_model_are_made_in_float32():
 def test_servers_are_told_that_attention_over_paged_keys_does_not_fit():
     # vLLM and SGLang ask this before they put their own attention into a model of transformers.
     assert not InfiniForCausalLM.is_backend_compatible()
+
+
+@given(st.data())
+def test_the_loss_of_padded_rows_is_that_of_the_rows_alone(data):
+    """Wherever padding stands, a token is predicted by the token before it, and padding predicts nothing."""
+    model = tiny_model(**data.draw(config_fields()))
+    ids, labels = random_ids(3, 14), random_ids(3, 14, seed=1)
+    cells = st.lists(st.integers(0, 1), min_size=14, max_size=14).filter(lambda row: sum(row) > 1)
+    mask = torch.tensor(data.draw(st.lists(cells, min_size=3, max_size=3)))
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, labels=labels).loss
+        sums = [
+            model(row_ids[is_token][None], labels=row_labels[is_token][None], num_items_in_batch=1).loss
+            for row_ids, row_labels, is_token in zip(ids, labels, mask.bool())
+        ]
+    assert relative_error(found, sum(sums) / (mask.sum() - 3)) < 1e-5
