@@ -361,11 +361,14 @@ class InfiniCache(Cache):
         return cache
 
 
-def one_cache(past_key_values, cache):
-    """The cache of a call, which may go by either of the names that transformers has had for it."""
+def one_cache(past_key_values, cache) -> InfiniCache | None:
+    """The [`InfiniCache`] of a call, which may go by either of the names that transformers has had for it."""
     if past_key_values is not None and cache is not None:
         raise ValueError("You cannot specify both `cache` and `past_key_values`: they are two names of the same.")
-    return past_key_values if cache is None else cache
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        require_infini_cache(cache)
+    return cache
 
 
 def require_infini_cache(cache) -> None:

@@ -1,10 +1,13 @@
 """What `generate()` needs to know of a model whose cache is a memory."""
 
+import copy
+
 import torch
 from transformers.generation import GenerationMixin
 
 from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
+from .masks import tokens_of_call
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -40,16 +43,11 @@ class InfiniGenerationMixin(GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         # transformers compiles the steps of its static caches alone, and none on a CPU. Steps have one shape here as
-        # well, and are compiled where a compile_config is given. Parts of a prompt are not: data decide their layout;
-        # nor what a cache that records, as an assistant's, reads again when tokens are taken back.
+        # well, and are compiled where a compile_config is given. What a cache that records, as an assistant's, reads
+        # again when tokens are taken back is not: data decide its layout.
         is_wanted = generation_config.compile_config is not None and not generation_config.disable_compile
         cache = model_kwargs.get(CACHE_NAME)
-        has_steps_alone = (
-            isinstance(cache, InfiniCache)
-            and not cache.records
-            and not generation_config.is_assistant
-            and generation_config.prefill_chunk_size is None
-        )
+        has_steps_alone = isinstance(cache, InfiniCache) and not cache.records and not generation_config.is_assistant
         devices = set(getattr(self, "hf_device_map", {}).values())
         is_offloaded = "disk" in devices or ("cpu" in devices and len(devices) > 1)
         quantizer = getattr(self, "hf_quantizer", None)
@@ -65,8 +63,20 @@ class InfiniGenerationMixin(GenerationMixin):
         past_length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
         if mask is not None and mask.shape[1] == inputs_tensor.shape[1] <= past_length:
             history = mask.new_ones(mask.shape[0], past_length)
-            model_kwargs["attention_mask"] = torch.cat([history, mask], 1)
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            model_kwargs["attention_mask"] = mask = torch.cat([history, mask], 1)
+        if mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        # Padding has the id of the token before it, so that what is generated after it goes on from there.
+        return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # transformers would keep the logits of the last chunk alone, and a row may end before it.
+        chunk_length = generation_config.prefill_chunk_size
+        if chunk_length is not None and model_kwargs.get(CACHE_NAME) is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+            model_kwargs = {**model_kwargs, "chunk_length": chunk_length}
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -79,7 +89,7 @@ class InfiniGenerationMixin(GenerationMixin):
         cache=None,
         **kwargs,
     ):
-        cache = one_cache(past_key_values, cache)
+        cache, has_mask = one_cache(past_key_values, cache), attention_mask is not None
         # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
@@ -88,7 +98,7 @@ class InfiniGenerationMixin(GenerationMixin):
                 cache.prompt_length = None
             elif attention_mask is None and next_sequence_length == 1:
                 attention_mask = _mask_of_ended_rows(input_ids, cache)
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -97,6 +107,15 @@ class InfiniGenerationMixin(GenerationMixin):
             **{CACHE_NAME: cache},
             **kwargs,
         )
+        if has_mask:
+            states = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            if not tokens_of_call(inputs["attention_mask"], *states.shape[:2]).any(1).all():
+                raise ValueError(
+                    "A row of the prompt is all padding: there is no token to go on from. Leave it out of the batch, "
+                    "or let it start with a BOS token."
+                )
+            inputs["tokens_last"] = True
+        return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         # The cache counts positions and has read the padding's mask: no need for a mask and ids that grow.

@@ -36,7 +36,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import CACHE_NAME, InfiniCache, StreamCounters, one_cache, require_infini_cache
+from .cache import CACHE_NAME, InfiniCache, StreamCounters, one_cache
 from .cache_layer import (
     CheckpointedLayer,
     InfiniCacheLayer,
@@ -49,11 +49,19 @@ from .cache_layer import (
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
 from .generation_infini import InfiniGenerationMixin
-from .masks import local_attention_mask, plan_call, split_call, streams_of_call, taken_packing, targets
+from .masks import (
+    columns_tokens_last,
+    local_attention_mask,
+    plan_call,
+    split_call,
+    streams_of_call,
+    taken_packing,
+    targets,
+)
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
-from .streams import DecodeLayout, SegmentLayout
+from .streams import DecodeLayout, SegmentLayout, take
 
 
 # The fields of a configuration that a cache must share with the model that uses it.
@@ -526,7 +534,6 @@ class InfiniModel(InfiniPreTrainedModel):
     def _check_cache(self, cache: InfiniCache | None) -> None:
         if cache is None:
             return
-        require_infini_cache(cache)
         if cache.config is not self.config:
             for name in STATE_FIELDS:
                 if (found := getattr(cache.config, name)) != (expected := getattr(self.config, name)):
@@ -536,7 +543,7 @@ class InfiniModel(InfiniPreTrainedModel):
                     )
         if self.gradient_checkpointing and self.training:
             checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
-            if checkpoint_arguments.get("use_reentrant"):
+            if checkpoint_arguments.get("use_reentrant") and torch.is_grad_enabled():
                 raise ValueError(
                     "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
                     'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
@@ -605,6 +612,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         context_parallel: ContextParallel | None = None,
         cache: InfiniCache | None = None,
+        tokens_last: bool = False,
+        chunk_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -620,6 +629,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             The ranks that the sequence is split over; the inputs are this rank's columns.
         cache ([`InfiniCache`], *optional*):
             `past_key_values`, by the name that transformers has for it from 5.24 on.
+        tokens_last (`bool`, *optional*, defaults to `False`):
+            Whether the logits come with each row's padding first and its tokens last, wherever padding stands in the
+            inputs: the last column is then that of the last token that the row has read. An int `logits_to_keep`
+            counts these columns. Nothing else changes its order. `generate()` asks for it.
+        chunk_length (`int`, *optional*):
+            The number of columns that are read at a time where only the last logits and a cache are asked for, and no
+            gradient; about 2,048 if left out.
 
         Example:
 
@@ -643,10 +659,22 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         has_targets = labels is not None or kwargs.get("shift_labels") is not None
         if context_parallel is not None:
             context_parallel.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
+        if has_targets and tokens_last:
+            raise ValueError("tokens_last=True changes the order of the logits, and not that of the labels.")
+        kept: int | torch.Tensor = logits_to_keep
+        if tokens_last and attention_mask is not None and isinstance(logits_to_keep, int):
+            states = input_ids if inputs_embeds is None else inputs_embeds
+            kept = columns_tokens_last(attention_mask, *states.shape[:2])[:, -logits_to_keep:]
         reads_all = has_targets or context_parallel is not None
-        last_columns = logits_to_keep if isinstance(logits_to_keep, int) and not reads_all else 0
-        if last_columns > 0 and self._can_read_in_chunks(inputs, past_key_values, use_cache, kwargs):
-            outputs = self._read_in_chunks(inputs, past_key_values, last_columns, kwargs)
+        chunk_length = self._chunk_length if chunk_length is None else chunk_length
+        if chunk_length < 1:
+            raise ValueError(
+                f"chunk_length, prefill_chunk_size in generate(), must be at least 1, got {chunk_length}."
+            )
+        keeps_last = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not reads_all
+        if keeps_last and self._can_read_in_chunks(inputs, past_key_values, use_cache, chunk_length, kwargs):
+            outputs = self._read_in_chunks(inputs, past_key_values, kept, chunk_length, kwargs)
+            hidden_states = outputs.last_hidden_state
         else:
             outputs = self.model(
                 **inputs,
@@ -655,8 +683,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
                 context_parallel=context_parallel,
                 **kwargs,
             )
-
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, kept)
         logits = self.lm_head(hidden_states)
         loss = None
         if has_targets:
@@ -676,35 +703,45 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         return self.config.segment_length * max(1, PREFILL_TOKENS // self.config.segment_length)
 
     def _can_read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, kwargs: dict
+        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int, kwargs: dict
     ) -> bool:
         """Whether a call is long, and nothing but a cache is asked for of its first columns."""
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        if states is None or states.shape[1] <= self._chunk_length or torch.is_grad_enabled():
+        if states is None or states.shape[1] <= chunk_length or torch.is_grad_enabled():
             return False
         records = ("output_hidden_states", "output_attentions")
         wants_all = any(kwargs.get(name, getattr(self.config, name)) for name in records)
         return not wants_all and (cache is not None or (self.config.use_cache if use_cache is None else use_cache))
 
     def _read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, last_columns: int, kwargs: dict
+        self, inputs: dict, cache: InfiniCache | None, kept: int | torch.Tensor, chunk_length: int, kwargs: dict
     ) -> BaseModelOutputWithPast:
-        """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
+        """
+        The hidden states of the columns that are `kept`, the last so many or those numbered in `(B, K)`, of a long
+        call that is read chunk after chunk in bounded memory.
+        """
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        last_columns = min(last_columns, states.shape[1])
-        written = self._split_length(states.shape[1] - last_columns)
-        lengths = [*written, *self._split_length(last_columns)]
-        last: list[torch.Tensor] = []
-        for index, chunk in enumerate(split_call(inputs, lengths, None if cache is None else cache.tokens_read)):
+        length = states.shape[1]
+        if isinstance(kept, int):
+            kept = torch.arange(max(0, length - kept), length, device=states.device).unsqueeze(0)
+        written = _split_length(int(kept.min()), chunk_length)
+        lengths = [*written, *_split_length(length - sum(written), chunk_length)]
+        # Training with gradient checkpointing would turn use_cache off.
+        cache = self.new_cache() if cache is None else cache
+        hidden_states = None
+        for index, chunk in enumerate(split_call(inputs, lengths, cache.tokens_read)):
             writes_only = index < len(written)
-            outputs = self.model(**chunk, past_key_values=cache, use_cache=True, writes_only=writes_only, **kwargs)
-            cache = getattr(outputs, CACHE_NAME)
+            outputs = self.model(**chunk, past_key_values=cache, writes_only=writes_only, **kwargs)
             if not writes_only:
-                last.append(outputs.last_hidden_state)
-        return BaseModelOutputWithPast(torch.cat(last, 1), **{CACHE_NAME: cache})  # type: ignore[arg-type]
+                columns = (kept - sum(lengths[:index])).to(outputs.last_hidden_state.device)
+                found = take(outputs.last_hidden_state, columns.clamp(0, lengths[index] - 1))
+                is_here = ((columns >= 0) & (columns < lengths[index])).unsqueeze(-1)
+                hidden_states = torch.where(is_here, found, 0 if hidden_states is None else hidden_states)
+        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
-    def _split_length(self, length: int) -> list[int]:
-        return [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
+
+def _split_length(length: int, chunk_length: int) -> list[int]:
+    return [min(chunk_length, length - start) for start in range(0, length, chunk_length)]
 
 
 class BaseModelByAutoModel:

@@ -80,7 +80,6 @@ def test_what_generate_cannot_compile_is_not():
     recording.activate_past_recording()
     model.generation_config.num_assistant_tokens = 3
     for option in (
-        {"prefill_chunk_size": 3},
         {"use_cache": False},
         {"disable_compile": True},
         {"past_key_values": recording},
