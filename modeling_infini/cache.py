@@ -111,6 +111,8 @@ class InfiniCache(Cache):
     """
 
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]
+    # As get_max_length() says it. PEFT asks a cache for it, to put one of its own in its place, which is then refused.
+    max_cache_len = -1
 
     def __init__(self, config: InfiniConfig):
         super().__init__(layers=[InfiniCacheLayer(config) for _ in range(config.num_hidden_layers)])

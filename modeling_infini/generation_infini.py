@@ -4,10 +4,11 @@ import copy
 
 import torch
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
-from .masks import tokens_of_call
+from .masks import columns_tokens_last, tokens_of_call
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -29,10 +30,17 @@ class InfiniGenerationMixin(GenerationMixin):
                 f'cache_implementation="{cache_implementation}" is not for this model: its InfiniCache has a constant '
                 "size already. Leave cache_implementation out."
             )
+        if generation_config.cache_config is not None:
+            raise ValueError("cache_config describes quantized caches, which are not for this model: leave it out.")
         if CACHE_NAME != "cache" and model_kwargs.get("cache") is not None:
             raise ValueError("generate() of this version of transformers takes a cache as past_key_values=.")
         if (cache := model_kwargs.get(CACHE_NAME)) is not None:
             require_infini_cache(cache)
+            if generation_config.use_cache is False:
+                raise ValueError(
+                    "use_cache=False reads the whole text again for every token, so that the cache given would read "
+                    f"it again and again. Leave out either of use_cache=False and {CACHE_NAME}."
+                )
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = cache = InfiniCache(self.config)
@@ -40,6 +48,52 @@ class InfiniGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()
         if cache is not None:
             cache.eos_token_ids = generation_config._eos_token_tensor
+        # PEFT puts its own method in the place of this one, and its soft prompts keep the last id alone of a call on a
+        # cache that has read something.
+        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        has_soft_prompt = getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if has_soft_prompt and (is_assisted or (cache is not None and cache.get_seq_length() > 0)):
+            raise ValueError(
+                "PEFT's prompt learning reads one token per call once its prompt is read: neither a cache that has "
+                "read something nor assisted decoding goes with it. Give the whole text in one call of generate()."
+            )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False
+
+    def _get_logits_processor(
+        self,
+        generation_config,
+        input_ids_seq_length=None,
+        encoder_input_ids=None,
+        *args,
+        model_kwargs=None,
+        negative_prompt_ids=None,
+        negative_prompt_attention_mask=None,
+        **kwargs,
+    ):
+        # Guidance goes on from the last column of the negative prompt, or of the prompt if there is none.
+        mask = negative_prompt_attention_mask
+        if generation_config.guidance_scale not in (None, 1):
+            if negative_prompt_ids is None and (mask := model_kwargs.get("attention_mask")) is not None:
+                ids = encoder_input_ids.repeat_interleave(mask.shape[0] // encoder_input_ids.shape[0], 0)
+                negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, *ids.shape)[:, -1:])
+            elif mask is not None:
+                columns = columns_tokens_last(mask, *negative_prompt_ids.shape)
+                negative_prompt_ids = negative_prompt_ids.gather(1, columns)
+                negative_prompt_attention_mask = mask.gather(1, columns)
+        return super()._get_logits_processor(
+            generation_config,
+            input_ids_seq_length,
+            encoder_input_ids,
+            *args,
+            model_kwargs=model_kwargs,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            **kwargs,
+        )
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         # transformers compiles the steps of its static caches alone, and none on a CPU. Steps have one shape here as

@@ -355,7 +355,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _keep_in_fp32_modules_strict = ["head_gates", "memory_query_norm", "memory_key_norm"]
+    # What every configuration has; an instance adds what its own has.
+    _keep_in_fp32_modules_strict = ["head_gates"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -363,6 +364,12 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
+
+    def __init__(self, config: InfiniConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.memory_norm_init_scale is not None:
+            norms = ("memory_query_norm", "memory_key_norm")
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *norms]
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -508,7 +515,9 @@ class InfiniModel(InfiniPreTrainedModel):
             kwargs["sliding_window"] = self.config.segment_length
         if past_key_values is not None:
             past_key_values.begin_reading()
-        is_checkpointed = past_key_values is not None and self.gradient_checkpointing and self.training
+        is_checkpointed = (
+            past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        )
         for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             checkpointed = CheckpointedLayer(past_key_values.layers[index]) if is_checkpointed else None
             hidden_states = decoder_layer(
@@ -541,9 +550,9 @@ class InfiniModel(InfiniPreTrainedModel):
                         f"The cache was made for another model: {name}={found!r} there, {expected!r} here. Make it "
                         "with InfiniCache(model.config)."
                     )
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
-            if checkpoint_arguments.get("use_reentrant") and torch.is_grad_enabled():
+            if checkpoint_arguments.get("use_reentrant"):
                 raise ValueError(
                     "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
                     'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
@@ -649,6 +658,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         >>> generated_ids = model.generate(**inputs, max_new_tokens=30)
         ```"""
         past_key_values = one_cache(past_key_values, cache)
+        if use_cache and past_key_values is None and not torch.is_grad_enabled():
+            # Else transformers would leave it out in training with gradient checkpointing, which does nothing here.
+            past_key_values = self.new_cache()
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -726,7 +738,6 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             kept = torch.arange(max(0, length - kept), length, device=states.device).unsqueeze(0)
         written = _split_length(int(kept.min()), chunk_length)
         lengths = [*written, *_split_length(length - sum(written), chunk_length)]
-        # Training with gradient checkpointing would turn use_cache off.
         cache = self.new_cache() if cache is None else cache
         hidden_states = None
         for index, chunk in enumerate(split_call(inputs, lengths, cache.tokens_read)):

@@ -1,14 +1,15 @@
 """Every path of `generate()` gives, token for token, what it gives with `use_cache=False`."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import MODES, VOCABULARY, random_ids, tiny_model
-from transformers import DynamicCache
+from tiny import MODES, VOCABULARY, random_ids, tiny_config, tiny_model
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_infini import InfiniCache
+from modeling_infini import InfiniCache, InfiniForSequenceClassification
 
 
 PAD = VOCABULARY  # a token of its own and never generated, so that no text is taken for padding
@@ -266,17 +267,90 @@ def test_a_call_that_only_writes_needs_a_cache():
         model.model(random_ids(1, 7), writes_only=True, output_hidden_states=True)
 
 
-@pytest.mark.parametrize("name", ["static", "offloaded", "quantized", "offloaded_static"])
+NOT_FOR_THIS_MODEL = ["static", "offloaded", "quantized", "offloaded_static", "sliding_window", "hybrid_chunked"]
+
+
+@pytest.mark.parametrize("name", NOT_FOR_THIS_MODEL)
 def test_other_cache_implementations_are_refused(name):
-    with pytest.raises(ValueError, match=rf'cache_implementation="{name}" is not for this model'):
-        generate(generator({}), random_ids(1, 5), cache_implementation=name)
+    model, ids = generator({}), random_ids(1, 5)
+    options = {"cache_implementation": name}
+    cache = model.new_cache()
+    for more in ({}, {"cache_config": {"nbits": 4}}, {"prompt_lookup_num_tokens": 2}, {"past_key_values": cache}):
+        with pytest.raises(ValueError, match=rf'cache_implementation="{name}" is not for this model'):
+            generate(model, ids, **options, **more)
+    with pytest.raises(ValueError, match="cache_config describes quantized caches"):
+        generate(model, ids, cache_config={"nbits": 4})
 
 
-def test_foreign_caches_and_continuous_batching_are_refused():
+LEGACY_CACHE = tuple((torch.zeros(1, 2, 3, 6), torch.zeros(1, 2, 3, 6)) for _ in range(2))
+FOREIGN_CACHES = {
+    "tuple": LEGACY_CACHE,
+    "DynamicCache": DynamicCache(),
+    "StaticCache": StaticCache(tiny_config(), max_cache_len=9),
+    "EncoderDecoderCache": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_CACHES)
+def test_foreign_caches_are_refused_in_the_same_words(name, monkeypatch):
+    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    model, cache = generator({}), FOREIGN_CACHES[name]
+    classifier = InfiniForSequenceClassification(tiny_config())
+    calls = [
+        lambda ids: generate(model, ids, past_key_values=cache),
+        lambda ids: generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=2),
+        lambda ids: generate(model, ids, past_key_values=cache, use_cache=False),
+        lambda ids: model(ids, past_key_values=cache),
+        lambda ids: model(ids, past_key_values=cache, logits_to_keep=1),
+        lambda ids: model.model(ids, past_key_values=cache),
+        lambda ids: classifier(ids, past_key_values=cache),
+    ]
+    for call in calls:
+        with (
+            torch.no_grad(),
+            pytest.raises(TypeError, match=f"past_key_values must be an InfiniCache, got {name}: no"),
+        ):
+            call(random_ids(1, 23))
+
+
+def test_continuous_batching_is_refused():
     model = generator({})
-    with pytest.raises(TypeError, match="must be an InfiniCache, got DynamicCache"):
-        generate(model, random_ids(1, 5), past_key_values=DynamicCache())
     with pytest.raises(NotImplementedError, match="Continuous batching pages the keys"):
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(NotImplementedError, match="Continuous batching pages the keys"):
         generate(model, random_ids(1, 5), cache_implementation="paged")
+
+
+def test_a_cache_without_a_use_is_refused():
+    model, ids = generator({}), random_ids(1, 9)
+    with pytest.raises(ValueError, match="use_cache=False reads the whole text again for every token"):
+        generate(model, ids, use_cache=False, past_key_values=model.new_cache())
+
+
+@all_modes
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_in_training_generate_needs_no_gradients(fields, use_reentrant, monkeypatch):
+    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    model, ids = generator(fields), random_ids(2, 33)
+    expected = generate(model, ids)
+    model.train().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    for options in ({}, {"past_key_values": model.new_cache()}, {"prefill_chunk_size": 4}, {"use_cache": False}):
+        assert torch.equal(generate(model, ids, **options), expected)
+    assert torch.equal(generate(model, ids[:1], prompt_lookup_num_tokens=2), expected[:1])
+    with torch.no_grad():
+        for length in (7, 33):
+            outputs = model(ids[:, :length], use_cache=True, logits_to_keep=1)
+            assert outputs.past_key_values.tokens_read.tolist() == [length, length]
+    with pytest.raises(ValueError, match="use_reentrant") if use_reentrant else nullcontext():
+        model(ids, past_key_values=model.new_cache())
+
+
+def test_in_training_generate_drops_out():
+    model = tiny_model(attention_dropout=0.5).train()
+
+    def sampled(seed):
+        torch.manual_seed(seed)
+        return generate(model, random_ids(2, 13))
+
+    assert torch.equal(sampled(0), sampled(0))
+    assert not torch.equal(sampled(0), sampled(1))

@@ -192,3 +192,21 @@ def test_a_large_chunk_is_read_at_once(fields, monkeypatch):
     for size in (0, -1):
         with pytest.raises(ValueError, match="must be at least 1"):
             generate(model, ids, prefill_chunk_size=size)
+
+
+@all_modes
+def test_guidance_goes_on_from_the_last_token(fields):
+    model = generator(fields)
+    (right, right_mask), (left, left_mask) = padded(RIGHT, BOTH), padded(RIGHT, BOTH)
+    for row in range(2):
+        tokens = right[row][right_mask[row] > 0]
+        left[row], left_mask[row] = PAD, 0
+        left[row, -len(tokens) :], left_mask[row, -len(tokens) :] = tokens, 1
+    for negative in (False, True):
+        found = []
+        for ids, mask in ((right, right_mask), (left, left_mask)):
+            options = {"guidance_scale": 1.5, "attention_mask": mask}
+            if negative:
+                options |= {"negative_prompt_ids": ids.flip(0), "negative_prompt_attention_mask": mask.flip(0)}
+            found.append(generate(model, ids, **options)[:, 13:])
+        assert torch.equal(*found)

@@ -1,8 +1,19 @@
-"""PEFT's LoRA on the projections, with the gates trained beside it."""
+"""PEFT: LoRA on the projections with the gates trained beside it, and other methods in generate()."""
+
+import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    CartridgeConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from tiny import MODES, random_ids, tiny_model
 from training import ONE_STEP, assert_weights, stock_trainer, text_rows, weights_after_a_step_by_hand
@@ -110,3 +121,50 @@ def test_gates_are_trained_in_float32_in_a_bfloat16_model(tmp_path):
     merged = model.merge_and_unload()
     assert merged.lm_head.weight.dtype == torch.bfloat16
     assert merged.model.layers[0].self_attn.head_gates.weight.dtype == torch.float32
+
+
+SOFT_PROMPTS = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+}
+
+
+@pytest.mark.parametrize("config", SOFT_PROMPTS.values(), ids=SOFT_PROMPTS)
+def test_soft_prompts_are_read_before_the_text(fields, config):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(**fields), copy.deepcopy(config)).eval()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(input_ids=IDS, use_cache=False, **options)
+    assert torch.equal(model.generate(input_ids=IDS, **options), expected)
+    padded, mask = torch.cat([IDS, IDS[:, :4]], 1), torch.ones(2, 21, dtype=torch.long)
+    mask[:, 17:] = 0
+    assert torch.equal(model.generate(input_ids=padded, attention_mask=mask, **options)[:, 21:], expected[:, 17:])
+    cache = model.new_cache()
+    with torch.no_grad():
+        model.get_base_model()(IDS[:1], past_key_values=cache)
+    for asked in ({"past_key_values": cache}, {"prompt_lookup_num_tokens": 1}):
+        with pytest.raises(ValueError, match="PEFT's prompt learning reads one token per call"):
+            model.generate(input_ids=IDS[:1], **asked, **options)
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, CartridgeConfig])
+def test_prefixes_in_a_cache_of_their_own_are_refused(kind):
+    model = get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for call in (model.generate, model):
+        with pytest.raises(
+            TypeError, match="must be an InfiniCache, got DynamicCache: no other cache holds the memory"
+        ):
+            call(input_ids=IDS)
+
+
+def test_scales_of_ia3_generate_as_without_a_cache(fields):
+    config = IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    )
+    model = get_peft_model(tiny_model(**fields), config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1.5 if "ia3" in name else 1)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(input_ids=IDS, use_cache=False, **options)
+    assert torch.equal(model.generate(input_ids=IDS, **options), expected)
