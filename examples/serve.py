@@ -14,7 +14,9 @@ request: a book is sent once, and asked about many times. Each session is one ca
     client.post("/sessions", body={"id": "moby-2", "memory": "moby"}, cast_to=object)  # goes on from the saved memory
 
 In a session, `messages` are the new ones alone; without one, they are the whole conversation. `max_tokens=0` reads and
-writes nothing. A request that fails, or whose client goes away before it is answered, leaves its session as it was.
+writes nothing. Fields of OpenAI's API that are not served may hold values that ask for nothing (`n=1`, `stop=null`);
+others are refused by name. A request that fails, or whose client goes away before it is answered, leaves its session
+as it was.
 There is no authentication: listen to this machine alone.
 """
 
@@ -29,7 +31,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import uvicorn
@@ -39,7 +41,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2.exceptions import TemplateError
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from transformers import AsyncTextIteratorStreamer, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
 
@@ -57,21 +69,91 @@ TOKENS_PER_CALL = 4096
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
+# Fields of the API that are not served, and their values that ask for nothing. So does null, of any field.
+UNSERVED: dict[str, list] = {
+    "audio": [],
+    "frequency_penalty": [0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "modalities": [["text"]],
+    "moderation": [],
+    "n": [1],
+    "parallel_tool_calls": [True, False],
+    "prediction": [],
+    "presence_penalty": [0],
+    "prompt_cache_options": [{}, {"mode": "implicit"}],
+    "prompt_cache_retention": ["in_memory"],
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "stop": [[]],
+    "store": [False],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+    "verbosity": ["medium"],
+    "web_search_options": [],
+}
+UNSERVED_OF_MESSAGES: dict[str, list] = {
+    "annotations": [[]],
+    "audio": [],
+    "function_call": [],
+    "name": [],
+    "refusal": [],
+    "tool_calls": [[]],
+}
+
+
 class Body(BaseModel):
     # A field that is not served is refused, and not ignored.
     model_config = ConfigDict(extra="forbid")
+    unserved: ClassVar[dict[str, list]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body):
+        if not isinstance(body, dict):
+            return body
+        body = {name: value for name, value in body.items() if value is not None}
+        for name, neutral in cls.unserved.items():
+            # By type as well, since True is 1 in Python.
+            asks = name in body and not any(
+                body[name] == same and isinstance(body[name], bool) == isinstance(same, bool) for same in neutral
+            )
+            if asks:
+                raise PydanticCustomError("unserved", "{name} is not served: leave it out", {"name": name})
+        return {name: value for name, value in body.items() if name not in cls.unserved}
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    unserved = UNSERVED_OF_MESSAGES
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+    ]
+
+    def turn(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class StreamOptions(Body):
     include_usage: bool = False
+    # True would ask for padding around each piece.
+    include_obfuscation: Literal[False] = False
 
 
 class ChatRequest(Body):
+    unserved = UNSERVED
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     session: Name | None = None
@@ -82,7 +164,18 @@ class ChatRequest(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    # Labels of the request: no answer depends on them.
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _have_one_limit(cls, value, info):
+        if value is not None and info.data.get("max_tokens") not in (None, value):
+            raise ValueError("differs from max_tokens, its older name: leave one of them out")
+        return value
 
 
 class NewSession(Body):
@@ -212,7 +305,7 @@ class Engine:
 
     def prompt(self, messages: list[Message], goes_on: bool) -> torch.Tensor:
         """The ids of `messages`, `(1, length)`; where they go on, of all that follows the last answer."""
-        turns = [message.model_dump() for message in messages]
+        turns = [message.turn() for message in messages]
         if goes_on:
             turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": LAST_ANSWER}, *turns]
         template = self.tokenizer.chat_template or PLAIN_TEMPLATE
@@ -328,7 +421,8 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def _refuse_body(_: Request, error: RequestValidationError):
         first = error.errors()[0]
-        param = ".".join(map(str, first["loc"][1:])) or None
+        where = [*first["loc"][1:], *([first["ctx"]["name"]] if first["type"] == "unserved" else [])]
+        param = ".".join(map(str, where)) or None
         return error_response(ApiError(400, f"{param or 'body'}: {first['msg']}", param))
 
     @app.exception_handler(HTTPException)

@@ -63,9 +63,10 @@ def new_text(model, tokenizer, text: str) -> str:
     return tokenizer.decode(new_ids(model, ids), skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_pipeline_gives_what_each_text_gives_alone(folder, model, tokenizer, batch_size):
+@pytest.mark.parametrize(("batch_size", "side"), [(1, "left"), (3, "left"), (3, "right")])
+def test_a_pipeline_gives_what_each_text_gives_alone(folder, model, tokenizer, batch_size, side):
     generator = pipeline("text-generation", model=str(folder), trust_remote_code=True, batch_size=batch_size)
+    generator.tokenizer.padding_side = side
     found = generator(TEXTS, return_full_text=False, **GREEDY)
     expected = [new_text(model, tokenizer, text) for text in TEXTS]
     assert len(set(expected)) == 3

@@ -1,5 +1,6 @@
 """examples/serve.py, asked by OpenAI's own client: it answers as generate() does, and its sessions remember."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -7,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -18,6 +20,11 @@ from words import random_text, save_word_tokenizer
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
+
+from openai.types.chat.completion_create_params import (  # noqa: E402
+    CompletionCreateParamsNonStreaming,
+    CompletionCreateParamsStreaming,
+)
 
 from examples import serve  # noqa: E402
 from examples.serve import Engine, build_app  # noqa: E402
@@ -367,6 +374,115 @@ def test_refusals_are_errors_of_the_api(client, engine, monkeypatch):
     monkeypatch.setattr(engine, "describe", fail)
     error = refused(openai.InternalServerError, None, lambda: tokens_read(client, "a"))
     assert "out of memory" in error["message"]
+
+
+# Fields of OpenAI's requests: values that ask for nothing, and values that ask for something.
+NEUTRAL_AND_NOT = {
+    "audio": ([], [{"voice": "alloy", "format": "wav"}]),
+    "frequency_penalty": ([0, 0.0], [0.5, True]),
+    "function_call": (["none", "auto"], [{"name": "f"}]),
+    "functions": ([[]], [[{"name": "f"}]]),
+    "logit_bias": ([{}], [{"3": 5}]),
+    "logprobs": ([False], [True, 0]),
+    "modalities": ([["text"]], [["text", "audio"]]),
+    "moderation": ([], [{"model": "omni-moderation-latest"}]),
+    "n": ([1], [2, True]),
+    "parallel_tool_calls": ([True, False], ["yes"]),
+    "prediction": ([], [{"type": "content", "content": "w1"}]),
+    "presence_penalty": ([0, 0.0], [-1]),
+    "prompt_cache_options": ([{"mode": "implicit"}], [{"mode": "explicit"}]),
+    "prompt_cache_retention": (["in_memory"], ["24h"]),
+    "reasoning_effort": (["none"], ["high"]),
+    "response_format": ([{"type": "text"}], [{"type": "json_object"}]),
+    "service_tier": (["auto", "default"], ["flex"]),
+    "stop": ([[]], ["w3", ["w3"]]),
+    "store": ([False], [True]),
+    "stream_options": ([{}, {"include_usage": False, "include_obfuscation": False}], [{"include_obfuscation": True}]),
+    "tool_choice": (["none", "auto"], ["required"]),
+    "tools": ([[]], [[{"type": "function", "function": {"name": "f"}}]]),
+    "top_logprobs": ([0], [3]),
+    "verbosity": (["medium"], ["low"]),
+    "web_search_options": ([], [{}]),
+}
+# Any value of a label leaves the answer as it is.
+LABELS = {"metadata": {"run": "7"}, "prompt_cache_key": "x", "safety_identifier": "x", "user": "x"}
+SERVED = {"model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"}
+
+
+def test_fields_that_ask_for_nothing_pass_and_others_are_refused_by_name(client):
+    known = get_type_hints(CompletionCreateParamsNonStreaming) | get_type_hints(CompletionCreateParamsStreaming)
+    assert known.keys() <= NEUTRAL_AND_NOT.keys() | LABELS.keys() | SERVED
+    text = random_text(9)
+    expected = text_of(ask(client, text))
+    for name, (neutral, others) in NEUTRAL_AND_NOT.items():
+        for value in (None, *neutral):
+            assert text_of(ask(client, text, extra_body={name: value})) == expected, (name, value)
+        for value in others:
+            with pytest.raises(openai.BadRequestError) as caught:
+                ask(client, text, extra_body={name: value})
+            assert caught.value.param.startswith(name), (name, value)
+    for name, value in LABELS.items():
+        for given in (None, value):
+            assert text_of(ask(client, text, **{name: given})) == expected, name
+    for name in SERVED - {"model", "messages", "temperature"}:
+        limit = {} if name != "max_tokens" else {"max_completion_tokens": 12}
+        assert text_of(ask(client, text, **{name: None, **limit})) == expected, name
+    assert text_of(ask(client, text, extra_body={"top_k": None})) == expected
+    with pytest.raises(openai.BadRequestError, match="top_k"):
+        ask(client, text, extra_body={"top_k": 5})
+    # All at once, as frameworks send them.
+    everything = {name: neutral[0] if neutral else None for name, (neutral, _) in NEUTRAL_AND_NOT.items()}
+    assert text_of(ask(client, text, extra_body={**everything, **LABELS})) == expected
+
+
+def test_two_limits_must_agree(client):
+    text = random_text(9)
+    assert text_of(ask(client, text, max_completion_tokens=12)) == text_of(ask(client, text))
+    with pytest.raises(openai.BadRequestError, match="differs from max_tokens"):
+        ask(client, text, max_completion_tokens=3)
+
+
+def test_messages_come_as_clients_send_them(folder):
+    engine = make_engine(folder, CHAT_TEMPLATE)
+    roles = ("system", "user", "assistant", "user")
+    plain = [{"role": role, "content": random_text(4, seed=seed)} for seed, role in enumerate(roles)]
+    parts = [
+        {**message, "content": [{"type": "text", "text": text} for text in re.split("(?= )", message["content"])]}
+        for message in plain
+    ]
+    unset = dict.fromkeys(("name", "refusal", "annotations", "audio", "function_call", "tool_calls"))
+    with running(engine) as client:
+        expected = ask(client, plain)
+        for messages in (
+            parts,
+            [{**message, **unset} for message in plain],
+            [{**message, "tool_calls": [], "annotations": []} for message in plain],
+            [{**plain[0], "role": "developer"}, *plain[1:]],
+        ):
+            found = ask(client, messages)
+            assert text_of(found) == text_of(expected)
+            assert found.usage.prompt_tokens == expected.usage.prompt_tokens
+        # What a client has got, it sends back.
+        answer = expected.choices[0].message
+        assert text_of(ask(client, [*plain, answer.model_dump(), *plain[1:2]])) == text_of(
+            ask(client, [*plain, {"role": "assistant", "content": answer.content}, *plain[1:2]])
+        )
+        for refused in (
+            [{**plain[1], "name": "Ada"}],
+            [{**plain[1], "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
+            [{**plain[1], "content": [{"type": "text", "text": "w1", "cache_control": {}}]}],
+            [
+                {
+                    **plain[2],
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}],
+                }
+            ],
+            [{"role": "tool", "content": "w1", "tool_call_id": "1"}],
+            [{**plain[1], "content": None}],
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                ask(client, refused)
+            assert caught.value.param.startswith("messages"), refused
 
 
 def test_transformers_serve_must_be_given_the_class(folder, monkeypatch):
