@@ -8,7 +8,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
-from .masks import columns_tokens_last, tokens_of_call
+from .masks import columns_tokens_last, last_tokens
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -79,9 +79,9 @@ class InfiniGenerationMixin(GenerationMixin):
         if generation_config.guidance_scale not in (None, 1):
             if negative_prompt_ids is None and (mask := model_kwargs.get("attention_mask")) is not None:
                 ids = encoder_input_ids.repeat_interleave(mask.shape[0] // encoder_input_ids.shape[0], 0)
-                negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, *ids.shape)[:, -1:])
+                negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, ids.shape[1])[:, -1:])
             elif mask is not None:
-                columns = columns_tokens_last(mask, *negative_prompt_ids.shape)
+                columns = columns_tokens_last(mask, negative_prompt_ids.shape[1])
                 negative_prompt_ids = negative_prompt_ids.gather(1, columns)
                 negative_prompt_attention_mask = mask.gather(1, columns)
         return super()._get_logits_processor(
@@ -163,7 +163,7 @@ class InfiniGenerationMixin(GenerationMixin):
         )
         if has_mask:
             states = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            if not tokens_of_call(inputs["attention_mask"], *states.shape[:2]).any(1).all():
+            if not last_tokens(attention_mask, states.shape[1]).any(1).all():
                 raise ValueError(
                     "A row of the prompt is all padding: there is no token to go on from. Leave it out of the batch, "
                     "or let it start with a BOS token."

@@ -229,9 +229,14 @@ def has_columns(states, batch_size: int, length: int) -> bool:
     return isinstance(states, torch.Tensor) and states.shape[:2] == (batch_size, length)
 
 
-def columns_tokens_last(attention_mask: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:
+def last_tokens(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of the last `length` columns of a mask hold tokens, `(B, T)` bool."""
+    return attention_mask[:, -length:] != 0
+
+
+def columns_tokens_last(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     """The call's columns `(B, T)`, each row's padding first and then its tokens, both in their order."""
-    return tokens_of_call(attention_mask, batch_size, length).byte().argsort(dim=1, stable=True)
+    return last_tokens(attention_mask, length).byte().argsort(dim=1, stable=True)
 
 
 def local_attention_mask(config: InfiniConfig, layout: SegmentLayout | DecodeLayout, states: torch.Tensor):

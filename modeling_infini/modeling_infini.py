@@ -5,6 +5,7 @@ Infini-attention for transformers: a Llama whose attention is local, plus a comp
                                               └> memory read     ┴> gate -> output
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
 from .generation_infini import InfiniGenerationMixin
 from .masks import (
     columns_tokens_last,
+    last_tokens,
     local_attention_mask,
     plan_call,
     split_call,
@@ -676,7 +678,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         kept: int | torch.Tensor = logits_to_keep
         if tokens_last and attention_mask is not None and isinstance(logits_to_keep, int):
             states = input_ids if inputs_embeds is None else inputs_embeds
-            kept = columns_tokens_last(attention_mask, *states.shape[:2])[:, -logits_to_keep:]
+            kept = columns_tokens_last(attention_mask, states.shape[1])[:, -logits_to_keep:]
         reads_all = has_targets or context_parallel is not None
         chunk_length = self._chunk_length if chunk_length is None else chunk_length
         if chunk_length < 1:
@@ -775,9 +777,22 @@ class BaseModelByAutoModel:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
-class InfiniForSequenceClassification(
-    BaseModelByAutoModel, GenericForSequenceClassification, InfiniPreTrainedModel
-): ...
+class InfiniForSequenceClassification(BaseModelByAutoModel, GenericForSequenceClassification, InfiniPreTrainedModel):
+    # The signature says which columns of a data set the Trainer keeps.
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):  # type: ignore[override]
+        if attention_mask is not None:
+            pad_token_id = self.config.pad_token_id
+            if input_ids is not None and pad_token_id is not None:
+                # transformers takes the last id that is not pad_token_id for a row's last token.
+                tokens = last_tokens(attention_mask, input_ids.shape[1])
+                input_ids = input_ids.masked_fill(~tokens, pad_token_id)
+            elif not last_tokens(attention_mask, 1).all():
+                raise ValueError(
+                    "The last column is classified, and it is padding in some row: pad inputs_embeds on the left; "
+                    "for input_ids, set config.pad_token_id."
+                )
+        return super().forward(input_ids, attention_mask, *args, **kwargs)
 
 
 class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel): ...

@@ -25,7 +25,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniModel
+from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification, InfiniModel
 
 
 @given(st.data())
@@ -279,3 +279,23 @@ def test_the_loss_of_padded_rows_is_that_of_the_rows_alone(data):
             for row_ids, row_labels, is_token in zip(ids, labels, mask.bool())
         ]
     assert relative_error(found, sum(sums) / (mask.sum() - 3)) < 1e-5
+
+
+@pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
+def test_texts_are_classified_by_their_last_tokens(fields):
+    torch.manual_seed(0)
+    model = InfiniForSequenceClassification(tiny_config(pad_token_id=0, num_labels=3, **fields)).double().eval()
+    ids = random_ids(4, 13, seed=2).clamp(min=1)
+    patterns = ("1" * 13, "1111111100000", "0011001011000", "0000001111111")
+    mask = torch.tensor([[int(column) for column in pattern] for pattern in patterns])
+    with torch.no_grad():
+        expected = torch.cat([model(row[seen > 0][None]).logits for row, seen in zip(ids, mask)])
+        for padding in (0, 7):  # the mask says what padding is, whatever its id
+            found = model(ids.masked_fill(mask == 0, padding), attention_mask=mask, labels=torch.tensor([0, 1, 2, 0]))
+            torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-5)
+        embeds = model.get_input_embeddings()(ids)
+        torch.testing.assert_close(
+            model(inputs_embeds=embeds[3:], attention_mask=mask[3:]).logits, expected[3:], atol=1e-5, rtol=1e-5
+        )
+        with pytest.raises(ValueError, match="The last column is classified, and it is padding"):
+            model(inputs_embeds=embeds, attention_mask=mask)
