@@ -75,15 +75,15 @@ class InfiniGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         # Guidance goes on from the last column of the negative prompt, or of the prompt if there is none.
-        mask = negative_prompt_attention_mask
-        if generation_config.guidance_scale not in (None, 1):
-            if negative_prompt_ids is None and (mask := model_kwargs.get("attention_mask")) is not None:
-                ids = encoder_input_ids.repeat_interleave(mask.shape[0] // encoder_input_ids.shape[0], 0)
-                negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, ids.shape[1])[:, -1:])
-            elif mask is not None:
-                columns = columns_tokens_last(mask, negative_prompt_ids.shape[1])
-                negative_prompt_ids = negative_prompt_ids.gather(1, columns)
-                negative_prompt_attention_mask = mask.gather(1, columns)
+        has_guidance = generation_config.guidance_scale not in (None, 1)
+        mask = (model_kwargs or {}).get("attention_mask")
+        if has_guidance and negative_prompt_ids is not None and negative_prompt_attention_mask is not None:
+            columns = columns_tokens_last(negative_prompt_attention_mask, negative_prompt_ids.shape[1])
+            negative_prompt_ids = negative_prompt_ids.gather(1, columns)
+            negative_prompt_attention_mask = negative_prompt_attention_mask.gather(1, columns)
+        elif has_guidance and negative_prompt_ids is None and mask is not None and encoder_input_ids.dim() == 2:
+            ids = encoder_input_ids.repeat_interleave(mask.shape[0] // encoder_input_ids.shape[0], 0)
+            negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, ids.shape[1])[:, -1:])
         return super()._get_logits_processor(
             generation_config,
             input_ids_seq_length,
