@@ -21,9 +21,12 @@ SUPPORTED_MODEL_TYPES = tuple(FIXED_FIELDS)
 # A window of the source's own: its meaning moves to `local_attention`.
 WINDOW_FIELDS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 
+# Settings of generation for caches that this model has not.
+CACHE_FIELDS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config")
+
 # What is kept in `converted_from` for the way back alone. `use_cache=False` is what training leaves behind; without
-# its cache a converted model would read everything again for each token.
-RETURN_FIELDS = (*WINDOW_FIELDS, "use_cache")
+# its cache a converted model would read everything again for each token. Old configurations say how to generate.
+RETURN_FIELDS = (*WINDOW_FIELDS, "use_cache", *CACHE_FIELDS)
 
 # What belongs to the source's files and not to its architecture.
 FILE_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")

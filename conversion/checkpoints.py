@@ -5,13 +5,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cached_property
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub import HfApi, snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -20,8 +24,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from modeling_infini import InfiniConfig
 
 
-# What a conversion reads of a repository on the Hub, beside its weights.
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "tokenization_*.py", "LICENSE*", "NOTICE*", "*.md"]
+# Weights of all frameworks, and what training leaves. Those that a conversion reads are found by other means.
+WEIGHT_FILES = [
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.pdparams"),
+    *("*.onnx", "*.onnx_data*", "*.gguf", "*.ggml", "*.tflite", "*.mlmodel", "*.nemo", "*.distcp", "*.engine"),
+]
+
+# In bytes. Tokenizers of large vocabularies have 35 MB.
+LARGEST_SIDE_FILE = 100 * 2**20
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
@@ -34,6 +44,8 @@ class Checkpoint:
         folder: where configuration, tokenizer and README stand.
         options: what `from_pretrained` takes with `folder`.
         name, revision: id and commit on the Hub; `None` for a folder or file.
+        sizes: bytes of each file in the folder and its sub-folders, by its name there; also of those on the Hub that
+            were not downloaded. None of a GGUF file's neighbours.
     """
 
     def __init__(self, source: str | os.PathLike, revision: str | None = None, allow_bin: bool = False):
@@ -52,6 +64,10 @@ class Checkpoint:
         self._allow_bin = allow_bin
         # A snapshot's folder is named by its commit.
         self.revision = None if self.name is None else self.folder.name
+        self.sizes: dict[str, int] = {}
+        if not self.options:
+            listed = {} if self.name is None else _hub_sizes(self.name, self.revision)
+            self.sizes = {**listed, **_sizes(self.folder)}
 
     @cached_property
     def config(self) -> Any:
@@ -92,6 +108,16 @@ class Checkpoint:
         """A tensor on the meta device for each weight."""
         return self._weights[0]
 
+    @cached_property
+    def weight_files(self) -> set[str]:
+        """Names of the files that hold the weights, and of their index; none of a GGUF file's neighbours."""
+        if self.options:
+            return set()
+        files = _weight_files(self.folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        files = files or _weight_files(self.folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        indices = {SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME}
+        return {file.relative_to(self.folder).as_posix() for file in files} | indices
+
     def read(self, name: str) -> torch.Tensor:
         """A weight; its file stays open only as long as the tensor lives."""
         return self._weights[1](name)
@@ -119,8 +145,12 @@ def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) ->
 
 
 def _download(name: str, revision: str | None, allow_bin: bool) -> Path:
-    """The weights that the indices name and no other: some repositories hold them twice, in several layouts."""
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    """
+    What is no file of weights, and the weights that the indices name: some repositories hold them twice, in several
+    layouts.
+    """
+    large = [escape(file) for file, size in _hub_sizes(name, revision).items() if size > LARGEST_SIDE_FILE]
+    folder = Path(snapshot_download(name, revision=revision, ignore_patterns=[*WEIGHT_FILES, *large]))
     layouts = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
     for single, index in layouts if allow_bin else layouts[:1]:
         files = _indexed(folder / index) if (folder / index).is_file() else [single]
@@ -129,6 +159,43 @@ def _download(name: str, revision: str | None, allow_bin: bool) -> Path:
         if (folder / files[0]).is_file():
             break
     return folder
+
+
+def _hub_sizes(name: str, revision: str | None) -> dict[str, int]:
+    """Bytes of each file of a model on the Hub; none where it cannot be asked: its files may be in the cache."""
+    try:
+        entries = list(HfApi().list_repo_tree(name, recursive=True, revision=revision))
+    except (OSError, HTTPError):
+        return {}
+    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file in a folder and its sub-folders, links followed. Hidden folders are listed, not entered."""
+    sizes: dict[str, int] = {}
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        here = Path(path)
+        if here.resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        names = [*files, *(f"{name}/*" for name in folders if is_hidden(name))]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in names:
+            file = here / name
+            sizes[file.relative_to(folder).as_posix()] = file.stat().st_size if file.is_file() else 0
+    return sizes
+
+
+def is_hidden(folder: str) -> bool:
+    """Whether a folder of this name belongs to a tool, such as git, and not to the checkpoint."""
+    return folder.startswith(".") or folder == "__pycache__"
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights by its name, or says where they are."""
+    return name.endswith(".index.json") or any(fnmatch(PurePosixPath(name).name, kind) for kind in WEIGHT_FILES)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -143,6 +210,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds no JSON object.")
     return fields
+
+
+def write_json(file: Path, fields: dict[str, Any]) -> None:
+    """As transformers writes its configurations."""
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _indexed(index: Path) -> list[str]:

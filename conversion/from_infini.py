@@ -11,8 +11,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modeling_infini import InfiniConfig
 
 from .architectures import base_config
-from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
-from .small_files import copy_licence, copy_tokenizer, generation_fields, write_json
+from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_json, write_weights
+from .small_files import (
+    copy_files,
+    load_tokenizer,
+    restored_generation_fields,
+    restored_settings,
+    write_tokenizer,
+)
 from .to_infini import has_own_head
 
 
@@ -39,7 +45,8 @@ def convert_from_infini(
 ) -> Path:
     """
     Converts an Infini-attention checkpoint to its base architecture: full attention, no memory. After
-    `convert_to_infini` the weights are those of the source, byte for byte.
+    `convert_to_infini` the weights are those of the source, byte for byte; so are the files that it copied. The
+    settings of the tokenizer and of generation are the source's again.
 
     Args:
         source: a folder with a checkpoint, or the id of a model on the Hub.
@@ -57,8 +64,8 @@ def convert_from_infini(
 
     Raises:
         FileExistsError: if `output` holds something.
-        ValueError: if the source is no Infini-attention model, no base architecture has its parameters, or trained
-            gates would be lost.
+        ValueError: if the source is no Infini-attention model, no base architecture has its parameters, trained gates
+            would be lost, or the base's tokenizer would give other ids.
     """
     weight_dtype = saved_dtype(dtype)
     require_free(output)
@@ -87,12 +94,13 @@ def convert_from_infini(
     weights: Weights = {name: partial(checkpoint.read, name) for name in expected}
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = weight_dtype or infini.dtype
+    tokenizer = load_tokenizer(checkpoint)
 
     with new_folder(output) as folder:
-        origin = infini.converted_from or {}
-        copy_tokenizer(checkpoint, folder, origin.get("model_max_length", config.max_position_embeddings))
-        write_json(folder / "generation_config.json", generation_fields(checkpoint))
-        copy_licence(checkpoint, folder)
+        copy_files(checkpoint, folder, back=True)
+        settings = restored_settings(checkpoint, limit=config.max_position_embeddings)
+        write_tokenizer(folder, settings, tokenizer, config)
+        write_json(folder / "generation_config.json", restored_generation_fields(checkpoint))
         write_weights(folder, shapes, weights, max_shard_size)
         config.save_pretrained(folder)
     return Path(output).absolute()

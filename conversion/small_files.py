@@ -1,92 +1,309 @@
-"""What stands beside the weights of a checkpoint: tokenizer, generation configuration, licence."""
+"""What stands beside the weights: each file and field is kept, translated or refused, or left out by a warning."""
 
-import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
-from .checkpoints import Checkpoint, read_json
+from modeling_infini import InfiniConfig, configuration_infini
+
+from .architectures import CACHE_FIELDS
+from .checkpoints import LARGEST_SIDE_FILE, Checkpoint, is_hidden, is_weight_file, read_json, write_json
 
 
 logger = logging.get_logger(__name__)
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenization_*.py",
-    "tokenizer.*",
-    TOKENIZER_CONFIG,
-    "vocab.*",
-    "*.tiktoken",
-)
+CARD = "README.md"
+# Where the source's own card waits for the way back.
+SOURCE_CARD = "README.source.md"
+
+# Written anew by each conversion.
+TRANSLATED_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, CARD, SOURCE_CARD)
+
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
 
+# A source without any of these has no tokenizer, whatever class may be made of nothing.
+VOCABULARY_FILES = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken", "tokenization_*.py")
 
-def tokenizer_limit(checkpoint: Checkpoint) -> int | None:
-    """The most tokens that the source's tokenizer takes without a warning; `None` if it does not say."""
-    file = checkpoint.folder / TOKENIZER_CONFIG
-    return read_json(file).get("model_max_length") if file.is_file() else None
+# Code that takes the place of `generate()` where remote code is trusted, written for the source's cache.
+CUSTOM_GENERATE = "custom_generate"
+
+# The most tokens that a tokenizer takes without a warning, by its present name and its old one.
+LIMIT_FIELDS = ("model_max_length", "max_len")
+
+# How many tokens are proposed to the model, which takes back what it does not accept.
+PROPOSAL_FIELDS = ("prompt_lookup_num_tokens", "num_assistant_tokens")
+NUM_ASSISTANT_TOKENS = GenerationConfig._get_default_generation_params()["num_assistant_tokens"]
+
+# Where tokenizers part: spaces at either end, lines, digits, accents, bytes, and their own signs for spaces.
+HARD_TEXTS = (
+    "",
+    " ",
+    " a",
+    "  a  b ",
+    "a\n\n b\t",
+    "Don't 1234567",
+    "e\u0301 \u00e9 \uff46",
+    "家\u200d😀",
+    "▁a Ġa",
+    "<s> a</s>",
+)
 
 
-def copy_tokenizer(checkpoint: Checkpoint, folder: Path, model_max_length: int | None) -> None:
+def copy_files(checkpoint: Checkpoint, folder: Path, back: bool = False) -> None:
     """
-    Copies the source's tokenizer as it is, but for its limit; that of a GGUF file is converted.
+    Copies the source's files and sub-folders, but for those that a conversion writes anew. A warning names what is
+    left out. Of a GGUF file's neighbours only licences belong to it.
 
     Args:
-        model_max_length: the limit; `None` for none.
+        back: from Infini-attention: card and code files stay behind, and the card of the first source returns.
+
+    Raises:
+        ValueError: if a file has the name of one of ours.
     """
-    if checkpoint.options:
-        _convert_tokenizer(checkpoint, folder, model_max_length)
-        return
-    if not _copy(checkpoint.folder, folder, TOKENIZER_FILES):
+    code_files = _code_files()
+    with_weights = {name.split("/")[0] for name in checkpoint.sizes if "/" in name and is_weight_file(name)}
+    left_out: dict[str, str] = {}
+    for name in checkpoint.sizes or _licences(checkpoint.folder):
+        if name in checkpoint.weight_files:
+            continue
+        if (reason := _reason_to_leave(checkpoint, name, with_weights)) is not None:
+            left_out |= reason
+        elif name == (SOURCE_CARD if back else CARD):
+            _copy(checkpoint.folder / name, folder / (CARD if back else SOURCE_CARD))
+        elif name in code_files and not back:
+            raise ValueError(f"The source's {name} has the name of a code file of the converted model. Rename it.")
+        elif name not in (*TRANSLATED_FILES, *code_files):
+            _copy(checkpoint.folder / name, folder / name)
+    if left_out:
+        logger.warning("Not copied: %s.", ", ".join(f"{name} ({left_out[name]})" for name in sorted(left_out)))
+
+
+def _code_files() -> set[str]:
+    """Names of the code files beside a published model."""
+    modeling_file = Path(configuration_infini.__file__).with_name(configuration_infini.MODELING_FILE)
+    return {Path(file).name for file in {str(modeling_file), *get_relative_import_files(modeling_file)}}
+
+
+def _licences(folder: Path) -> list[str]:
+    return [file.name for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
+def _reason_to_leave(checkpoint: Checkpoint, name: str, with_weights: set[str]) -> dict[str, str] | None:
+    """
+    Why a file is left out, by its name or that of the folder that is left out with it; `None` if it is not.
+
+    Args:
+        with_weights: folders with weights of their own.
+    """
+    *parents, _ = PurePosixPath(name).parts
+    for depth, parent in enumerate(parents, 1):
+        if is_hidden(parent):
+            return {"/".join(parents[:depth]) + "/": "a hidden folder"}
+    if parents and parents[0] in with_weights:
+        return {parents[0] + "/": "it holds weights of its own"}
+    if parents and parents[0] == CUSTOM_GENERATE:
+        return {parents[0] + "/": "its generate() is written for another cache"}
+    if is_weight_file(name):
+        return {name: "weights or a state of training, which are not read"}
+    if checkpoint.sizes.get(name, 0) > LARGEST_SIDE_FILE:
+        return {name: f"more than {LARGEST_SIDE_FILE >> 20} MiB"}
+    return None if (checkpoint.folder / name).is_file() else {name: "it is not there"}
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """
+    The tokenizer that `AutoTokenizer` gives the source. `None`, with a warning that says why, if it has none, or none
+    that can be loaded without running code of its own.
+    """
+    if not checkpoint.options and not _has_vocabulary(checkpoint.folder):
         logger.warning("The source has no tokenizer; the output has none.")
-        return
-    file = folder / TOKENIZER_CONFIG
-    settings = read_json(file) if file.is_file() else {}
-    settings.pop("model_max_length", None)
-    if model_max_length is not None:
-        settings["model_max_length"] = model_max_length
-    # Else it would be chosen by the type of the model, which no longer tells.
-    if tokenizer_class := TOKENIZER_MAPPING_NAMES.get(checkpoint.config_fields["model_type"]):
-        settings.setdefault("tokenizer_class", tokenizer_class)
-    write_json(file, settings)
-
-
-def _convert_tokenizer(checkpoint: Checkpoint, folder: Path, model_max_length: int | None) -> None:
+        return None
+    if _has_own_code(_settings(checkpoint)):
+        logger.warning("The tokenizer has code of its own, which is copied and not run: ids are not compared.")
+        return None
+    if checkpoint.name is not None:
+        # By their names on the Hub, transformers knows models whose tokenizers need another class than they name.
+        checkpoint.config.name_or_path = checkpoint.name
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.folder, **checkpoint.options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, config=checkpoint.config, trust_remote_code=False, **checkpoint.options
+        )
+    # `tokenizers` raises Exception itself.
+    except Exception as error:
         reason = " ".join(str(error).split())
-        logger.warning("The GGUF file has no tokenizer that can be converted; the output has none. (%s)", reason)
-        return
-    tokenizer.model_max_length = VERY_LARGE_INTEGER if model_max_length is None else model_max_length
-    tokenizer.save_pretrained(folder)
+        if checkpoint.options:
+            logger.warning("The GGUF file has no tokenizer that can be converted; the output has none. (%s)", reason)
+        else:
+            logger.warning("The tokenizer cannot be loaded: it is copied as it is, ids are not compared. (%s)", reason)
+        return None
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
+
+
+def _has_own_code(settings: dict[str, Any]) -> bool:
+    auto_map = settings.get("auto_map") or {}
+    return isinstance(auto_map, list) or auto_map.get("AutoTokenizer") is not None
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of the tokenizer, as its file has them."""
+    file = checkpoint.folder / TOKENIZER_CONFIG
+    return read_json(file) if file.is_file() and not checkpoint.options else {}
+
+
+def converted_settings(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """
+    The settings of the source's tokenizer without a limit, and with the class that `AutoTokenizer` gives the source:
+    it would be another one by the type of the converted model.
+    """
+    settings = _settings(checkpoint)
+    settings |= {name: VERY_LARGE_INTEGER for name in LIMIT_FIELDS if settings.get(name) is not None}
+    if tokenizer is not None:
+        settings["tokenizer_class"] = type(tokenizer).__name__
+    elif _has_vocabulary(checkpoint.folder) and not _has_own_code(settings):
+        by_type = TOKENIZER_MAPPING_NAMES.get(checkpoint.config.model_type)
+        settings |= {} if by_type is None else {"tokenizer_class": settings.get("tokenizer_class") or by_type}
+    return settings
+
+
+def replaced_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
+    """The source's own values of what `settings` changes, `None` for what it has not: what the way back needs."""
+    own = _settings(checkpoint)
+    return {name: own.get(name) for name, value in settings.items() if own.get(name) != value}
+
+
+def restored_settings(checkpoint: Checkpoint, limit: int) -> dict[str, Any]:
+    """
+    The settings of a converted tokenizer as its source has them.
+
+    Args:
+        limit: the most tokens, where that is not known from a source.
+    """
+    settings = _settings(checkpoint)
+    own = (checkpoint.config.converted_from or {}).get("tokenizer_config")
+    if own is None:
+        own = {"model_max_length": limit, "max_len": None} if _has_vocabulary(checkpoint.folder) else {}
+    return {name: value for name, value in (settings | own).items() if name not in own or own[name] is not None}
+
+
+def write_tokenizer(
+    folder: Path,
+    settings: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PreTrainedConfig,
+) -> None:
+    """
+    Writes `settings` beside the tokenizer's files, and the class of `tokenizer` where it takes that.
+
+    Args:
+        tokenizer: the source's, which that of `folder` must equal; `None` if it is not known.
+        config: of the model to which `folder` belongs.
+
+    Raises:
+        ValueError: if the tokenizer gives other ids or texts than the source's.
+    """
+    if settings:
+        write_json(folder / TOKENIZER_CONFIG, settings)
+    difference = None if tokenizer is None else _difference(tokenizer, folder, config)
+    if difference is not None and settings.get("tokenizer_class") != type(tokenizer).__name__:
+        write_json(folder / TOKENIZER_CONFIG, settings | {"tokenizer_class": type(tokenizer).__name__})
+        difference = _difference(tokenizer, folder, config)
+    if difference is not None:
+        raise ValueError(
+            f"The tokenizer of the output {difference}: transformers treats the source's in a way that depends on the "
+            "type of its model. Write it as it works there, and convert again: "
+            "tokenizer = AutoTokenizer.from_pretrained(source); tokenizer.save_pretrained(source)."
+        )
+
+
+def _difference(tokenizer: PreTrainedTokenizerBase, folder: Path, config: PreTrainedConfig) -> str | None:
+    """In which way the tokenizer of a folder is another one than `tokenizer`; `None` if in none."""
+    try:
+        written = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:
+        return f"cannot be loaded ({' '.join(str(error).split())})"
+    special_tokens = [f"a {token} b{token}" for token in getattr(tokenizer, "all_special_tokens", [])]
+    for text in (*HARD_TEXTS, *special_tokens):
+        if _reading(written, text) != _reading(tokenizer, text):
+            return f"gives other ids or texts than the source's for {text!r}"
+    for name in ("special_tokens_map", "chat_template", "padding_side", "truncation_side", "model_input_names"):
+        if getattr(written, name, None) != getattr(tokenizer, name, None):
+            return f"has another {name} than the source's"
+    return None
+
+
+def _reading(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+    """All that a tokenizer makes of a text, or the error that it raises: one may have no unknown token."""
+    try:
+        encoding = tokenizer(text)
+        ids = encoding["input_ids"]
+        spoken = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)
+        return dict(encoding), tokenizer(text, add_special_tokens=False)["input_ids"], spoken
+    except Exception as error:
+        return str(error)
+
+
+def convert_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path, config: PreTrainedConfig) -> None:
+    """Writes the tokenizer of a GGUF file, if it has one, without a limit. Raises as `write_tokenizer`."""
+    if tokenizer is not None:
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
+        tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, read_json(folder / TOKENIZER_CONFIG), tokenizer, config)
 
 
 def generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The source's generation configuration, as its file has it."""
-    file = checkpoint.folder / "generation_config.json"
-    return read_json(file) if file.is_file() else GenerationConfig.from_model_config(checkpoint.config).to_diff_dict()
+    """The source's generation configuration: its file, or else what its config.json says of generation."""
+    file = checkpoint.folder / GENERATION_CONFIG_NAME
+    if file.is_file():
+        return read_json(file)
+    if checkpoint.options:
+        return GenerationConfig.from_model_config(checkpoint.config).to_diff_dict()
+    # A configuration that is loaded has lost these fields: transformers too reads them from the file.
+    return GenerationConfig.from_pretrained(checkpoint.folder, CONFIG_NAME, _from_model_config=True).to_diff_dict()
 
 
-def copy_licence(checkpoint: Checkpoint, folder: Path) -> None:
-    _copy(checkpoint.folder, folder, LICENSE_FILES)
+def refused_generation_fields(fields: dict[str, Any], config: InfiniConfig) -> dict[str, Any]:
+    """Those of a source's generation configuration that a converted model cannot follow; a warning names them."""
+    longest = config.segment_length
+    proposes_too_much = (fields.get("num_assistant_tokens") or NUM_ASSISTANT_TOKENS) > longest
+    refused = {
+        # A limit on prompt and answer together would refuse a book; without its cache the model would forget it.
+        "max_length": fields.get("max_length") is not None,
+        "use_cache": fields.get("use_cache") is False,
+        **{name: fields.get(name) is not None for name in CACHE_FIELDS},
+        "cache_implementation": fields.get("cache_implementation") not in (None, "dynamic"),
+        # No more than a segment can be taken back.
+        **{name: (fields.get(name) or 0) > longest for name in PROPOSAL_FIELDS},
+        "assistant_early_exit": fields.get("assistant_early_exit") is not None and proposes_too_much,
+    }
+    found = {name: value for name, value in fields.items() if refused.get(name)}
+    if found:
+        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        logger.warning(
+            "Left out of generation_config.json, since a memory of constant size cannot follow them: %s. They are "
+            "kept in converted_from for the way back.",
+            listed,
+        )
+    return found
 
 
-def write_json(file: Path, fields: dict[str, Any]) -> None:
-    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    files = [file for pattern in patterns for file in sorted(source.glob(pattern)) if file.is_file()]
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    return files
+def restored_generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The generation configuration of a converted model with what was left out of its source's."""
+    fields = generation_fields(checkpoint)
+    restored = (checkpoint.config.converted_from or {}).get("generation_config", {}) | fields
+    # As transformers writes it.
+    return dict(sorted(restored.items())) if list(fields) == sorted(fields) else restored

@@ -16,8 +16,18 @@ from yaml import YAMLError
 from modeling_infini import InfiniConfig, InfiniForCausalLM, model_card
 
 from .architectures import infini_config, require_supported
-from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
-from .small_files import copy_licence, copy_tokenizer, generation_fields, tokenizer_limit, write_json
+from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_json, write_weights
+from .small_files import (
+    CARD,
+    convert_gguf_tokenizer,
+    converted_settings,
+    copy_files,
+    generation_fields,
+    load_tokenizer,
+    refused_generation_fields,
+    replaced_settings,
+    write_tokenizer,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -77,13 +87,13 @@ def convert_to_infini(
 
     Returns:
         The output folder: weights, configuration, generation configuration, tokenizer, code files for
-        `trust_remote_code=True`, and a model card.
+        `trust_remote_code=True`, a model card, and the other small files of the source, its card as README.source.md.
 
     Raises:
         FileExistsError: if `output` holds something.
         FileNotFoundError: if `source` is no checkpoint.
-        ValueError: if the source is not supported or incomplete, or the window does not fit into the positions that it
-            was trained on.
+        ValueError: if the source is not supported or incomplete, its tokenizer would give other ids, or the window
+            does not fit into the positions that it was trained on.
     """
     weight_dtype = saved_dtype(dtype)
     require_free(output)
@@ -104,14 +114,22 @@ def convert_to_infini(
     config.architectures = [InfiniForCausalLM.__name__]
     config.dtype = weight_dtype or checkpoint.config.dtype or shapes["model.embed_tokens.weight"].dtype
 
+    tokenizer = load_tokenizer(checkpoint)
+    settings = converted_settings(checkpoint, tokenizer)
+    generation = generation_fields(checkpoint)
+    refused = refused_generation_fields(generation, config)
+    config.converted_from |= {"generation_config": refused} if refused else {}
+
     with new_folder(output) as folder:
-        copy_tokenizer(checkpoint, folder, None)
-        # A limit on prompt and answer together would refuse a book; without its cache the model would forget it.
-        fields = generation_fields(checkpoint)
-        kept = {name: value for name, value in fields.items() if name not in ("max_length", "use_cache")}
+        copy_files(checkpoint, folder)
+        if checkpoint.options:
+            convert_gguf_tokenizer(tokenizer, folder, config)
+        else:
+            config.converted_from["tokenizer_config"] = replaced_settings(checkpoint, settings)
+            write_tokenizer(folder, settings, tokenizer, config)
+        kept = {name: value for name, value in generation.items() if name not in refused}
         write_json(folder / "generation_config.json", kept)
-        model_card(config, torch.sigmoid(gates * config.head_gate_scale)).save(folder / "README.md")
-        copy_licence(checkpoint, folder)
+        model_card(config, torch.sigmoid(gates * config.head_gate_scale)).save(folder / CARD)
         write_weights(folder, shapes, weights, max_shard_size)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
@@ -125,14 +143,13 @@ def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None) -> dict[str, A
         "name": checkpoint.name,
         "revision": checkpoint.revision,
         **{name: getattr(data, name, None) for name in LICENSE_FIELDS},
-        "model_max_length": tokenizer_limit(checkpoint),
         "head_gates": None if head_gates is None else "set by layer or head",
     }
     return {name: value for name, value in origin.items() if value is not None}
 
 
 def _card_data(checkpoint: Checkpoint) -> CardData | None:
-    card = checkpoint.folder / "README.md"
+    card = checkpoint.folder / CARD
     if not card.is_file():
         return None
     try:

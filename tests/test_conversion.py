@@ -87,7 +87,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, llama_folder, monkey
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.to_infini.copy_tokenizer", interrupt)
+    monkeypatch.setattr("conversion.to_infini.copy_files", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
