@@ -188,9 +188,9 @@ def _sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def is_hidden(folder: str) -> bool:
-    """Whether a folder of this name belongs to a tool, such as git, and not to the checkpoint."""
-    return folder.startswith(".") or folder == "__pycache__"
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a checkpoint: it may hold a secret, or a tool's state."""
+    return (name.startswith(".") and name != ".gitattributes") or name == "__pycache__"
 
 
 def is_weight_file(name: str) -> bool:

@@ -98,8 +98,7 @@ def convert_from_infini(
 
     with new_folder(output) as folder:
         copy_files(checkpoint, folder, back=True)
-        settings = restored_settings(checkpoint, limit=config.max_position_embeddings)
-        write_tokenizer(folder, settings, tokenizer, config)
+        write_tokenizer(folder, restored_settings(checkpoint, config.max_position_embeddings), tokenizer, config)
         write_json(folder / "generation_config.json", restored_generation_fields(checkpoint))
         write_weights(folder, shapes, weights, max_shard_size)
         config.save_pretrained(folder)

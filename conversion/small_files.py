@@ -102,10 +102,12 @@ def _reason_to_leave(checkpoint: Checkpoint, name: str, with_weights: set[str]) 
     Args:
         with_weights: folders with weights of their own.
     """
-    *parents, _ = PurePosixPath(name).parts
+    *parents, file_name = PurePosixPath(name).parts
     for depth, parent in enumerate(parents, 1):
         if is_hidden(parent):
-            return {"/".join(parents[:depth]) + "/": "a hidden folder"}
+            return {"/".join(parents[:depth]) + "/": "it is hidden"}
+    if is_hidden(file_name):
+        return {name: "it is hidden"}
     if parents and parents[0] in with_weights:
         return {parents[0] + "/": "it holds weights of its own"}
     if parents and parents[0] == CUSTOM_GENERATE:
@@ -194,8 +196,11 @@ def restored_settings(checkpoint: Checkpoint, limit: int) -> dict[str, Any]:
         limit: the most tokens, where that is not known from a source.
     """
     settings = _settings(checkpoint)
-    own = (checkpoint.config.converted_from or {}).get("tokenizer_config")
+    origin = checkpoint.config.converted_from or {}
+    own = origin.get("tokenizer_config")
     if own is None:
+        # Conversions by earlier versions record the limit alone.
+        limit = origin.get("model_max_length", limit)
         own = {"model_max_length": limit, "max_len": None} if _has_vocabulary(checkpoint.folder) else {}
     return {name: value for name, value in (settings | own).items() if name not in own or own[name] is not None}
 

@@ -7,10 +7,12 @@ import pytest
 from base_models import base_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_of_bases import BACKENDS, save_base
+from tokenizers_of_bases import BACKENDS, TEXTS, save_base
 from transformers import AutoTokenizer
 
 from conversion import convert_from_infini, convert_to_infini
+from conversion.checkpoints import Checkpoint
+from conversion.small_files import load_tokenizer
 
 
 N = 9
@@ -104,6 +106,29 @@ def test_class_may_stand_in_the_models_configuration(tmp_path):
     source, ours, _ = both_ways(base)
     assert type(ours) is type(source)
     assert answers(ours, HARD_TEXTS) == answers(source, HARD_TEXTS)
+
+
+def test_class_may_follow_from_the_models_name_on_the_hub(tmp_path):
+    base = save_base(tmp_path / "base", "llama", "replacing_spaces", tokenizer_class="LlamaTokenizer")
+    checkpoint = Checkpoint(base)
+    assert load_tokenizer(checkpoint).tokenize(" hi") == ["▁hi"]
+    checkpoint.name = "deepseek-ai/deepseek-coder-1.3b"
+    assert load_tokenizer(checkpoint).tokenize(" hi") == ["▁▁hi"]
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "LlamaTokenizerFast", None])
+def test_of_a_sentencepiece_model_alone_is_kept(tmp_path, variant, tokenizer_class):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    base = save_base(tmp_path / "base", variant, **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
+    (base / "tokenizer.json").unlink()
+    sentences = iter(TEXTS * 20)
+    options = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "minloglevel": 2}
+    trainer.train(sentence_iterator=sentences, model_prefix=str(base / "tokenizer"), **options)
+    (base / "tokenizer.vocab").unlink()
+    source, ours, again = both_ways(base)
+    assert answers(ours, HARD_TEXTS) == answers(again, HARD_TEXTS) == answers(source, HARD_TEXTS)
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
 
 
 def test_becomes_that_of_another_architecture_where_it_can(tmp_path):
