@@ -11,12 +11,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modeling_infini import InfiniConfig
 
 from .architectures import base_config
-from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_json, write_weights
+from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
 from .small_files import (
     copy_files,
     load_tokenizer,
     restored_generation_fields,
     restored_settings,
+    write_fields,
     write_tokenizer,
 )
 from .to_infini import has_own_head
@@ -98,8 +99,9 @@ def convert_from_infini(
 
     with new_folder(output) as folder:
         copy_files(checkpoint, folder, back=True)
-        write_tokenizer(folder, restored_settings(checkpoint, config.max_position_embeddings), tokenizer, config)
-        write_json(folder / "generation_config.json", restored_generation_fields(checkpoint))
+        settings = restored_settings(checkpoint, config.max_position_embeddings)
+        write_tokenizer(checkpoint, folder, settings, tokenizer, config)
+        write_fields(checkpoint, folder / "generation_config.json", restored_generation_fields(checkpoint))
         write_weights(folder, shapes, weights, max_shard_size)
         config.save_pretrained(folder)
     return Path(output).absolute()

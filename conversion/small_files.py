@@ -29,7 +29,15 @@ TRANSLATED_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, CARD,
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
 
 # A source without any of these has no tokenizer, whatever class may be made of nothing.
-VOCABULARY_FILES = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken", "tokenization_*.py")
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG,
+    "tokenizer.*",
+    "vocab*",
+    "tekken*.json",
+    "*.model",
+    "*.tiktoken",
+    "tokenization_*.py",
+)
 
 # Code that takes the place of `generate()` where remote code is trusted, written for the source's cache.
 CUSTOM_GENERATE = "custom_generate"
@@ -124,12 +132,21 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
+def write_fields(checkpoint: Checkpoint, target: Path, fields: dict[str, Any]) -> None:
+    """Writes a JSON file that a conversion translates; byte for byte the source's where nothing changes."""
+    source = checkpoint.folder / target.name
+    if source.is_file() and read_json(source) == fields:
+        shutil.copyfile(source, target)
+    else:
+        write_json(target, fields)
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     """
     The tokenizer that `AutoTokenizer` gives the source. `None`, with a warning that says why, if it has none, or none
     that can be loaded without running code of its own.
     """
-    if not checkpoint.options and not _has_vocabulary(checkpoint.folder):
+    if not checkpoint.options and not _has_tokenizer(checkpoint.folder):
         logger.warning("The source has no tokenizer; the output has none.")
         return None
     if _has_own_code(_settings(checkpoint)):
@@ -152,8 +169,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _has_vocabulary(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _has_own_code(settings: dict[str, Any]) -> bool:
@@ -176,7 +193,7 @@ def converted_settings(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBas
     settings |= {name: VERY_LARGE_INTEGER for name in LIMIT_FIELDS if settings.get(name) is not None}
     if tokenizer is not None:
         settings["tokenizer_class"] = type(tokenizer).__name__
-    elif _has_vocabulary(checkpoint.folder) and not _has_own_code(settings):
+    elif _has_tokenizer(checkpoint.folder) and not _has_own_code(settings):
         by_type = TOKENIZER_MAPPING_NAMES.get(checkpoint.config.model_type)
         settings |= {} if by_type is None else {"tokenizer_class": settings.get("tokenizer_class") or by_type}
     return settings
@@ -201,11 +218,12 @@ def restored_settings(checkpoint: Checkpoint, limit: int) -> dict[str, Any]:
     if own is None:
         # Conversions by earlier versions record the limit alone.
         limit = origin.get("model_max_length", limit)
-        own = {"model_max_length": limit, "max_len": None} if _has_vocabulary(checkpoint.folder) else {}
+        own = {"model_max_length": limit, "max_len": None} if _has_tokenizer(checkpoint.folder) else {}
     return {name: value for name, value in (settings | own).items() if name not in own or own[name] is not None}
 
 
 def write_tokenizer(
+    checkpoint: Checkpoint,
     folder: Path,
     settings: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -222,7 +240,7 @@ def write_tokenizer(
         ValueError: if the tokenizer gives other ids or texts than the source's.
     """
     if settings:
-        write_json(folder / TOKENIZER_CONFIG, settings)
+        write_fields(checkpoint, folder / TOKENIZER_CONFIG, settings)
     difference = None if tokenizer is None else _difference(tokenizer, folder, config)
     if difference is not None and settings.get("tokenizer_class") != type(tokenizer).__name__:
         write_json(folder / TOKENIZER_CONFIG, settings | {"tokenizer_class": type(tokenizer).__name__})
@@ -262,12 +280,14 @@ def _reading(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
         return str(error)
 
 
-def convert_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path, config: PreTrainedConfig) -> None:
+def convert_gguf_tokenizer(
+    checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig
+) -> None:
     """Writes the tokenizer of a GGUF file, if it has one, without a limit. Raises as `write_tokenizer`."""
     if tokenizer is not None:
         tokenizer.model_max_length = VERY_LARGE_INTEGER
         tokenizer.save_pretrained(folder)
-        write_tokenizer(folder, read_json(folder / TOKENIZER_CONFIG), tokenizer, config)
+        write_tokenizer(checkpoint, folder, read_json(folder / TOKENIZER_CONFIG), tokenizer, config)
 
 
 def generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:

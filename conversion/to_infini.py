@@ -16,7 +16,7 @@ from yaml import YAMLError
 from modeling_infini import InfiniConfig, InfiniForCausalLM, model_card
 
 from .architectures import infini_config, require_supported
-from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_json, write_weights
+from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
 from .small_files import (
     CARD,
     convert_gguf_tokenizer,
@@ -26,6 +26,7 @@ from .small_files import (
     load_tokenizer,
     refused_generation_fields,
     replaced_settings,
+    write_fields,
     write_tokenizer,
 )
 
@@ -123,12 +124,12 @@ def convert_to_infini(
     with new_folder(output) as folder:
         copy_files(checkpoint, folder)
         if checkpoint.options:
-            convert_gguf_tokenizer(tokenizer, folder, config)
+            convert_gguf_tokenizer(checkpoint, folder, tokenizer, config)
         else:
             config.converted_from["tokenizer_config"] = replaced_settings(checkpoint, settings)
-            write_tokenizer(folder, settings, tokenizer, config)
+            write_tokenizer(checkpoint, folder, settings, tokenizer, config)
         kept = {name: value for name, value in generation.items() if name not in refused}
-        write_json(folder / "generation_config.json", kept)
+        write_fields(checkpoint, folder / "generation_config.json", kept)
         model_card(config, torch.sigmoid(gates * config.head_gate_scale)).save(folder / CARD)
         write_weights(folder, shapes, weights, max_shard_size)
         # Last, since without it nothing loads.

@@ -251,6 +251,15 @@ class TestGeneration:
             base / "generation_config.json"
         ).read_bytes()
 
+    def test_files_of_which_nothing_changes_are_copied(self, tmp_path, base):
+        odd = '{"top_k":  3, "do_sample": true,\n "\\u00e9": 1}'
+        (base / "generation_config.json").write_text(odd)
+        (base / "tokenizer_config.json").write_text('{"tokenizer_class":  "TokenizersBackend", "\\u00e9": 1}')
+        both_ways(base)
+        for name in ("generation_config.json", "tokenizer_config.json"):
+            for folder in ("ours", "again"):
+                assert (tmp_path / folder / name).read_bytes() == (base / name).read_bytes()
+
     def test_fields_of_an_old_configuration_are_the_sources(self, tmp_path, base, warnings):
         (base / "generation_config.json").unlink()
         config = json.loads((base / "config.json").read_text())

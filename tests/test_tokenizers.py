@@ -1,7 +1,6 @@
 """A conversion's tokenizer is the source's: by ids, texts, templates and settings, under every class."""
 
 import json
-import shutil
 
 import pytest
 from base_models import base_model
@@ -196,6 +195,14 @@ def test_of_vocabulary_files_alone_is_kept(tmp_path):
     assert answers(ours, HARD_TEXTS) == answers(again, HARD_TEXTS) == answers(source, HARD_TEXTS)
 
 
+def test_may_have_settings_alone(tmp_path):
+    base_model("qwen3", num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    source, ours, again = both_ways(tmp_path / "base")
+    assert type(ours) is type(again) is type(source)
+    assert answers(ours, HARD_TEXTS) == answers(source, HARD_TEXTS)
+
+
 def test_none_is_made_up(tmp_path):
     base_model("qwen2", num_hidden_layers=1).save_pretrained(tmp_path / "base")
     before = {file.name for file in (tmp_path / "base").iterdir()}
@@ -203,4 +210,3 @@ def test_none_is_made_up(tmp_path):
     assert not (tmp_path / "ours" / "tokenizer_config.json").exists()
     convert_from_infini(tmp_path / "ours", tmp_path / "again")
     assert {file.name for file in (tmp_path / "again").iterdir()} == before
-    shutil.rmtree(tmp_path / "again")
