@@ -1,13 +1,17 @@
 """The architectures that can be converted: what their configurations are in terms of InfiniConfig, and back."""
 
+import re
 from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from modeling_infini import InfiniConfig
 
+
+logger = logging.get_logger(__name__)
 
 # What each architecture fixes in its code, where Llama has a field for it.
 FIXED_FIELDS: dict[str, dict[str, bool]] = {
@@ -31,14 +35,40 @@ RETURN_FIELDS = (*WINDOW_FIELDS, "use_cache", *CACHE_FIELDS)
 # What belongs to the source's files and not to its architecture.
 FILE_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
 
+# What transformers reads of every configuration, though not all classes have such a field, and its older spellings.
+COMMON_FIELDS = (
+    "head_dim",
+    "is_causal",
+    "layer_types",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+)
+
+DEQUANTIZE = (
+    "quantized weights; save a dequantized copy first: "
+    "`AutoModelForCausalLM.from_pretrained(...).dequantize().save_pretrained(...)`"
+)
+
 UNSUPPORTED_FIELDS = {
     "attn_logit_softcapping": "soft-capping of attention logits",
+    "compression_config": DEQUANTIZE,
     "final_logit_softcapping": "soft-capping of logits",
+    "is_encoder_decoder": "an encoder",
     "logit_scale": "scaled logits",
     "num_experts": "mixture of experts",
     "num_local_experts": "mixture of experts",
-    "quantization_config": "quantized weights (save a dequantized copy first)",
+    "quantization": DEQUANTIZE,
+    "quantization_config": DEQUANTIZE,
 }
+
+# What the fields are called with which other architectures change the computation.
+COMPUTATION = re.compile(
+    "scal|multiplier|softcap|expert|moe_|alibi|clip|clamp|residual|sliding|window|chunk|rope|rotary|interleave"
+    "|qk_?(layer)?norm|causal|bidirectional|cross_attention|temperature|sparse|nextn|mtp|logit"
+)
 
 INFINI_FIELDS = tuple(InfiniConfig.__annotations__)
 
@@ -126,12 +156,12 @@ def base_config(config: InfiniConfig, model_type: str | None = None) -> PreTrain
     model_type = model_type or origin.get("model_type")
     for candidate in SUPPORTED_MODEL_TYPES if model_type is None else (model_type,):
         if candidate not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f'model_type="{candidate}" is not supported; take {_listed(SUPPORTED_MODEL_TYPES)}.')
+            raise ValueError(f'model_type="{candidate}" is not supported; take {listed(SUPPORTED_MODEL_TYPES)}.')
         base = _as_architecture(config, candidate, origin)
         if structure(base) == structure(config):
             return base
     has = ", ".join(f"{name}={value}" for name, value in structure(config).items())
-    candidates = _listed(SUPPORTED_MODEL_TYPES) if model_type is None else f'"{model_type}"'
+    candidates = listed(SUPPORTED_MODEL_TYPES) if model_type is None else f'"{model_type}"'
     raise ValueError(f"The model has {has}; {candidates} cannot represent that.")
 
 
@@ -169,6 +199,8 @@ def _field_names(config_class: type) -> set[str]:
 
 def require_supported(fields: dict[str, Any]) -> None:
     """
+    Passes what is known and used, and what asks for nothing; warns of fields that no architecture here has.
+
     Args:
         fields: of a source's configuration, as its config.json has them.
 
@@ -176,18 +208,88 @@ def require_supported(fields: dict[str, Any]) -> None:
         ValueError: if the source is of another architecture, or has a feature that Infini-attention has not.
     """
     supported = (
-        f"Supported are the model types {_listed(SUPPORTED_MODEL_TYPES)}, dense and with full rotary embeddings."
+        f"Supported are the model types {listed(SUPPORTED_MODEL_TYPES)}, dense and with full rotary embeddings."
     )
     model_type = fields.get("model_type")
+    if model_type == InfiniConfig.model_type:
+        raise ValueError(
+            "The source is an Infini-attention checkpoint already. To convert it with other options, take its base "
+            "model: `python -m conversion from-infini` gives it back."
+        )
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(f'Cannot convert a model of type "{model_type}". {supported}')
     for name, feature in UNSUPPORTED_FIELDS.items():
-        if fields.get(name):
+        if not says_nothing(name, fields.get(name)):
             raise ValueError(f"Cannot convert a model with {feature} (its configuration has {name}). {supported}")
-    rope = fields.get("rope_parameters") or {}
+    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise ValueError(f"Cannot convert a model with partial rotary embeddings ({share} of each head). {supported}")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"Cannot convert a model whose rotary embeddings differ between layers. {supported}")
+    if fields.get("is_causal") is False:
+        raise ValueError("Cannot convert a model that attends in both directions (its configuration has is_causal).")
+    _require_known_layers(model_type, fields)
+    _require_language_model(fields)
+    _require_stock_code(model_type, fields)
+    _require_known_fields(model_type, fields)
+
+
+def _require_known_layers(model_type: str, fields: dict[str, Any]) -> None:
+    kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
+    slides = model_type.startswith("qwen") and fields.get("use_sliding_window") and fields.get("sliding_window", 1)
+    if foreign := sorted(kinds - ({"sliding_attention"} if slides else set())):
+        raise ValueError(
+            f"Cannot convert a {model_type} with layers of the type {listed(foreign)} (its configuration has "
+            f"layer_types, and sliding_window={fields.get('sliding_window')})."
+        )
+
+
+def _require_language_model(fields: dict[str, Any]) -> None:
+    classes = fields.get("architectures") or ()
+    if classes and not any(name.lower().endswith("forcausallm") for name in classes):
+        raise ValueError(
+            f"Cannot convert a {classes[0]}: it is no causal language model, and what its head has learned would be "
+            "lost. Convert the language model that it was made from, and train a head on the conversion."
+        )
+
+
+def _require_stock_code(model_type: str, fields: dict[str, Any]) -> None:
+    own = {name: code for name, code in (fields.get("auto_map") or {}).items() if name != "AutoTokenizer"}
+    if own:
+        raise ValueError(
+            f"Cannot convert a model with code of its own (its configuration has auto_map: {own}), which may compute "
+            f"something else than a {model_type} of transformers. If it does not, remove auto_map from a copy of its "
+            "config.json."
+        )
+
+
+def _require_known_fields(model_type: str, fields: dict[str, Any]) -> None:
+    known = _field_names(type(AutoConfig.for_model(model_type))) | set(GenerationConfig().to_dict())
+    # Windows that are off are left behind where a model of another type became a Llama. The memory's fields are ours.
+    windows = WINDOW_FIELDS if fields.get("use_sliding_window") is False else ()
+    ours = set(INFINI_FIELDS) - set(STRUCTURE_FIELDS)
+    foreign = {
+        name: value
+        for name, value in fields.items()
+        if name not in {*known, *FILE_FIELDS, *COMMON_FIELDS, *windows}
+        and not name.startswith("_")
+        and not says_nothing(name, value)
+    }
+    if computing := [name for name in foreign if COMPUTATION.search(name) and name not in ours]:
+        raise ValueError(
+            f"Cannot convert a model whose configuration has {computing[0]}={foreign[computing[0]]}: a {model_type} "
+            "has no such field, and it may change what the model computes. If it does not, remove it from a copy of "
+            "its config.json."
+        )
+    if foreign:
+        logger.warning("A %s has no such fields; they change nothing: %s.", model_type, ", ".join(foreign))
+
+
+def says_nothing(name: str, value: Any) -> bool:
+    """Whether a setting asks for nothing: it is off, or multiplies by one."""
+    multiplies = re.search("scal|multiplier|factor", name) is not None
+    return not value or value == "none" or (multiplies and value == 1)
 
 
 def _own_window(source: PreTrainedConfig) -> int | None:
@@ -200,12 +302,14 @@ def _slides_everywhere(source: PreTrainedConfig) -> bool:
 
 
 def _layers_that_slide(source: PreTrainedConfig) -> list[bool]:
-    if getattr(source, "sliding_window", None) is None:
+    # A field of this name in a Llama's configuration has no meaning.
+    if source.model_type == "llama" or source.sliding_window is None:
         return [False]
     if source.model_type == "mistral":
         return [True]
     return [layer_type == "sliding_attention" for layer_type in source.layer_types]
 
 
-def _listed(names) -> str:
+def listed(names) -> str:
+    """Names, quoted, for a message."""
     return ", ".join(f'"{name}"' for name in names)

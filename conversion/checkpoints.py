@@ -18,10 +18,14 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 
 from modeling_infini import InfiniConfig
+
+from .architectures import DEQUANTIZE
+from .gguf_files import GGUFFile
+from .wrong_sources import require_no_adapter, what_file_it_is, what_it_holds
 
 
 # Weights of all frameworks, and what training leaves. Those that a conversion reads are found by other means.
@@ -35,6 +39,13 @@ LARGEST_SIDE_FILE = 100 * 2**20
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
+logger = logging.get_logger(__name__)
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Elements of a weight that are compared at a time.
+COMPARED = 1 << 18
+
 
 class Checkpoint:
     """
@@ -44,6 +55,7 @@ class Checkpoint:
         folder: where configuration, tokenizer and README stand.
         options: what `from_pretrained` takes with `folder`.
         name, revision: id and commit on the Hub; `None` for a folder or file.
+        gguf: the `.gguf` file; `None` for a folder.
         sizes: bytes of each file in the folder and its sub-folders, by its name there; also of those on the Hub that
             were not downloaded. None of a GGUF file's neighbours.
     """
@@ -58,12 +70,20 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
+            ValueError: if it is another thing, such as an adapter.
         """
         self.name = None if Path(source).exists() else str(source)
         self.folder, self.options = _locate(source, revision, allow_bin)
+        if not self.options:
+            require_no_adapter(self.folder, str(source))
+            if not (self.folder / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"{source} holds no checkpoint: there is no config.json.{what_it_holds(self.folder)}"
+                )
         self._allow_bin = allow_bin
         # A snapshot's folder is named by its commit.
         self.revision = None if self.name is None else self.folder.name
+        self.gguf = GGUFFile(self.folder / self.options["gguf_file"]) if self.options else None
         self.sizes: dict[str, int] = {}
         if not self.options:
             listed = {} if self.name is None else _hub_sizes(self.name, self.revision)
@@ -72,12 +92,12 @@ class Checkpoint:
     @cached_property
     def config(self) -> Any:
         """The configuration, in the source's own class."""
-        return AutoConfig.from_pretrained(self.folder, **self.options)
+        return AutoConfig.from_pretrained(self.folder) if self.gguf is None else self.gguf.config
 
     @property
     def config_fields(self) -> dict[str, Any]:
         """The fields of `config`, also where transformers does not know the architecture."""
-        if self.options:
+        if self.gguf is not None:
             return self.config.to_dict()
         return read_json(self.folder / "config.json")
 
@@ -98,9 +118,8 @@ class Checkpoint:
 
     @cached_property
     def _weights(self) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
-        if self.options:
-            weights = _dequantized(self.folder, self.options)
-            return {name: _shape(weight) for name, weight in weights.items()}, weights.__getitem__
+        if self.gguf is not None:
+            return self.gguf.shapes, self.gguf.read
         return _open_files(self.folder, self._allow_bin)
 
     @property
@@ -130,16 +149,13 @@ def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) ->
             raise FileNotFoundError(f"There is no GGUF file {path}.")
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
-        if path.is_absolute() or len(path.parts) > 2 or path.exists():
+        if path.is_file():
+            raise FileNotFoundError(what_file_it_is(path))
+        if path.is_absolute() or len(path.parts) > 2:
             raise FileNotFoundError(f"{path} is no folder with a checkpoint, no .gguf file and no id of the Hub.")
         return _download(str(source), revision, allow_bin), {}
-    if not (path / "config.json").is_file():
-        gguf_files = sorted(path.glob("*.gguf"))
-        if len(gguf_files) != 1:
-            raise FileNotFoundError(
-                f"The folder {path} holds no checkpoint: there is no config.json, and {len(gguf_files)} GGUF files. "
-                "Name the .gguf file to convert."
-            )
+    gguf_files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+    if len(gguf_files) == 1:
         return path, {"gguf_file": gguf_files[0].name}
     return path, {}
 
@@ -227,7 +243,9 @@ def _open_files(folder: Path, allow_bin: bool) -> tuple[dict[str, torch.Tensor],
     if not files:
         files = _weight_files(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
         if not files:
-            raise FileNotFoundError(f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+            raise FileNotFoundError(
+                f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.{what_it_holds(folder)}"
+            )
         if not allow_bin:
             raise ValueError(
                 f"{folder} holds PyTorch .bin weights only, which are pickle files. `to-infini` reads them with "
@@ -278,18 +296,6 @@ def _shape(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-def _dequantized(folder: Path, options: dict[str, str]) -> dict[str, torch.Tensor]:
-    model: PreTrainedModel
-    report: dict[str, set[str]]
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    weights = model.state_dict()
-    for name in report["missing_keys"]:
-        weights.pop(name, None)
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    return weights
-
-
 def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weights, max_shard_size: int | str) -> None:
     """
     Writes safetensors files, and their index last, holding one of them in memory.
@@ -297,6 +303,9 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
     Args:
         shapes: a tensor on the meta device for each weight, with the dtype to be written.
         weights: a function for each weight that reads it.
+
+    Raises:
+        ValueError: if a weight does not fit into its dtype, see [`cast`].
     """
     split = split_state_dict_into_shards_factory(
         shapes,
@@ -307,7 +316,7 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
     total = sum(shape.nbytes for shape in shapes.values())
     with logging.tqdm(total=total, desc="Writing weights", unit="B", unit_scale=True) as progress:
         for file, names in split.filename_to_tensors.items():
-            shard = {name: weights[name]().to(shapes[name].dtype).contiguous() for name in names}
+            shard = {name: cast(name, weights[name](), shapes[name].dtype).contiguous() for name in names}
             save_file(shard, folder / file, metadata={"format": "pt"})
             progress.update(sum(tensor.nbytes for tensor in shard.values()))
             # Else it would live until the next one is complete.
@@ -315,6 +324,44 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def require_float(name: str, shape: torch.Tensor) -> None:
+    """Raises ValueError if a weight is stored as integers or in 8 bits."""
+    if shape.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name} is stored as {shape.dtype}: the checkpoint has {DEQUANTIZE}.")
+
+
+def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    A weight in another dtype. One that holds NaN or infinity already is kept as it is, with a warning.
+
+    Raises:
+        ValueError: if it would lose more than rounding does: a value becomes infinite, or the weight as a whole more
+            than 1 % of its norm.
+    """
+    converted = weight.to(dtype)
+    exact = torch.promote_types(weight.dtype, dtype) == dtype
+    norm = loss = 0.0
+    finite = True
+    for before, after in zip(weight.flatten().split(COMPARED), converted.flatten().split(COMPARED)):
+        known = before.isfinite()
+        finite = finite and bool(known.all())
+        if not exact:
+            values, kept = (part.double().where(known, 0.0) for part in (before, after))
+            norm, loss = norm + values.square().sum().item(), loss + (kept - values).square().sum().item()
+    if not finite:
+        logger.warning("%s of the source holds values that are not finite (NaN or infinity); they are kept.", name)
+    if loss > 1e-4 * norm:
+        largest = weight[weight.isfinite()].abs().max().item()
+        small = largest < torch.finfo(dtype).max
+        wider = '"bfloat16" or "float32"' if dtype == torch.float16 else '"float64", or "auto"'
+        raise ValueError(
+            f"{name} does not fit into {dtype}: its values, up to {largest:.6g}, "
+            + ("are too small and would become zero or coarse" if small else "would become infinite")
+            + f". Choose dtype={wider}."
+        )
+    return converted
 
 
 @contextmanager
@@ -355,6 +402,6 @@ def require_free(output: str | os.PathLike) -> None:
 def saved_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The dtype that `dtype` names; `None` for `"auto"`: each weight keeps its own."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype != "auto" and found not in WEIGHT_DTYPES:
         raise ValueError(f'dtype="{dtype}" is no dtype of weights; take "auto", "float32", "bfloat16" or "float16".')
     return None if dtype == "auto" else found

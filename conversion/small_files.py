@@ -156,9 +156,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
         # By their names on the Hub, transformers knows models whose tokenizers need another class than they name.
         checkpoint.config.name_or_path = checkpoint.name
     try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.folder, config=checkpoint.config, trust_remote_code=False, **checkpoint.options
-        )
+        if checkpoint.gguf is not None:
+            return checkpoint.gguf.tokenizer()
+        return AutoTokenizer.from_pretrained(checkpoint.folder, config=checkpoint.config, trust_remote_code=False)
     # `tokenizers` raises Exception itself.
     except Exception as error:
         reason = " ".join(str(error).split())

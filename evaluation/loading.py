@@ -6,28 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import modeling_infini  # noqa: F401  (registers the model with the Auto classes)
+from conversion.gguf_files import GGUFFile
 
 from .resources import king_james_bible
 
 
-def _location(source: str | Path) -> dict[str, str]:
-    path = Path(source)
-    if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": str(source)}
-
-
 def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     """The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`."""
-    return AutoModelForCausalLM.from_pretrained(**_location(source), **options)
+    if Path(source).suffix != ".gguf":
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    # As a conversion reads it: transformers' reader passes over scaled angles, windows and more.
+    file = GGUFFile(Path(source))
+    weights = {name: file.read(name) for name in file.shapes}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(file.config)]
+    return model_class.from_pretrained(None, config=file.config, state_dict=weights, **options)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, a `.gguf` file or on the Hub."""
-    return AutoTokenizer.from_pretrained(**_location(source))
+    if Path(source).suffix == ".gguf":
+        return GGUFFile(Path(source)).tokenizer()
+    return AutoTokenizer.from_pretrained(source)
 
 
 def segment_length_of(source: str | Path) -> int:
@@ -37,7 +46,7 @@ def segment_length_of(source: str | Path) -> int:
     Raises:
         ValueError: if it is another model.
     """
-    config = AutoConfig.from_pretrained(**_location(source))
+    config = GGUFFile(Path(source)).config if Path(source).suffix == ".gguf" else AutoConfig.from_pretrained(source)
     if not hasattr(config, "segment_length"):
         raise ValueError(f"{source} holds a {config.model_type} model, not one with Infini-attention.")
     return config.segment_length
