@@ -40,7 +40,7 @@ class LocalAttention(str, Enum):
 def errors_as_messages() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (ImportError, OSError, ValueError, StrictDataclassError) as error:
         # Not typer's box: it breaks lines inside paths.
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modeling_infini import InfiniConfig
 
 from .architectures import base_config
-from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
+from .checkpoints import Checkpoint, Weights, new_folder, require_float, require_free, saved_dtype, write_weights
 from .small_files import (
     copy_files,
     load_tokenizer,
@@ -21,6 +21,7 @@ from .small_files import (
     write_tokenizer,
 )
 from .to_infini import has_own_head
+from .wrong_sources import what_weights_they_are
 
 
 # Besides the gates, what may be in a memory has no place elsewhere.
@@ -66,7 +67,7 @@ def convert_from_infini(
     Raises:
         FileExistsError: if `output` holds something.
         ValueError: if the source is no Infini-attention model, no base architecture has its parameters, trained gates
-            would be lost, or the base's tokenizer would give other ids.
+            would be lost, a weight does not fit into `dtype`, or the base's tokenizer would give other ids.
     """
     weight_dtype = saved_dtype(dtype)
     require_free(output)
@@ -87,9 +88,14 @@ def convert_from_infini(
         names = sorted(found_names ^ set(expected))
         raise ValueError(
             f"The checkpoint is not that of a whole causal language model: {len(names)} weights are missing or not of "
-            f"a {config.model_type}, such as {names[0]}."
+            f"a {config.model_type}, such as {names[0]}.{what_weights_they_are(found_names)}"
         )
     shapes = {name: checkpoint.shapes[name] for name in expected}
+    for name, shape in shapes.items():
+        require_float(name, shape)
+        if shape.shape != expected[name].shape:
+            shapes_of = tuple(shape.shape), tuple(expected[name].shape)
+            raise ValueError("{} is of the shape {}, but by its configuration of {}.".format(name, *shapes_of))
     if weight_dtype is not None:
         shapes = {name: shape.to(weight_dtype) for name, shape in shapes.items()}
     weights: Weights = {name: partial(checkpoint.read, name) for name in expected}

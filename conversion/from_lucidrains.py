@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 
+from .checkpoints import cast
+
 
 # Its rotary embeddings are always these, whatever the model.
 ROPE_THETA = 10000.0
@@ -46,7 +48,8 @@ def load_lucidrains(
         use_mem_delta_rule: as given to the `InfiniTransformer`; the weights don't tell.
 
     Raises:
-        ValueError: if `source` is not such a state dict; the message names a weight.
+        ValueError: if `source` is not such a state dict, or a weight does not fit into the dtype of its embeddings;
+            the message names a weight.
     """
     weights = dict(_state_dict(source))
     dtype = weights["token_emb.weight"].dtype
@@ -56,7 +59,9 @@ def load_lucidrains(
     except KeyError as error:
         raise ValueError(f"{NOT_THEIRS}: {error} is missing.") from error
     model = InfiniForCausalLM._from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(converted, strict=False)
+    dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
+    fitting = {name: cast(name, weight, dtypes.get(name, weight.dtype)) for name, weight in converted.items()}
+    missing, unexpected = model.load_state_dict(fitting, strict=False)
     if missing or unexpected or weights:
         name = [*missing, *unexpected, *weights][0]
         raise ValueError(f"{NOT_THEIRS}: {name} does not fit.")
@@ -66,6 +71,8 @@ def load_lucidrains(
 def _state_dict(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     if not isinstance(source, Mapping):
         path = Path(source)
+        if path.is_dir():
+            raise FileNotFoundError(f"{path} is a folder. Name the file in it that holds the state dict.")
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:

@@ -16,7 +16,7 @@ from yaml import YAMLError
 from modeling_infini import InfiniConfig, InfiniForCausalLM, model_card
 
 from .architectures import infini_config, require_supported
-from .checkpoints import Checkpoint, Weights, new_folder, require_free, saved_dtype, write_weights
+from .checkpoints import Checkpoint, Weights, new_folder, require_float, require_free, saved_dtype, write_weights
 from .small_files import (
     CARD,
     convert_gguf_tokenizer,
@@ -29,6 +29,7 @@ from .small_files import (
     write_fields,
     write_tokenizer,
 )
+from .wrong_sources import what_weights_they_are
 
 
 logger = logging.get_logger(__name__)
@@ -64,8 +65,8 @@ def convert_to_infini(
     converted model's logits equal the source's; beyond, it reads on with local attention and a memory, whose use is
     learned in fine-tuning.
 
-    Weights go from file to file; no more than one output shard is held in memory, except for a GGUF source, which is
-    dequantized as a whole.
+    Weights go from file to file; no more than one output shard is held in memory. A GGUF source is dequantized weight
+    by weight.
 
     Args:
         source: a folder with a checkpoint, a `.gguf` file, or the id of a model on the Hub.
@@ -93,8 +94,8 @@ def convert_to_infini(
     Raises:
         FileExistsError: if `output` holds something.
         FileNotFoundError: if `source` is no checkpoint.
-        ValueError: if the source is not supported or incomplete, its tokenizer would give other ids, or the window
-            does not fit into the positions that it was trained on.
+        ValueError: if the source is not supported or incomplete, its tokenizer would give other ids, the window does
+            not fit into the positions that it was trained on, or a weight does not fit into `dtype`.
     """
     weight_dtype = saved_dtype(dtype)
     require_free(output)
@@ -165,7 +166,10 @@ def _gate_weights(config: InfiniConfig, head_gates: HeadGates | None) -> torch.T
     """`(layers, heads)`, float32."""
     shape = (config.num_hidden_layers, config.num_attention_heads)
     if head_gates is None:
-        return torch.full(shape, config.head_gate_init_value / config.head_gate_scale)
+        initial = config.head_gate_init_value / config.head_gate_scale
+        if not abs(initial) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"head_gate_init_value={config.head_gate_init_value} is not finite in float32.")
+        return torch.full(shape, initial)
     where = "head_gates"
     layers: Any = head_gates
     form = f"a list of {shape[0]} layers, each a number or a list of {shape[1]} numbers, one per head"
@@ -208,21 +212,24 @@ def _output_weights(
             weights[name] = gates[layer].clone
         elif name.endswith(MEMORY_NORMS):
             scale = math.log(config.memory_norm_init_scale)
+            if not math.isfinite(scale):
+                raise ValueError(f"memory_norm_init_scale={config.memory_norm_init_scale} is not finite.")
             shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
             weights[name] = partial(torch.full, shape.shape, scale)
         elif name in found and found[name].shape == shape.shape:
             source = found.pop(name)
+            require_float(name, source)
             shapes[name] = source if dtype is None else source.to(dtype)
             weights[name] = partial(checkpoint.read, name)
     if missing := sorted(set(expected) - set(shapes)):
         raise ValueError(
             f"The checkpoint is incomplete: {len(missing)} weights are missing or of another shape, such as "
-            f"{missing[0]}. It must be that of a whole causal language model."
+            f"{missing[0]}. It must be that of a whole causal language model.{what_weights_they_are(found)}"
         )
     if found:
         raise ValueError(
             f"The checkpoint has {len(found)} weights that a {config.converted_from['model_type']} has not, such as "
-            f"{min(found)}. They would be lost."
+            f"{min(found)}. They would be lost.{what_weights_they_are(found)}"
         )
     return shapes, weights
 

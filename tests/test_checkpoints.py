@@ -183,6 +183,66 @@ def test_dtype_is_that_of_the_weights_but_not_of_the_gates(tmp_path, base_folder
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
 
 
+def set_weight(folder, name, index, value):
+    def edit(weights):
+        weights[name][index] = value
+
+    edit_weights(folder, edit)
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, 65_520.0, "up to 65520, would become infinite"),
+        (3, -1e9, r"up to 1e\+09, would become infinite"),
+        (slice(None), 1e-9, "too small and would become zero"),
+        (slice(None), 2e-7, "too small and would become zero or coarse"),
+    ],
+)
+def test_weights_that_do_not_fit_into_a_dtype_are_refused_by_name(tmp_path, base_folder, index, value, message):
+    set_weight(base_folder, NORM, index, value)
+    with pytest.raises(ValueError, match=f"{NORM} does not fit into torch.float16.*{message}.*bfloat16"):
+        convert_to_infini(base_folder, tmp_path / "half", segment_length=N, dtype="float16")
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"{NORM} does not fit into torch.float16"):
+        convert_from_infini(tmp_path / "ours", tmp_path / "back", dtype="float16")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", "ours"]
+
+
+def test_the_largest_and_small_single_values_fit(tmp_path, base_folder):
+    set_weight(base_folder, NORM, 0, 65_504.0)
+    set_weight(base_folder, NORM, 1, 1e-9)
+    convert_to_infini(base_folder, tmp_path / "half", segment_length=N, dtype="float16")
+
+
+def test_float64_beyond_float32_is_refused(tmp_path, base_folder):
+    edit_weights(base_folder, lambda weights: weights.update({NORM: weights[NORM].double() * 1e39}))
+    with pytest.raises(ValueError, match=r"would become infinite.*float64"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, dtype="float32")
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_the_source_holds_is_kept_with_a_warning(tmp_path, base_folder, caplog, value):
+    set_weight(base_folder, NORM, 0, value)
+    for dtype in ("auto", "float16"):
+        convert_to_infini(base_folder, tmp_path / dtype, segment_length=N, dtype=dtype)
+        assert f"{NORM} of the source holds values that are not finite" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"head_gate_init_value": float("nan")}, {"head_gate_init_value": 1e40}, {"memory_norm_init_scale": float("inf")}],
+)
+def test_initial_values_that_are_not_finite_are_refused(tmp_path, base_folder, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is not finite"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, **options)
+
+
 GATES = [1.5, [-2.0, 0.0, 2.0, 4.0]]
 
 

@@ -76,3 +76,11 @@ def test_what_is_not_theirs_is_refused(tmp_path):
         load_lucidrains(weights | {"layers.1.0.rotary_emb.freqs": torch.ones(3)}, segment_length=7)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_lucidrains(tmp_path / "missing.pt", segment_length=7)
+
+
+def test_weights_that_do_not_fit_into_the_dtype_of_the_embeddings_are_refused():
+    weights = their_model().state_dict()
+    weights["token_emb.weight"] = weights["token_emb.weight"].half()
+    weights["norm.gamma"] = weights["norm.gamma"] * 1e6
+    with pytest.raises(ValueError, match=r"model.norm.weight does not fit into torch.float16"):
+        load_lucidrains(weights, segment_length=7)
