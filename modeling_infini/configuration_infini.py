@@ -22,6 +22,9 @@ AUTO_MAP = {
 
 MODELING_FILE = "modeling_infini.py"
 
+# A style of tensor parallelism, which `tensor_parallel.py` registers.
+SHARED_BY_HEADS = "infini_shared_by_heads"
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -109,8 +112,7 @@ class InfiniConfig(LlamaConfig):
         if self.memory_write_gate:
             plan["layers.*.self_attn.memory_write_gate"] = "colwise"
         if self.qk_norm:
-            # All heads share these weights; each process has the gradient of its own.
-            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
+            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = SHARED_BY_HEADS
         return plan
 
     @property

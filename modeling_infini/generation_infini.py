@@ -21,9 +21,17 @@ class InfiniGenerationMixin(GenerationMixin):
 
     config: InfiniConfig
 
+    # Whether this process has ended, and runs the model for the weights that other processes gather from it.
+    _runs_for_others = False
+
+    def _has_unfinished_sequences(self, this_peer_finished, synced_gpus, device):
+        self._runs_for_others = bool(synced_gpus and this_peer_finished)
+        return super()._has_unfinished_sequences(this_peer_finished, synced_gpus, device)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        self._runs_for_others = False
         cache_implementation = generation_config.cache_implementation
         if cache_implementation not in (None, "dynamic"):
             raise ValueError(
@@ -148,6 +156,9 @@ class InfiniGenerationMixin(GenerationMixin):
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
         if isinstance(cache, InfiniCache):
+            if self._runs_for_others:
+                # What has been generated is all that the cache is to read.
+                cache = cache.detached()
             if is_first_iteration:
                 cache.prompt_length = None
             elif attention_mask is None and next_sequence_length == 1:
@@ -174,6 +185,8 @@ class InfiniGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         # The cache counts positions and has read the padding's mask: no need for a mask and ids that grow.
         if isinstance(outputs.get(CACHE_NAME), InfiniCache):
+            if self._runs_for_others:
+                outputs[CACHE_NAME] = model_kwargs[CACHE_NAME]
             model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 

@@ -15,9 +15,11 @@ import torch
 from einops import rearrange
 from huggingface_hub import ModelCard
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 from transformers import initialization as init
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -64,6 +66,7 @@ from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
 from .streams import DecodeLayout, SegmentLayout, take
+from .tensor_parallel import check_heads
 
 
 # The fields of a configuration that a cache must share with the model that uses it.
@@ -146,6 +149,9 @@ class InfiniWriteGate(nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden_size)` -> `(..., kv_heads)`, at least in float32."""
         logits = super().forward(hidden_states)
+        if isinstance(logits, DTensor):
+            # Each process has the logits of its own heads. DTensors have no backward of logsigmoid.
+            logits = logits.to_local()
         return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
 
 
@@ -264,14 +270,15 @@ class InfiniAttention(nn.Module):
         if memory is not None:
             output = self._mix(output, self._read(memory_queries, memory), layout)
         # What is written may be read in a later call alone.
-        if self.training and (memory is None or strength is not None or memory_keys is not None):
+        if torch.is_grad_enabled() and (memory is None or strength is not None or memory_keys is not None):
             # Without a norm, the memory's queries are those of local attention.
             normed_queries = None if self.config.memory_norm_init_scale is None else memory_queries
             output = output + self._zero(strength, normed_queries, memory_keys)
         if not isinstance(layout, DecodeLayout):
             output = layout.to_columns(output)
 
-        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+        # Contiguous, since tensor parallelism takes it for that: the columns may be a slice of the segments' slots.
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
         return output, weights
 
@@ -377,6 +384,12 @@ class InfiniPreTrainedModel(PreTrainedModel):
     def is_backend_compatible(cls) -> bool:
         # Asked by vLLM before it puts its own attention over paged keys into a model: that would hold no memory.
         return False
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        if distributed_config is not None:
+            check_heads(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def local_shares(self) -> torch.Tensor:
         """
@@ -720,6 +733,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int, kwargs: dict
     ) -> bool:
         """Whether a call is long, and nothing but a cache is asked for of its first columns."""
+        # Weights that are sharded are gathered in each call, of which all processes must make equally many.
+        if isinstance(self, FSDPModule) or is_deepspeed_zero3_enabled():
+            return False
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         if states is None or states.shape[1] <= chunk_length or torch.is_grad_enabled():
             return False

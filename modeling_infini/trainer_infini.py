@@ -125,11 +125,11 @@ class InfiniTrainer(Trainer):
             raise ValueError("DeepSpeed keeps gradients to itself: gates cannot be frozen by gate_frozen_steps.")
         if self.args.gate_learning_rate is not None and self.optimizer is not None:
             raise ValueError("gate_learning_rate is for the optimizer that the Trainer makes; set it in your own.")
-        if in_chunks and self.get_tp_size() > 1 and infini_module(self.model).config.qk_norm:
+        if has_streams and self.get_tp_size() > 1:
             raise ValueError(
-                "With tensor parallelism and qk_norm, transformers sums the gradients of these norms over the "
-                "processes after each backward, of which chunks have several, so that the first ones count twice. "
-                "Use FSDP2, or leave out chunk_segments and detach_every_num_segments."
+                "DocumentStreams do not go with tensor parallelism: accelerate takes processes that read the same "
+                "rows of an iterable dataset for readers of other rows, and ends epochs too early. Use FSDP2 or DDP, "
+                "or whole documents."
             )
         if self.get_cp_size() > 1:
             raise ValueError(
@@ -359,7 +359,8 @@ class InfiniTrainer(Trainer):
         since = max(start_time, self._logged_at)
         tokens = torch.tensor(float(self._tokens_since_log), device=self.args.device)
         self._logged_at, self._tokens_since_log = now, 0
-        return self.accelerator.reduce(tokens, "sum").item() / (now - since)
+        # Processes that share heads out count the same tokens.
+        return self.accelerator.reduce(tokens, "sum").item() / self.get_tp_size() / (now - since)
 
 
 @dataclass

@@ -41,7 +41,8 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
     """
     Inside, each call of a model in training adds `weight` times the [`write_penalty`] of each layer to its gradients,
     whatever the trainer. What is read in chunks, or accumulated over batches, adds it once for each of them, and
-    scales of the loss, such as mixed precision's in float16, do not apply to it.
+    scales of the loss, such as mixed precision's in float16, do not apply to it. With context parallelism, each rank
+    adds the penalty of its own piece.
 
     A loss alone stops to teach what not to write once filler is a small share of what is read at the lengths trained
     on. The penalty goes on, and a memory that has learned on short texts holds on longer ones.
@@ -57,10 +58,12 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
     if not gates:
         raise TypeError("The model has no write gates: make it with memory_write_gate=True.")
 
-    def add_penalty(gate: nn.Module, arguments: tuple, log_gates: torch.Tensor) -> torch.Tensor:
+    def add_penalty(gate: InfiniWriteGate, arguments: tuple, log_gates: torch.Tensor) -> torch.Tensor:
         if not (gate.training and log_gates.requires_grad):
             return log_gates
-        return _AddLoss.apply(log_gates, weight * write_penalty(log_gates, margin))
+        # With tensor parallelism, this process has some of the heads that the mean is over.
+        share_of_heads = log_gates.shape[-1] / gate.out_features
+        return _AddLoss.apply(log_gates, weight * share_of_heads * write_penalty(log_gates, margin))
 
     with ExitStack() as hooks:
         for gate in gates:

@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import MODES, compute_norm_and_rope_in_float64, random_ids, relative_error, tiny_config, tiny_model
+from tiny import (
+    EVERY_OPTION,
+    MODES,
+    compute_norm_and_rope_in_float64,
+    random_ids,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 from torch import distributed
 from torch.nn import functional as F
 
@@ -36,14 +44,15 @@ def cases() -> list[Case]:
     for delta in (False, True):
         for mode in MODES:
             rule = {"use_mem_delta_rule": delta, **mode}
+            every_option = {**EVERY_OPTION, "num_sink_tokens": 0, **rule}
             name = "-".join(str(value) for value in rule.values())
             found += [
-                Case(f"{name}-learned", {**rule, "learned_delta_update": True}),
+                Case(f"{name}-every-option", every_option),
                 Case(f"{name}-one-kv-head-whole-segments", {**rule, "num_key_value_heads": 1}, 35),
                 Case(f"{name}-all-kv-heads-one-segment-each", {**rule, "num_key_value_heads": 4}, 15),
                 Case(f"{name}-unequal", rule, 33, {2: [25, 8], 3: [5, 25, 3]}),
                 Case(f"{name}-last-token-alone", rule, 16, {2: [15, 1], 3: [5, 10, 1]}),
-                Case(f"{name}-checkpointing", rule, has_checkpointing=True),
+                Case(f"{name}-checkpointing", every_option, has_checkpointing=True),
                 Case(f"{name}-targets-on-last-rank", rule, targets=slice(29, 33)),
                 Case(f"{name}-targets-on-first-rank", rule, targets=slice(0, 5)),
             ]

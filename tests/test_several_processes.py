@@ -12,11 +12,19 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from several_processes.tensor_parallel import compute
+from several_processes.compute import conversation, of_batch, of_rows
 from several_processes.train import CASES, RESUMED_AT, run
-from tiny import relative_error, tiny_model
+from tiny import EVERY_OPTION, relative_error, tiny_model
+from transformers import LlamaConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
-from modeling_infini import InfiniForCausalLM, InfiniTrainer, InfiniTrainingArguments
+from modeling_infini import (
+    DocumentStreams,
+    InfiniConfig,
+    InfiniForCausalLM,
+    InfiniTrainer,
+    InfiniTrainingArguments,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +94,9 @@ def fsdp2(tmp_path_factory):
     return folder
 
 
-def assert_same_training(found: Path, expected: tuple[dict, Path]) -> None:
+def assert_same_training(found: Path, expected: tuple[dict, Path], results: str = "results.json") -> None:
     logs, folder = expected
-    found_logs = json.loads((found / "results.json").read_text())
+    found_logs = json.loads((found / results).read_text())
     assert found_logs.keys() == logs.keys()
     for name, values in logs.items():
         assert found_logs[name] == pytest.approx(values, rel=2e-6), name
@@ -134,57 +142,124 @@ class TestFSDP2:
         assert_resumed(fsdp2 / name)
 
 
-TENSOR_PARALLEL = {
-    "grouped": {},
-    "delta": {"use_mem_delta_rule": True, "num_key_value_heads": 4},
-    "sinks": {"local_attention": "sliding", "num_sink_tokens": 2, "learned_delta_update": True},
-    "qwen": {
-        "local_attention": "sliding",
-        "use_mem_delta_rule": True,
-        "qk_norm": True,
-        "qkv_bias": True,
-        "attention_output_bias": True,
-        "lm_head_bias": True,
+HEADS = {
+    "segment": {},
+    "sliding": {"local_attention": "sliding", "num_sink_tokens": 2, "use_mem_delta_rule": True},
+    "write gate": {"memory_write_gate": True},
+    "every option": EVERY_OPTION,
+    "every option, tied": {
+        **EVERY_OPTION,
+        "tie_word_embeddings": True,
+        "pad_token_id": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 33,
     },
 }
+ROWS = {"segment": {}, "every option, one KV head": {**EVERY_OPTION, "num_key_value_heads": 1}}
+TENSOR_PARALLEL_CASES = ("chunks", "accumulated", "stock checkpointed")
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """The folder in which two processes compute what one does: with all parallelisms, by one launch."""
+    folder = tmp_path_factory.mktemp("computed")
+    for kind, models in (("heads", HEADS), ("rows", ROWS)):
+        for name, fields in models.items():
+            tiny_model(torch.float64, **fields).save_pretrained(folder / kind / name)
+    for name in TENSOR_PARALLEL_CASES:
+        tiny_model(torch.float64, **CASES[name].config).save_pretrained(folder / "training" / name)
+    torchrun(SCRIPTS / "compute.py", folder)
+    return folder
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # A whole matrix is compared: what of it is 0 in one process may be a rounding error in the other.
+        tolerance = 1e-6 * tensor.abs().max().item() + 1e-12 if tensor.is_floating_point() else 0
+        assert (found[name] - tensor).abs().max() <= tolerance, name
+
+
+def assert_same_weights(folder: Path) -> None:
+    expected = InfiniForCausalLM.from_pretrained(folder).state_dict()
+    found = InfiniForCausalLM.from_pretrained(folder / "saved").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 class TestTensorParallel:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("tensor-parallel")
-        for name, fields in TENSOR_PARALLEL.items():
-            tiny_model(torch.float64, **fields).save_pretrained(folder / name)
-        torchrun(SCRIPTS / "tensor_parallel.py", folder)
-        return folder
-
-    @pytest.mark.parametrize("name", TENSOR_PARALLEL)
-    def test_gives_what_one_process_gives(self, folder, name):
-        model = InfiniForCausalLM.from_pretrained(folder / name)
-        expected = compute(model)
-        gates = model.model.layers[0].self_attn.head_gates.weight
+    @pytest.mark.parametrize("name", HEADS)
+    def test_gives_what_one_process_gives(self, computed, name):
+        folder = computed / "heads" / name
+        model = InfiniForCausalLM.from_pretrained(folder)
+        expected = of_batch(model)
+        gates = model.model.layers[0].self_attn.head_gates.weight.detach()
         for rank in range(2):
-            found = load_file(folder / name / f"results-{rank}.safetensors")
             # Of four heads, each process has its own two.
-            torch.testing.assert_close(found.pop("gates here"), gates.detach()[2 * rank : 2 * rank + 2])
-            assert found.keys() == expected.keys()
-            assert torch.equal(found["generated"], expected["generated"])
-            for key, tensor in expected.items():
-                assert relative_error(found[key], tensor) < 1e-6, key
+            here = {"gates here": gates[2 * rank : 2 * rank + 2]}
+            assert_same(load_file(folder / f"results-{rank}.safetensors"), expected | here)
+        assert_same_weights(folder)
 
-    def test_refuses_chunks_with_norms_of_heads(self, monkeypatch, tmp_path):
-        arguments = InfiniTrainingArguments(str(tmp_path), chunk_segments=1, use_cpu=True, report_to=[])
-        trainer = InfiniTrainer(tiny_model(qk_norm=True), arguments)
+    @pytest.mark.parametrize("name", TENSOR_PARALLEL_CASES)
+    def test_trains_as_one_process(self, computed, one_process, name):
+        for rank in range(2):
+            assert_same_training(computed / "training" / name, one_process(name), f"results-{rank}.json")
+
+    def test_refuses_streams(self, monkeypatch, tmp_path):
+        arguments = InfiniTrainingArguments(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to=[])
+        trainer = InfiniTrainer(tiny_model(), arguments, train_dataset=DocumentStreams([[1, 2, 3]], 2, 2))
         monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
-        with pytest.raises(ValueError, match="qk_norm"):
+        with pytest.raises(ValueError, match="DocumentStreams do not go with tensor parallelism"):
             trainer._check_arguments()
 
-    @pytest.mark.parametrize("fields", TENSOR_PARALLEL.values(), ids=list(TENSOR_PARALLEL))
+    @pytest.mark.parametrize(("kv_heads", "tp_size"), [(1, 2), (2, 4), (3, 2), (6, 4)])
+    def test_refuses_kv_heads_that_it_cannot_split(self, kv_heads, tp_size):
+        model = tiny_model(num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
+        with pytest.raises(ValueError, match=f"tp_size={tp_size} does not divide num_key_value_heads={kv_heads}"):
+            InfiniForCausalLM.maybe_distribute_model(model, DistributedConfig(tp_size=tp_size), None)
+
+    @pytest.mark.parametrize("fields", HEADS.values(), ids=list(HEADS))
     def test_plan_names_only_what_there_is(self, fields):
         model = tiny_model(**fields)
         names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         for rule in model.tp_plan:
             assert rule.replace("*", "0") in names
+
+    def test_plan_names_all_that_heads_have(self):
+        model = tiny_model(**EVERY_OPTION)
+        layer = model.model.layers[0].self_attn
+        for name, _ in layer.named_parameters():
+            rule = f"model.layers.*.self_attn.{name}"
+            assert rule in model.tp_plan or rule.rpartition(".")[0] in model.tp_plan, name
+
+
+class TestRowsOfTheirOwn:
+    """Parameters that only some of the processes use, since their texts end within a segment."""
+
+    @pytest.mark.parametrize("how", ["fsdp2", "ddp"])
+    @pytest.mark.parametrize("name", ROWS)
+    def test_gradients_are_those_of_one_process(self, computed, name, how):
+        folder = computed / "rows" / name
+        expected = of_rows(InfiniForCausalLM.from_pretrained(folder))
+        for rank in range(2):
+            found = load_file(folder / f"{how}-{rank}.safetensors")
+            assert_same({key: tensor for key, tensor in found.items() if key in expected}, expected)
+
+    @pytest.mark.parametrize("name", ROWS)
+    def test_fsdp2_generates_as_one_process(self, computed, name):
+        folder = computed / "rows" / name
+        model = InfiniForCausalLM.from_pretrained(folder)
+        for rank in range(2):
+            found = load_file(folder / f"fsdp2-{rank}.safetensors")
+            for key, tensor in conversation(model, rank).items():
+                assert torch.equal(found[key], tensor), key
+        assert_same_weights(folder)
+
+
+def test_every_option_is_on():
+    of_llama, off, on = (vars(config) for config in (LlamaConfig(), InfiniConfig(), InfiniConfig(**EVERY_OPTION)))
+    options = {name for name in off if off[name] is None or off[name] is False} - of_llama.keys() - {"converted_from"}
+    assert all(on[name] for name in options)
 
 
 class TestLaunchConfigurations:

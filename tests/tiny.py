@@ -74,6 +74,22 @@ MODES = [
 ]
 
 
+# Each option of the configuration that adds a parameter or another way to compute, with grouped queries.
+EVERY_OPTION = {
+    "local_attention": "sliding",
+    "num_sink_tokens": 2,
+    "use_mem_delta_rule": True,
+    "learned_delta_update": True,
+    "memory_norm_init_scale": 1.5,
+    "memory_write_gate": True,
+    "qk_norm": True,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "lm_head_bias": True,
+}
+
+
 @st.composite
 def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6):
     """Both rules, both local modes, grouped queries of 1, 2 and all heads, short segments."""

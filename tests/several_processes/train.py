@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from several_processes.cpu_as_accelerator import use_cpu_as_accelerator
-from tiny import random_ids, tiny_model
-from transformers import Trainer
+from tiny import EVERY_OPTION, random_ids, tiny_model
+from transformers import PreTrainedModel, Trainer
 
 from modeling_infini import DocumentStreams, InfiniTrainer, InfiniTrainingArguments, collate_documents
 
@@ -39,16 +39,16 @@ SINKS = {"local_attention": "sliding", "num_sink_tokens": 2, "use_mem_delta_rule
 CASES = {
     "whole": Case(),
     "stock": Case(trainer=Trainer, arguments={"train_sampling_strategy": "random"}),
-    "chunks": Case(arguments={"chunk_segments": 1}, config=SINKS),
-    "accumulated": Case(arguments={"chunk_segments": 2, "gradient_accumulation_steps": 2, "max_steps": 3}),
+    "chunks": Case(arguments={"chunk_segments": 1}, config=EVERY_OPTION),
+    "accumulated": Case(
+        arguments={"chunk_segments": 2, "gradient_accumulation_steps": 2, "max_steps": 3}, config=EVERY_OPTION
+    ),
     "truncated": Case(arguments={"chunk_segments": 1, "detach_every_num_segments": 2}, config=SINKS),
     # DDP does not look for parameters without a gradient then.
     "checkpointed": Case(
         arguments={"chunk_segments": 2, "activation_checkpointing": True}, config={"learned_delta_update": True}
     ),
-    "stock checkpointed": Case(
-        trainer=Trainer, arguments={"activation_checkpointing": True}, config={"learned_delta_update": True}
-    ),
+    "stock checkpointed": Case(trainer=Trainer, arguments={"activation_checkpointing": True}, config=EVERY_OPTION),
     "streams": Case(
         arguments={"chunk_segments": 1, "max_steps": 6, "save_steps": RESUMED_AT, "eval_steps": 2},
         streams=True,
@@ -64,8 +64,11 @@ def documents(lengths, seed: int) -> list[dict]:
     return [{"input_ids": random_ids(length, seed=seed + i).tolist()} for i, length in enumerate(lengths)]
 
 
-def trainer(case: Case, folder: Path) -> Trainer:
-    per_device = BATCH_SIZE // int(os.environ.get("WORLD_SIZE", 1))
+def trainer(case: Case, folder: Path, model: PreTrainedModel | None = None) -> Trainer:
+    if model is None:
+        model = tiny_model(torch.float64, **case.config)
+    # Processes that share heads out read the same rows.
+    per_device = BATCH_SIZE * (model.tp_size or 1) // int(os.environ.get("WORLD_SIZE", 1))
     defaults = {
         "max_steps": 4,
         "per_device_train_batch_size": per_device,
@@ -85,7 +88,7 @@ def trainer(case: Case, folder: Path) -> Trainer:
     if case.streams:
         data, held_out = DocumentStreams(data, BATCH_SIZE, 13, seed=0), DocumentStreams(held_out, BATCH_SIZE, 8)
     return case.trainer(
-        tiny_model(torch.float64, **case.config),
+        model,
         InfiniTrainingArguments(str(folder), **{**defaults, **case.arguments}),
         train_dataset=data,
         eval_dataset=held_out,
@@ -93,9 +96,12 @@ def trainer(case: Case, folder: Path) -> Trainer:
     )
 
 
-def run(case: Case, folder: Path) -> dict[str, list[float]]:
-    """Trains, and once more from a checkpoint if the case resumes; the model goes to `folder / "model"`, whole."""
-    first = trainer(case, folder)
+def run(case: Case, folder: Path, model: PreTrainedModel | None = None) -> dict[str, list[float]]:
+    """
+    Trains `model`, or a tiny one, and once more from a checkpoint if the case resumes; the model goes to
+    `folder / "model"`, whole.
+    """
+    first = trainer(case, folder, model)
     first.train()
     results = logged(first)
     if case.resumes:
