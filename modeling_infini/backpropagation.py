@@ -15,6 +15,7 @@ dL/ds_c to the chunk before it. The gradients are those of one pass over the who
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -130,13 +131,22 @@ def backpropagate(
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     segment_length, length = module.config.segment_length, inputs["shift_labels"].shape[1]
+    noise = partial(_noise_of_row, module.get_input_embeddings(), length)
     windows = chunk_lengths(length, chunk_segments, detach_every_num_segments, segment_length, cache)
     chunks = iter(split_call(inputs, [chunk for window in windows for chunk in window], cache.tokens_read))
     losses = []
     for index, window in enumerate(windows):
         last_sync = nullcontext if index == len(windows) - 1 else no_sync
         loss, cache = _backpropagate_window(
-            model, list(islice(chunks, len(window))), cache, compute_loss, backward, loss_scale, no_sync, last_sync
+            model,
+            list(islice(chunks, len(window))),
+            cache,
+            compute_loss,
+            backward,
+            loss_scale,
+            noise,
+            no_sync,
+            last_sync,
         )
         losses.append(loss)
     return torch.stack(losses).sum(), cache
@@ -161,6 +171,7 @@ def _backpropagate_window(
     compute_loss: ComputeLoss,
     backward: Callable[[torch.Tensor], None],
     loss_scale: float,
+    noise: Callable[[int], AbstractContextManager],
     no_sync: Callable[[], AbstractContextManager],
     last_sync: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, InfiniCache]:
@@ -170,10 +181,10 @@ def _backpropagate_window(
     boundaries, random_states = [], []
     for index, chunk in enumerate(chunks):
         boundaries.append(cache.detached())
-        random_states.append(_random_states(chunk["shift_labels"].device))
+        random_states.append(_random_states(_devices(model, chunk)))
         if index < len(chunks) - 1:
             read = {name: states for name, states in chunk.items() if name not in ("labels", "shift_labels")}
-            with torch.no_grad():
+            with torch.no_grad(), noise(chunk["shift_labels"].shape[1]):
                 reader(**read, past_key_values=cache, use_cache=False, logits_to_keep=1)
 
     losses: list[torch.Tensor] = []
@@ -184,7 +195,8 @@ def _backpropagate_window(
         leaves = {} if index == 0 else _require_grad(cache)
         is_rerun = index < len(chunks) - 1
         sync = last_sync if index == 0 else no_sync
-        with sync(), _random_states_from(random_states[index]) if is_rerun else nullcontext():
+        drawn = _random_states_from(random_states[index]) if is_rerun else nullcontext()
+        with sync(), drawn, noise(chunks[index]["shift_labels"].shape[1]):
             # The outputs are not kept: of all chunks, their logits would be the largest tensors.
             loss = compute_loss({**chunks[index], "past_key_values": cache, "use_cache": False})[0]
             states = cache.state_dict()
@@ -230,32 +242,59 @@ def loss_in_chunks(
     length = inputs["shift_labels"].shape[1]
     (lengths,) = chunk_lengths(length, chunk_segments, None, module.config.segment_length, cache)
     for chunk in split_call(inputs, lengths, cache.tokens_read):
-        yield compute_loss({**chunk, "past_key_values": cache, "use_cache": False})
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random generators that a model on `device` draws from, for dropout."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type not in ("cpu", "meta"):
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
+        with _noise_of_row(module.get_input_embeddings(), length, chunk["shift_labels"].shape[1]):
+            share = compute_loss({**chunk, "past_key_values": cache, "use_cache": False})
+        yield share
 
 
 @contextmanager
-def _random_states_from(states: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Draws from earlier states of the random generators, and goes on from the present ones afterwards."""
-    present = {name: _generators(name).get_rng_state() for name in states}
-    for name, state in states.items():
-        _generators(name).set_rng_state(state)
+def _noise_of_row(embeddings: nn.Module, row_length: int, length: int) -> Iterator[None]:
+    """NEFTune divides its noise by the root of a call's length: in a call of `length` columns, as if by the row's."""
+    alpha = getattr(embeddings, "neftune_noise_alpha", None)
+    if alpha is None:
+        yield
+        return
+    embeddings.neftune_noise_alpha = alpha * (length / row_length) ** 0.5
     try:
         yield
     finally:
-        for name, state in present.items():
-            _generators(name).set_rng_state(state)
+        embeddings.neftune_noise_alpha = alpha
 
 
-def _generators(device_type: str) -> Any:
-    return torch if device_type == "cpu" else torch.get_device_module(device_type)
+def _devices(model: nn.Module, inputs: Inputs) -> set[torch.device]:
+    """Where `model` may draw random numbers: also where inputs are, since weights may be offloaded."""
+    devices = {parameter.device for parameter in model.parameters()} | {inputs["shift_labels"].device}
+    return {torch.device("cpu"), *(device for device in devices if device.type != "meta")}
+
+
+def _random_states(devices: set[torch.device]) -> dict[torch.device, torch.Tensor]:
+    """The states of the random generators of `devices`, which dropout draws from."""
+    return {device: _generators(device).get_rng_state(*_place(device)) for device in devices}
+
+
+@contextmanager
+def _random_states_from(states: dict[torch.device, torch.Tensor]) -> Iterator[None]:
+    """Draws from earlier states of the random generators, and goes on from the present ones afterwards."""
+    present = _random_states(set(states))
+    _set_random_states(states)
+    try:
+        yield
+    finally:
+        _set_random_states(present)
+
+
+def _set_random_states(states: dict[torch.device, torch.Tensor]) -> None:
+    for device, state in states.items():
+        _generators(device).set_rng_state(state, *_place(device))
+
+
+def _generators(device: torch.device) -> Any:
+    return torch if device.type == "cpu" else torch.get_device_module(device)
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    """Which of several devices is meant, for those whose functions can be told."""
+    return (device,) if device.type != "cpu" and _generators(device).device_count() > 1 else ()
 
 
 __all__ = ["backpropagate", "loss_in_chunks"]

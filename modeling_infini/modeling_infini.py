@@ -732,12 +732,17 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
     def _can_read_in_chunks(
         self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int, kwargs: dict
     ) -> bool:
-        """Whether a call is long, and nothing but a cache is asked for of its first columns."""
+        """
+        Whether a call is long, nothing but a cache is asked for of its first columns, and it computes the same in
+        pieces: in training, dropout and noise are drawn for a call, and a second run with gradients must draw them so.
+        """
         # Weights that are sharded are gathered in each call, of which all processes must make equally many.
         if isinstance(self, FSDPModule) or is_deepspeed_zero3_enabled():
             return False
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         if states is None or states.shape[1] <= chunk_length or torch.is_grad_enabled():
+            return False
+        if any(module.training for module in self.modules()):
             return False
         records = ("output_hidden_states", "output_attentions")
         wants_all = any(kwargs.get(name, getattr(self.config, name)) for name in records)

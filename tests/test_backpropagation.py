@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from reference import reference_stream
 from tiny import (
     MODES,
@@ -16,8 +17,9 @@ from tiny import (
     tiny_model,
 )
 from torch.nn.functional import cross_entropy
+from transformers.integrations.neftune import activate_neftune
 
-from modeling_infini import InfiniForCausalLM, backpropagate, loss_in_chunks
+from modeling_infini import InfiniForCausalLM, backpropagate, backpropagation, loss_in_chunks, modeling_infini
 from modeling_infini.backpropagation import chunk_lengths, infini_module, shifted_labels
 
 
@@ -214,6 +216,123 @@ def test_dropout_is_the_same_when_a_chunk_runs_again():
     assert abs(numeric - (found[name] * direction).sum()) < 1e-5 * abs(numeric) + 1e-8
     assert torch.equal(following, again_following)
     assert relative_error(cache.layers[0].memory, again_cache.layers[0].memory) == 0
+
+
+def kept_states(cache) -> dict[str, torch.Tensor]:
+    """Copies of a cache's states, without the stand-ins for those that nobody will see."""
+    return {
+        name: state.detach().clone()
+        for name, state in cache.state_dict().items()
+        if state.untyped_storage().nbytes() > state.element_size()
+    }
+
+
+def states_at_boundaries(model, inputs, chunk_segments):
+    """What each chunk but the first starts from, and what the chunk before it ends in when it runs again."""
+    starts, ends = [], []
+
+    def compute_loss(chunk):
+        starts.append(kept_states(chunk["past_key_values"]))
+        outputs = model(**chunk)
+        ends.append(kept_states(chunk["past_key_values"]))
+        return outputs.loss, outputs
+
+    backpropagate(model, inputs, chunk_segments=chunk_segments, compute_loss=compute_loss)
+    # Chunks run from the last to the first.
+    return list(zip(starts[:-1], ends[1:]))
+
+
+def with_lora(model):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    return get_peft_model(model, lora).train()
+
+
+def with_noise(model):
+    activate_neftune(model, 5.0)
+    return model.train()
+
+
+def with_checkpointing(model):
+    model.activation_checkpointing_enable()
+    return model.train()
+
+
+def with_dropout_in_evaluation(model):
+    model = with_lora(model).eval()
+    for module in model.modules():
+        module.train(isinstance(module, torch.nn.Dropout))
+    return model
+
+
+@pytest.mark.parametrize("prefill_tokens", [5, 2048])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        InfiniForCausalLM.train,
+        InfiniForCausalLM.eval,
+        with_lora,
+        with_noise,
+        with_checkpointing,
+        with_dropout_in_evaluation,
+    ],
+)
+@pytest.mark.parametrize("fields", MODES[1:])
+def test_a_chunk_starts_from_the_state_that_is_differentiated(monkeypatch, fields, prepare, prefill_tokens):
+    monkeypatch.setattr(modeling_infini, "PREFILL_TOKENS", prefill_tokens)
+    model = prepare(tiny_model(torch.float64, attention_dropout=0.3, **fields))
+    inputs = {"input_ids": random_ids(2, 43), "labels": random_ids(2, 43)}
+    for start, end in states_at_boundaries(model, inputs, 3):
+        for name, state in start.items():
+            torch.testing.assert_close(state, end[name], msg=name, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("segment_length", [1000, 1100])
+def test_chunks_on_both_sides_of_what_a_prompt_is_cut_into_draw_the_same_masks(segment_length):
+    fields = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    fields |= {"head_dim": 16, "attention_dropout": 0.1, "initializer_range": 0.5}
+    model = InfiniForCausalLM(tiny_config(segment_length=segment_length, **fields)).double().train()
+    ids = random_ids(1, 3 * segment_length)
+    ((start, end),) = states_at_boundaries(model, {"input_ids": ids, "labels": ids}, 2)
+    assert torch.equal(start["layers.1.memory"], end["layers.1.memory"])
+
+
+def test_generators_of_all_devices_that_hold_weights_are_set_back(monkeypatch):
+    """Faked: a machine with several accelerators runs no test here."""
+    states = {torch.device("cuda", 0): 5, torch.device("cuda", 1): 7}
+
+    class Accelerators:
+        device_count = staticmethod(lambda: 2)
+        get_rng_state = staticmethod(states.__getitem__)
+        set_rng_state = staticmethod(lambda state, device: states.__setitem__(device, state))
+
+    monkeypatch.setattr(backpropagation.torch, "get_device_module", lambda device: Accelerators)
+    earlier = backpropagation._random_states(set(states))
+    states.update(dict.fromkeys(states, 9))
+    with backpropagation._random_states_from(earlier):
+        assert list(states.values()) == [5, 7]
+    assert list(states.values()) == [9, 9]
+
+
+@pytest.mark.parametrize("chunk_segments", [None, 1, 3])
+def test_neftune_in_chunks_is_as_loud_as_in_the_whole_row(chunk_segments):
+    model = tiny_model().train()
+    embeddings = model.get_input_embeddings()
+    activate_neftune(model, 5.0)
+    noise = []
+    embeddings.register_forward_hook(
+        lambda module, args, output: noise.append((output - torch.nn.functional.embedding(*args, module.weight)).abs())
+    )
+    inputs = {"input_ids": random_ids(2, 113), "labels": random_ids(2, 113)}
+    for run in (
+        lambda: backpropagate(model, inputs, chunk_segments=chunk_segments),
+        lambda: list(loss_in_chunks(model, inputs, chunk_segments=chunk_segments)),
+    ):
+        noise.clear()
+        run()
+        loudest = 5.0 / (113 * 24) ** 0.5
+        for call in noise:
+            assert 0.9 * loudest < call.max() < 1.001 * loudest
+    assert embeddings.neftune_noise_alpha == 5.0
 
 
 def test_activations_and_logits_are_those_of_one_chunk():
