@@ -42,6 +42,16 @@ def infini_module(model: nn.Module) -> Any:
     return found
 
 
+def refuse_prompts(model: nn.Module) -> None:
+    """Refuses prompt learning of PEFT, whose tokens stand before each call: between chunks, and within documents."""
+    for module in model.modules():
+        if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "Prompt learning adds tokens to each call of the model, so that those of a sequence read in chunks or "
+                "over several steps would stand inside of it. Use another method of PEFT, or the stock Trainer."
+            )
+
+
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     """The label of the token after each: `labels` `(B, T)` one column to the left, -100 in the last."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -82,7 +92,13 @@ def prepared_inputs(inputs: Inputs) -> Inputs:
         raise ValueError("Training needs labels (or shift_labels, already moved one column to the left).")
     if "shift_labels" not in inputs:
         inputs["shift_labels"] = shifted_labels(inputs["labels"])
-    return {"labels": inputs["shift_labels"], **inputs}
+    elif "labels" in inputs and not torch.equal(inputs["labels"][:, 1:], inputs["shift_labels"][:, :-1]):
+        raise ValueError(
+            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left. "
+            "Leave one of them out."
+        )
+    # What is not known of labels is the first, which nothing predicts.
+    return {"labels": F.pad(inputs["shift_labels"][:, :-1], (1, 0), value=-100), **inputs}
 
 
 def backpropagate(
@@ -120,11 +136,13 @@ def backpropagate(
         The loss, and the cache after the last token, to go on from.
 
     Raises:
-        ValueError: if there are no labels, or a number of segments is less than 1.
+        ValueError: if there are no labels, or they contradict `shift_labels`; if a number of segments is less than 1;
+            if `model` learns prompts.
     """
     for name, count in (("chunk_segments", chunk_segments), ("detach_every_num_segments", detach_every_num_segments)):
         if count is not None and count < 1:
             raise ValueError(f"{name}={count} must be at least 1.")
+    refuse_prompts(model)
     inputs = prepared_inputs(inputs)
     if compute_loss is None:
         compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
@@ -234,6 +252,7 @@ def loss_in_chunks(
     Yields:
         The share of each chunk in the loss, and the model's outputs for it.
     """
+    refuse_prompts(model)
     inputs = prepared_inputs(inputs)
     if compute_loss is None:
         compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)

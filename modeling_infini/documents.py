@@ -5,9 +5,10 @@ go on from step to step. Needs the package `datasets`.
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -42,15 +43,22 @@ def load_documents(
 
     Raises:
         FileNotFoundError: if `source` is neither files, nor a folder with some, nor looks like an id of the Hub.
-        ValueError: if the files are of several kinds, or of one that is not read.
+        ValueError: if the files are of several kinds, or of one that is not read; if another split of files is asked
+            for than "train".
+
+    Warns:
+        UserWarning: if a folder holds files of other kinds, which are not read; the message names them.
     """
     import datasets
 
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     files: list[Path] = []
+    others: list[Path] = []
     for path in map(Path, sources):
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
+            found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+            files += [file for file in found if file.suffix in BUILDERS]
+            others += [file for file in found if file.suffix not in BUILDERS]
         elif path.is_file():
             files.append(path)
         elif len(sources) > 1 or path.suffix in BUILDERS or path.is_absolute():
@@ -60,6 +68,10 @@ def load_documents(
             raise FileNotFoundError(f"No documents ({', '.join(BUILDERS)}) in {', '.join(map(str, sources))}.")
         return datasets.load_dataset(str(sources[0]), split=split, streaming=streaming)
 
+    if others:
+        warnings.warn(f"These files are not read: {', '.join(map(str, others))}.", stacklevel=2)
+    if split != "train":
+        raise ValueError(f'Files are one split, "train"; there is no "{split}". Name the files that it is made of.')
     kinds = {BUILDERS.get(file.suffix, file.suffix) for file in files}
     if len(kinds) > 1 or not kinds <= set(BUILDERS.values()):
         raise ValueError(
@@ -116,26 +128,75 @@ def tokenize_documents(
     return documents.map(tokenize, batched=True, batch_size=16, remove_columns=columns, **options)
 
 
+def refuse_unread(document: Mapping[str, Any], read: Collection[str], advice: str = "") -> None:
+    """
+    Refuses columns of numbers beside those that are `read`: masks and weights would change what is learned. Columns of
+    texts are for people, and the token types of a single text are 0.
+    """
+    unread = [
+        name
+        for name, value in document.items()
+        if name not in read and _holds_numbers(value) and not (name == "token_type_ids" and not any(value))
+    ]
+    if unread:
+        raise ValueError(
+            f"Nothing reads these columns of the documents: {', '.join(unread)}. What says where to learn belongs "
+            f"into labels, as -100 where nothing is to be learned; remove the others, e.g. by remove_columns.{advice}"
+        )
+
+
+def _holds_numbers(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_numbers, value[:1]))
+    return value is not None and not isinstance(value, (str, bytes, Mapping))
+
+
+# The columns of a batch, and what pads each of them on the right.
+PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": -100, "shift_labels": -100}
+
+
 def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
     """
     A batch of whole documents, padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each
-    `(batch, longest)`, and `position_ids` where the documents have them. Labels are those of the documents, or else
-    their unmasked ids: an EOS token at a document's end is a target, whatever the tokenizer pads with. Rows of
-    [`DocumentStreams`] are stacked as they are.
+    `(batch, longest)`, and `position_ids` and `shift_labels` where the documents have them. Labels are those of the
+    documents, or else their unmasked ids: an EOS token at a document's end is a target, whatever the tokenizer pads
+    with.
+
+    Raises:
+        ValueError: if a document has other columns of numbers, or columns of unequal lengths, or if only some of them
+            have `shift_labels`.
     """
-    if "shift_labels" in features[0]:
-        return {name: torch.stack([feature[name] for feature in features]) for name in features[0]}
+    rows = []
+    for feature in features:
+        refuse_unread(feature, PADDING)
+        row = {name: _column(feature, name) for name in PADDING if feature.get(name) is not None}
+        ids = row["input_ids"]
+        if any(len(values) != len(ids) for values in row.values()):
+            lengths = ", ".join(f"{name} {len(values)}" for name, values in row.items())
+            raise ValueError(f"The columns of a document must be of one length; it has {lengths}.")
+        mask = row.setdefault("attention_mask", torch.ones_like(ids))
+        row.setdefault("labels", ids)
+        row["labels"] = row["labels"].masked_fill(mask == 0, -100)
+        rows.append(row)
+    if any("position_ids" in row for row in rows):
+        for row in rows:
+            row.setdefault("position_ids", torch.arange(len(row["input_ids"])))
+    if len({"shift_labels" in row for row in rows}) > 1:
+        raise ValueError("Of the documents of a batch, some have shift_labels and some have not.")
+    return {
+        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=padding)
+        for name, padding in PADDING.items()
+        if name in rows[0]
+    }
 
-    def pad(name: str, default: list[torch.Tensor], padding_value: int = 0) -> torch.Tensor:
-        rows = [torch.as_tensor(feature.get(name, row)) for feature, row in zip(features, default)]
-        return pad_sequence(rows, batch_first=True, padding_value=padding_value)
 
-    documents = [torch.as_tensor(feature["input_ids"]) for feature in features]
-    mask = pad("attention_mask", [torch.ones_like(document) for document in documents])
-    batch = {"input_ids": pad("input_ids", documents), "attention_mask": mask}
-    if "position_ids" in features[0]:
-        batch["position_ids"] = pad("position_ids", documents)
-    return {**batch, "labels": pad("labels", documents, -100).masked_fill(mask == 0, -100)}
+def _column(document: Mapping[str, Any], name: str) -> torch.Tensor:
+    values = torch.as_tensor(document[name])
+    if values.dim() != 1 or (values.is_floating_point() and len(values) > 0):
+        raise ValueError(
+            f"{name} of a document must be a list of whole numbers; got {values.dtype} of shape {tuple(values.shape)}."
+        )
+    return values.long()
 
 
 class DocumentStreams(IterableDataset):
@@ -148,14 +209,19 @@ class DocumentStreams(IterableDataset):
     gradient accumulation, the batches of a step follow each other in time.
 
     Each row is a dict of tensors `(step_length,)`: `input_ids`, `attention_mask` (0 after a stream's last document),
-    `position_ids` in the document, `labels`, and `shift_labels` whose last entry is the first token of the next step.
+    `position_ids` in the document, `labels`, and `shift_labels` whose last entry is the label of the first token of
+    the next step.
 
     Args:
-        documents: of each, the token ids, or a dict with them as `input_ids`; a list or `datasets.Dataset`, or an
-            iterable that is read as training goes.
+        documents: of each, the token ids, or a dict with them as `input_ids`, and `labels` (by default the ids) of the
+            same length; a list or `datasets.Dataset`, or an iterable that is read as training goes.
         num_streams: rows of a step over all processes.
         step_length: tokens of a stream in a step.
-        seed: shuffle the documents anew in each epoch; an iterable is read in its own order.
+        seed: shuffle the documents anew in each epoch; not for an iterable, which is read in its own order.
+
+    Raises:
+        ValueError: if a document has other columns of numbers, masked tokens, or position ids that are not its own;
+            as soon as it is read, which is at once unless `documents` is an iterable.
     """
 
     def __init__(
@@ -163,16 +229,23 @@ class DocumentStreams(IterableDataset):
     ):
         if num_streams < 1 or step_length < 1:
             raise ValueError(f"num_streams={num_streams} and step_length={step_length} must be at least 1.")
+        if isinstance(documents, Mapping):
+            raise ValueError(f"Documents are a list of rows, not a mapping of {', '.join(map(str, documents))}.")
         self.documents, self.num_streams, self.step_length, self.seed = documents, num_streams, step_length, seed
         self.epoch = 0
         self._streams: list[list[int]] | None = None
         self._length = 0
         if isinstance(documents, Sized) and hasattr(documents, "__getitem__"):
             self._streams = self._balanced_streams()
+        elif seed is not None:
+            raise ValueError(
+                f"seed={seed} shuffles documents that can be read in any order. These are read as training goes: "
+                "leave it out, and shuffle them yourself, e.g. by their method shuffle."
+            )
 
     def _balanced_streams(self) -> list[list[int]]:
         """Numbers of each stream's documents: the longest first, each to the stream that is the shortest so far."""
-        lengths = [len(_ids(self.documents[index])) for index in range(len(self.documents))]  # type: ignore[index, arg-type]
+        lengths = [len(_read(self.documents[index]).ids) for index in range(len(self.documents))]  # type: ignore[index, arg-type]
         if not any(lengths):
             raise ValueError("The documents hold no tokens.")
         streams: list[list[int]] = [[] for _ in range(self.num_streams)]
@@ -191,16 +264,18 @@ class DocumentStreams(IterableDataset):
         return self._length
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of an epoch."""
+        """Called by the data loader at the start of an epoch; documents that shuffle themselves are told of it."""
         self.epoch = epoch
+        if hasattr(self.documents, "set_epoch"):
+            self.documents.set_epoch(epoch)
 
-    def _documents_of_streams(self) -> list[Iterator[torch.Tensor]]:
+    def _documents_of_streams(self) -> list[Iterator["_Document"]]:
         if self._streams is None:
-            shared = (torch.as_tensor(_ids(document)) for document in self.documents)
+            shared = map(_read, self.documents)
             return [shared] * self.num_streams
 
-        def read(indices: list[int]) -> Iterator[torch.Tensor]:
-            return (torch.as_tensor(_ids(self.documents[index])) for index in indices)  # type: ignore[index]
+        def read(indices: list[int]) -> Iterator[_Document]:
+            return (_read(self.documents[index]) for index in indices)  # type: ignore[index]
 
         if self.seed is None:
             return [read(sorted(stream)) for stream in self._streams]
@@ -222,12 +297,38 @@ class DocumentStreams(IterableDataset):
             yield from rows
 
 
+class _Document(NamedTuple):
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def _read(document: Mapping[str, Any] | Sequence[int]) -> _Document:
+    if not isinstance(document, Mapping):
+        document = {"input_ids": document}
+    if "input_ids" not in document:
+        raise ValueError(
+            f"Documents need input_ids; there are {', '.join(document)}. Make them with tokenize_documents."
+        )
+    refuse_unread(document, ("input_ids", "labels", "attention_mask", "position_ids"))
+    ids = _column(document, "input_ids")
+    labels = ids if document.get("labels") is None else _column(document, "labels")
+    if len(labels) != len(ids):
+        raise ValueError(f"A document of {len(ids)} tokens has {len(labels)} labels.")
+    for name, expected in (("attention_mask", torch.ones_like(ids)), ("position_ids", torch.arange(len(ids)))):
+        if document.get(name) is not None and not torch.equal(_column(document, name), expected):
+            raise ValueError(
+                f"Streams read documents whole and one by one, but there is a document with {name} of its own. Leave "
+                "out the tokens that are masked, and give packed documents apart."
+            )
+    return _Document(ids, labels)
+
+
 class _Stream:
     """One row of the batches: what is left of its document, and the documents after it."""
 
-    def __init__(self, documents: Iterator[torch.Tensor]):
+    def __init__(self, documents: Iterator[_Document]):
         self.documents = documents
-        self.document = torch.empty(0, dtype=torch.long)
+        self.document = _Document(*torch.empty(2, 0, dtype=torch.long))
         self.position = 0
 
     def next_row(self, length: int) -> dict[str, torch.Tensor]:
@@ -240,15 +341,16 @@ class _Stream:
         }
         filled = 0
         while filled < length:
-            if self.position == len(self.document):
+            if self.position == len(self.document.ids):
                 document = next(self.documents, None)
                 if document is None:
                     break
                 self.document, self.position = document, 0
-            end = min(len(self.document), self.position + length - filled)
-            ids, following = self.document[self.position : end], self.document[self.position + 1 : end + 1]
+            end = min(len(self.document.ids), self.position + length - filled)
+            ids, labels = self.document.ids[self.position : end], self.document.labels[self.position : end]
+            following = self.document.labels[self.position + 1 : end + 1]
             columns = slice(filled, filled + len(ids))
-            row["input_ids"][columns] = row["labels"][columns] = ids
+            row["input_ids"][columns], row["labels"][columns] = ids, labels
             row["attention_mask"][columns] = 1
             row["position_ids"][columns] = torch.arange(self.position, end)
             row["shift_labels"][filled : filled + len(following)] = following
@@ -256,10 +358,6 @@ class _Stream:
                 row["labels"][filled] = -100
             filled, self.position = filled + len(ids), end
         return row
-
-
-def _ids(document: dict | Sequence[int]) -> Sequence[int]:
-    return document["input_ids"] if isinstance(document, dict) else document
 
 
 __all__ = ["DocumentStreams", "collate_documents", "load_documents", "tokenize_documents"]

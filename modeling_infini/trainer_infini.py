@@ -1,6 +1,7 @@
 """What the stock `Trainer` lacks for a memory: sequences of any length, streams over steps, gates and their logs."""
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
 from .cache import CACHE_NAME, InfiniCache
-from .documents import DocumentStreams, collate_documents
+from .documents import DocumentStreams, collate_documents, refuse_unread
 from .masks import has_columns
 
 
@@ -159,6 +160,30 @@ class InfiniTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if "shift_labels" not in self._signature_columns:  # type: ignore[attr-defined]
             self._signature_columns = [*self._signature_columns, "shift_labels"]  # type: ignore[assignment, misc]
+
+    def _remove_unused_columns(self, dataset, description=None):
+        if self._is_causal_lm and self.args.remove_unused_columns and len(dataset) > 0:
+            self._refuse_unread(dataset[0])
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        if not (self._is_causal_lm and self.args.remove_unused_columns):
+            return data_collator
+        collate = super()._get_collator_with_removed_columns(data_collator, description)
+
+        def collate_what_is_read(features):
+            for feature in features:
+                if isinstance(feature, Mapping):
+                    self._refuse_unread(feature)
+            return collate(features)
+
+        return collate_what_is_read
+
+    def _refuse_unread(self, document: Mapping) -> None:
+        """What the stock Trainer drops, with a line in its log: masks and weights beside the labels, among others."""
+        self._set_signature_columns_if_needed()
+        read = [*self._signature_columns, self.args.length_column_name]  # type: ignore[misc]
+        refuse_unread(document, read, " A data_collator that reads them needs remove_unused_columns=False.")
 
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None

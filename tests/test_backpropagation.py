@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import reference_stream
 from tiny import (
     MODES,
@@ -449,6 +449,12 @@ def test_bad_arguments_are_refused():
         backpropagate(model, inputs)
     with pytest.raises(ValueError, match="chunk_segments=0 must be at least 1"):
         backpropagate(model, {**inputs, "labels": inputs["input_ids"]}, chunk_segments=0)
+    with pytest.raises(ValueError, match="labels and shift_labels contradict"):
+        backpropagate(model, {**inputs, "labels": inputs["input_ids"], "shift_labels": inputs["input_ids"]})
+    prompted = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for run in (backpropagate, lambda *arguments: next(loss_in_chunks(*arguments))):
+        with pytest.raises(ValueError, match="Prompt learning adds tokens to each call"):
+            run(prompted, {**inputs, "labels": inputs["input_ids"]})
     with pytest.raises(TypeError, match="Linear is no Infini-attention model"):
         infini_module(torch.nn.Linear(2, 2))
     model.train().activation_checkpointing_enable({"use_reentrant": True})

@@ -1,6 +1,7 @@
 """Whole documents from files, and streams of them over steps."""
 
 import json
+import random
 from itertools import chain
 
 import datasets
@@ -118,7 +119,7 @@ def read_back(rows: list[dict], num_streams: int) -> list[list[int]]:
 def test_streams_hold_each_document_once_and_whole(lengths, num_streams, step_length, seed, is_iterable):
     documents = numbered(lengths)
     source = (document for document in documents) if is_iterable else documents
-    streams = DocumentStreams(source, num_streams, step_length, seed)
+    streams = DocumentStreams(source, num_streams, step_length, None if is_iterable else seed)
     rows = list(streams)
     if not is_iterable:
         assert len(streams) == len(rows)
@@ -140,6 +141,116 @@ def test_each_token_but_a_documents_first_is_a_target_once(lengths, num_streams,
     shifted = [torch.cat([row["labels"][1:], torch.tensor([-100])]) for row in rows]
     for row, labels in zip(rows, shifted):
         assert torch.equal(labels[:-1], row["shift_labels"][:-1])
+
+
+@given(documents_of_lengths, st.integers(1, 3), st.integers(1, 8), st.integers(0, 9))
+def test_labels_of_documents_are_those_of_their_rows(lengths, num_streams, step_length, seed):
+    documents = numbered(lengths)
+    draw = random.Random(seed)
+    for document in documents:
+        document["labels"] = [draw.choice([token + 1000, -100]) for token in document["input_ids"]]
+    rows = list(DocumentStreams(documents, num_streams, step_length))
+    plain = list(DocumentStreams(numbered(lengths), num_streams, step_length))
+    labels = {
+        token: label for document in documents for token, label in zip(document["input_ids"], document["labels"])
+    }
+    for row, expected in zip(rows, plain):
+        for name in ("labels", "shift_labels"):
+            assert row[name].tolist() == [labels.get(token, -100) for token in expected[name].tolist()]
+        assert torch.equal(row["input_ids"], expected["input_ids"])
+
+
+def test_masked_prompts_stay_masked_in_streams():
+    row = next(iter(DocumentStreams([{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}], 1, 4)))
+    assert row["labels"].tolist() == [-100, -100, 3, 4]
+    assert row["shift_labels"].tolist() == [-100, 3, 4, -100]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"completion_mask": [0, 0, 1]}, "Nothing reads these columns of the documents: completion_mask"),
+        ({"weight": 0.5}, "columns of the documents: weight"),
+        ({"assistant_masks": torch.tensor([0, 1, 1])}, "columns of the documents: assistant_masks"),
+        ({"token_type_ids": [0, 1, 1]}, "columns of the documents: token_type_ids"),
+        ({"input_ids": [[1, 2, 3]]}, r"list of whole numbers; got torch\.int64 of shape \(1, 3\)"),
+        ({"labels": [0.5, 1.5, 2.5]}, "labels of a document must be a list of whole numbers"),
+    ],
+)
+def test_columns_that_nothing_reads_are_refused_by_name(column, message):
+    document = {"input_ids": [1, 2, 3], **column}
+    for read in (lambda: DocumentStreams([document], 1, 4), lambda: list(DocumentStreams(iter([document]), 1, 4))):
+        with pytest.raises(ValueError, match=message):
+            read()
+    with pytest.raises(ValueError, match=message):
+        collate_documents([{"input_ids": [4, 5]}, document])
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"attention_mask": [1, 1, 0]}, "attention_mask of its own"),
+        ({"position_ids": [0, 0, 1]}, "position_ids of its own"),
+        ({"shift_labels": [2, 3, -100]}, "columns of the documents: shift_labels"),
+        ({"labels": [1, 2]}, "3 tokens has 2 labels"),
+    ],
+)
+def test_streams_refuse_what_they_cannot_lay_out(column, message):
+    with pytest.raises(ValueError, match=message):
+        DocumentStreams([{"input_ids": [1, 2, 3], **column}], 1, 4)
+
+
+def test_columns_that_say_nothing_new_and_texts_are_no_matter(tokenizer):
+    neutral = {
+        "attention_mask": [1] * 3,
+        "token_type_ids": [0] * 3,
+        "position_ids": [0, 1, 2],
+        "text": "a",
+        "meta": {},
+    }
+    plain = {"input_ids": [1, 2, 3]}
+    streams = [list(DocumentStreams([{**plain, **extra, "labels": None}], 1, 4)) for extra in ({}, neutral)]
+    assert streams[0][0]["labels"].tolist() == streams[1][0]["labels"].tolist() == [-100, 2, 3, -100]
+    (row,) = DocumentStreams([tokenizer("one two three four")], 1, 4)
+    assert row["input_ids"].tolist() == tokenizer("one two three four")["input_ids"]
+    batch = collate_documents([{**plain, **neutral}, tokenizer("one two")])
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels", "position_ids"]
+
+
+def test_batches_refuse_documents_whose_columns_do_not_fit():
+    with pytest.raises(ValueError, match="input_ids 3, labels 2"):
+        collate_documents([{"input_ids": [1, 2, 3], "labels": [1, 2]}])
+    with pytest.raises(ValueError, match="some have shift_labels"):
+        collate_documents([{"input_ids": [1], "shift_labels": [2]}, {"input_ids": [1]}])
+    batch = collate_documents([{"input_ids": [7, 8]}, {"input_ids": [5, 6], "position_ids": [0, 0]}])
+    assert batch["position_ids"].tolist() == [[0, 1], [0, 0]]
+
+
+def test_documents_that_are_not_rows_of_ids_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="not a mapping of input_ids, "):
+        DocumentStreams(tokenizer(["one", "two"]), 1, 4)
+    with pytest.raises(ValueError, match=r"need input_ids; there are text\. Make them with tokenize_documents"):
+        DocumentStreams([{"text": "one"}], 1, 4)
+
+
+def test_documents_that_shuffle_themselves_are_told_of_the_epoch():
+    documents = datasets.Dataset.from_list(numbered([1] * 40)).to_iterable_dataset().shuffle(seed=3, buffer_size=40)
+    streams = DocumentStreams(documents, 1, 4)
+    epochs = []
+    for epoch in (0, 1, 0):
+        streams.set_epoch(epoch)
+        epochs.append([row["input_ids"].tolist() for row in streams])
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path):
+    write_text(tmp_path)
+    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / ".hidden").write_text("no matter")
+    with pytest.warns(UserWarning, match=r"These files are not read: \S*notes\.md\.$"):
+        assert len(load_documents(tmp_path)) == 3
+    with pytest.raises(ValueError, match='there is no "validation"'):
+        load_documents(tmp_path / "0.txt", split="validation")
 
 
 def test_epochs_shuffle_documents_and_keep_their_number_of_steps():
@@ -165,5 +276,7 @@ def test_streams_refuse_what_would_break_them():
         DocumentStreams(numbered([0]), 1, 4)
     with pytest.raises(TypeError, match="set max_steps"):
         len(DocumentStreams(iter(numbered([3])), 1, 4))
+    with pytest.raises(ValueError, match="seed=0 shuffles"):
+        DocumentStreams(iter(numbered([3])), 1, 4, seed=0)
     with pytest.raises(ValueError, match="dataloader_num_workers=2"):
         list(DataLoader(DocumentStreams(numbered([3, 3]), 1, 4), num_workers=2))
