@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from evaluation.loading import config_fields
 from modeling_infini import (
     DocumentStreams,
     InfiniConfig,
@@ -48,28 +49,29 @@ class ModelArguments:
     config_overrides: str = field(
         default="", metadata={"help": "Of a model from scratch: field=value,field=value of InfiniConfig."}
     )
-    vocab_size: int = field(default=8192, metadata={"help": "Of the tokenizer of a model from scratch."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Of the tokenizer of a model from scratch. Default: 8192."}
+    )
     lora_rank: int = field(
         default=0, metadata={"help": "Rank of LoRA adapters; the gates are trained in full. 0: train all weights."}
     )
-    lora_targets: str = field(default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "What LoRA adapts."})
+    lora_targets: str | None = field(
+        default=None, metadata={"help": "What LoRA adapts. Default: q_proj,k_proj,v_proj,o_proj."}
+    )
 
     def __post_init__(self):
         if self.lora_rank and self.model is None:
             raise ValueError("--lora_rank adapts a checkpoint: name one by --model.")
+        if self.lora_targets is not None and not self.lora_rank:
+            raise ValueError("--lora_targets says what LoRA adapts: set --lora_rank.")
         if self.config_overrides and self.model is not None:
             raise ValueError(
                 "--config_overrides describes a model from scratch; a checkpoint has its own configuration."
             )
-
-    def config_fields(self) -> dict:
-        """The fields in `config_overrides`, with their types."""
-        if not self.config_overrides:
-            return {}
-        parsed = InfiniConfig()
-        parsed.update_from_string(self.config_overrides)
-        names = [override.split("=")[0] for override in self.config_overrides.split(",")]
-        return {name: getattr(parsed, name) for name in names}
+        if self.vocab_size is not None and self.model is not None:
+            raise ValueError("--vocab_size is for the tokenizer of a model from scratch; a checkpoint has its own.")
+        if "vocab_size" in config_fields(self.config_overrides):
+            raise ValueError("The model has as many ids as its tokenizer: set --vocab_size.")
 
 
 @dataclass
@@ -111,9 +113,10 @@ def train_tokenizer(documents, text_column: str, vocab_size: int) -> PreTrainedT
 
 def load_model(arguments: ModelArguments, documents, text_column: str):
     if arguments.model is None:
-        tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size)
+        tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size or 8192)
         special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-        return InfiniForCausalLM(InfiniConfig(**special, **arguments.config_fields())), tokenizer
+        config = InfiniConfig(**{**special, **config_fields(arguments.config_overrides)})
+        return InfiniForCausalLM(config), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     # Weights that are trained are float32: small steps would round away in bfloat16. Those under LoRA stand still.
     model = AutoModelForCausalLM.from_pretrained(
@@ -123,7 +126,7 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
         lora = LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=2 * arguments.lora_rank,
-            target_modules=arguments.lora_targets.split(","),
+            target_modules=(arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(","),
             modules_to_save=["head_gates"],
             task_type="CAUSAL_LM",
         )
@@ -131,15 +134,18 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
     return model, tokenizer
 
 
-def as_dataset(documents, batch_size: int, world_size: int, arguments: DataArguments, seed: int | None):
-    if not arguments.streams:
-        return documents
-    return DocumentStreams(documents, batch_size * world_size, arguments.sequence_length, seed)
-
-
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, InfiniTrainingArguments), description=__doc__)
     model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    if (arguments.do_eval or arguments.eval_strategy != "no") and data_arguments.eval_files is None:
+        raise ValueError("Evaluation needs --eval_files.")
+    if arguments.do_predict:
+        raise ValueError("--do_predict has no effect: this script trains and evaluates.")
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"There is no checkpoint in {arguments.output_dir} to resume from.")
     set_seed(arguments.seed)
 
     texts = load_documents(data_arguments.train_files, streaming=data_arguments.streaming)
@@ -151,9 +157,12 @@ def main() -> None:
             documents = tokenize_documents(
                 documents, tokenizer, text_column=data_arguments.text_column, window_length=window
             )
-        return as_dataset(documents, batch_size, arguments.world_size, data_arguments, seed)
+        if not data_arguments.streams:
+            return documents
+        return DocumentStreams(documents, batch_size * arguments.world_size, data_arguments.sequence_length, seed)
 
-    train_dataset = prepare(texts, arguments.train_batch_size, arguments.seed)
+    # What is read as training goes is read in its own order.
+    train_dataset = prepare(texts, arguments.train_batch_size, None if data_arguments.streaming else arguments.seed)
     eval_dataset = None
     if data_arguments.eval_files is not None:
         eval_dataset = prepare(load_documents(data_arguments.eval_files), arguments.eval_batch_size, None)
@@ -168,9 +177,6 @@ def main() -> None:
     if arguments.do_eval and not arguments.do_train:
         trainer.log_metrics("eval", trainer.evaluate())
         return
-    checkpoint = arguments.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(arguments.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:  # Checkpoints may be sharded, the model that comes out is whole.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -17,7 +17,6 @@ Over questions alone a converted checkpoint forgets its language; `--language_sh
 Each option of `transformers.TrainingArguments` and `InfiniTrainingArguments` is one of this script.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from transformers import (
 )
 
 from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence, text_filler
-from evaluation.loading import load_tokenizer
+from evaluation.loading import config_fields, load_tokenizer
 from evaluation.passkey import DECOYS, TRAINING_WORDINGS, passkey_example
 from modeling_infini import (
     InfiniConfig,
@@ -94,9 +93,11 @@ class RecipeArguments:
         default=None, metadata={"help": "An Infini-attention checkpoint: a folder or a Hub id. Default: from scratch."}
     )
     config_overrides: str = field(
-        default="{}", metadata={"help": "Fields of InfiniConfig as JSON: '{\"memory_write_gate\": true}'."}
+        default="", metadata={"help": "field=value,field=value of InfiniConfig, for example memory_write_gate=true."}
     )
-    vocab_size: int = field(default=1024, metadata={"help": "Of the tokenizer of a model from scratch."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Of the tokenizer of a model from scratch. Default: 1024."}
+    )
     lengths: list[int] = field(
         default_factory=lambda: [80, 128, 512, 2048, 8192, 32768],
         metadata={"help": "Tokens of a text, stage by stage."},
@@ -121,6 +122,12 @@ class RecipeArguments:
         default=0.0,
         metadata={"help": "Of all steps, on passages of the texts, every token a label."},
     )
+
+    def __post_init__(self):
+        if self.vocab_size is not None and self.model is not None:
+            raise ValueError("--vocab_size is for the tokenizer of a model from scratch; a checkpoint has its own.")
+        if "vocab_size" in config_fields(self.config_overrides):
+            raise ValueError("The model has as many ids as its tokenizer: set --vocab_size.")
 
 
 class Curriculum(TrainerCallback):
@@ -300,7 +307,7 @@ def with_stray_numbers(text: str, share: float, generator: np.random.Generator) 
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> InfiniForCausalLM:
-    overrides = json.loads(recipe.config_overrides)
+    overrides = config_fields(recipe.config_overrides)
     if recipe.model is not None:
         return InfiniForCausalLM.from_pretrained(recipe.model, **overrides)
     # No pad token: it is the EOS token, whose embedding is to be learned.
@@ -314,7 +321,7 @@ def main() -> None:
     recipe, arguments = parser.parse_args_into_dataclasses()
     set_seed(arguments.seed)
     texts = [document["text"] for document in load_documents(recipe.train_files)]
-    tokenizer = load_tokenizer(recipe.model) if recipe.model else train_tokenizer(texts, recipe.vocab_size)
+    tokenizer = load_tokenizer(recipe.model) if recipe.model else train_tokenizer(texts, recipe.vocab_size or 1024)
     text = with_stray_numbers("\n".join(texts), recipe.stray_numbers, np.random.default_rng(arguments.seed))
     fillers = [repeated_sentence(tokenizer), text_filler(tokenizer, "training texts", text)]
     # As the texts are written, and not with single spaces.

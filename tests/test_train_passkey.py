@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_passkey
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+SMALL = "hidden_size=32,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,"
+SMALL += "num_key_value_heads=2,head_dim=16,initializer_range=0.1"
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def train(tmp_path, monkeypatch):
 
     def run(output: str, *options):
         arguments = ["--train_files", tmp_path / "book.txt", "--output_dir", tmp_path / output, "--use_cpu"]
-        arguments += ["--tokens_per_step", 1024, "--lengths", 128, 512, "--vocab_size", 400, "--logging_steps", 1]
+        arguments += ["--tokens_per_step", 1024, "--lengths", 128, 512, "--logging_steps", 1]
+        arguments += [] if "--model" in options else ["--vocab_size", 400]
         monkeypatch.setattr(sys, "argv", ["train_passkey.py", *map(str, [*arguments, *options])])
         train_passkey.main()
         return tmp_path / output
@@ -40,7 +41,7 @@ def gates_of(folder: Path) -> torch.Tensor:
 
 
 def test_trains_from_scratch_and_goes_on_from_a_checkpoint(train):
-    scratch = ("--config_overrides", json.dumps(SMALL), "--max_steps", 5, "--warmup_steps", 0)
+    scratch = ("--config_overrides", SMALL, "--max_steps", 5, "--warmup_steps", 0)
     held = train("held", *scratch, "--mastery", 0, "--release_stage", 1)
     assert torch.equal(gates_of(held), torch.full((1, 2), 0.5))
     assert load_model(held).config.segment_length == train_passkey.MODEL["segment_length"]
@@ -61,6 +62,12 @@ def test_trains_from_scratch_and_goes_on_from_a_checkpoint(train):
     assert 0 < moved < 2 * train_passkey.TRAINING["learning_rate"]
 
 
+@pytest.mark.parametrize("fields", [{"model": "a folder", "vocab_size": 400}, {"config_overrides": "vocab_size=400"}])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(fields):
+    with pytest.raises(ValueError, match="tokenizer"):
+        train_passkey.RecipeArguments(train_files=[], **fields)
+
+
 def test_pressure_on_writes_starts_with_the_stage_and_ends_with_training(train, monkeypatch):
     weights, open_now = [], set()
 
@@ -75,7 +82,7 @@ def test_pressure_on_writes_starts_with_the_stage_and_ends_with_training(train, 
             open_now.discard(self)
 
     monkeypatch.setattr(train_passkey, "sparse_writes", Pressure)
-    scratch = ("--config_overrides", json.dumps(SMALL), "--max_steps", 4, "--mastery", 1000)
+    scratch = ("--config_overrides", SMALL, "--max_steps", 4, "--mastery", 1000)
     train("pressed", *scratch, "--release_stage", 1, "--write_sparsity", 0.25)
     assert weights == [0.25]
     assert not open_now
@@ -86,7 +93,7 @@ def test_pressure_on_writes_starts_with_the_stage_and_ends_with_training(train, 
 
 def test_pressure_on_a_model_without_write_gates_is_refused_before_training(train):
     with pytest.raises(ValueError, match="--write_sparsity 0, or add them"):
-        train("refused", "--config_overrides", json.dumps({**SMALL, "memory_write_gate": False}), "--max_steps", 1)
+        train("refused", "--config_overrides", f"{SMALL},memory_write_gate=false", "--max_steps", 1)
 
 
 @pytest.mark.parametrize("length", [80, 300])
@@ -120,7 +127,7 @@ def test_passages_are_learned_between_questions_in_segments_of_the_model(train, 
         return torch.tensor(1.0 + len(steps), requires_grad=True)
 
     monkeypatch.setattr(train_passkey.InfiniTrainer, "training_step", training_step)
-    scratch = ("--config_overrides", json.dumps(SMALL), "--max_steps", 20, "--mastery", 0)
+    scratch = ("--config_overrides", SMALL, "--max_steps", 20, "--mastery", 0)
     folder = train("mixed", *scratch, "--language_share", 0.5)
     passages = [step[1:] for step in steps if step[0]]
     questions = [step[1:] for step in steps if not step[0]]
@@ -135,7 +142,7 @@ def test_passages_are_learned_between_questions_in_segments_of_the_model(train, 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 60])
 def test_a_share_that_leaves_no_questions_is_refused_before_training(train, share):
     with pytest.raises(ValueError, match="--language_share is of all steps"):
-        train("refused", "--config_overrides", json.dumps(SMALL), "--max_steps", 1, "--language_share", share)
+        train("refused", "--config_overrides", SMALL, "--max_steps", 1, "--language_share", share)
 
 
 def test_stray_numbers_replace_the_share_of_words():

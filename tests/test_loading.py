@@ -1,0 +1,65 @@
+"""Fields of a configuration on the command line: their types are those of InfiniConfig's annotations."""
+
+import pytest
+
+from evaluation.loading import config_fields
+from modeling_infini import InfiniConfig
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        ("", {}),
+        ("memory_norm_init_scale=3.0", {"memory_norm_init_scale": 3.0}),
+        ("memory_norm_init_scale=3,qkv_bias=true", {"memory_norm_init_scale": 3, "qkv_bias": True}),
+        (
+            "memory_norm_init_scale=null,num_key_value_heads=None",
+            {"memory_norm_init_scale": None, "num_key_value_heads": None},
+        ),
+        (
+            "segment_length=8, use_mem_delta_rule=True ,local_attention=sliding",
+            {"segment_length": 8, "use_mem_delta_rule": True, "local_attention": "sliding"},
+        ),
+        ("rms_norm_eps=1e-5,initializer_range=1", {"rms_norm_eps": 1e-5, "initializer_range": 1.0}),
+        ("eos_token_id=[1, 2],head_dim=6", {"eos_token_id": [1, 2], "head_dim": 6}),
+        (
+            'rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},hidden_act="gelu"',
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "hidden_act": "gelu"},
+        ),
+    ],
+)
+def test_values_have_the_types_of_their_fields(overrides, fields):
+    found = config_fields(overrides)
+    assert found == fields
+    assert [type(value) for value in found.values()] == [type(value) for value in fields.values()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("segmnt_length=8", r"no field segmnt_length\. Did you mean segment_length\?"),
+        ("rope_theta=1e4", "no field rope_theta"),
+        ("segment_length=8.5", "segment_length=8.5 is no value for this field. .* expected int, got float"),
+        ("segment_length=true", "segment_length=true is no value .* expected int, got bool"),
+        ("use_cache=1", "use_cache=1 is no value .* expected bool, got int"),
+        ("qk_norm=yes", "qk_norm=yes is no value .* expected bool"),
+        ("local_attention=slidin", r"local_attention=slidin is no value .* one of \('segment', 'sliding'\)"),
+        ("memory_eps=", "memory_eps= is no value"),
+        ("segment_length=none", "segment_length=none is no value"),
+        ("segment_length=8,segment_length=9", "segment_length is set twice"),
+        ('{"segment_length": 8}', "field=value,field=value"),
+        ("segment_length", "field=value,field=value"),
+        ("eos_token_id=[1, 2", "The value of eos_token_id is no JSON"),
+        ("eos_token_id=[1, 2]8", "write a comma or nothing"),
+    ],
+)
+def test_what_is_no_field_or_no_value_gets_a_sentence(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config_fields(overrides)
+
+
+def test_every_field_can_be_set_to_its_default():
+    config = InfiniConfig()
+    for name in ("segment_length", "memory_norm_init_scale", "head_gate_scale", "converted_from", "head_dim", "dtype"):
+        value = getattr(config, name)
+        assert config_fields(f"{name}={value}") == {name: value}
