@@ -24,7 +24,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from evaluation.loading import config_fields
 from modeling_infini import (
@@ -33,6 +32,7 @@ from modeling_infini import (
     InfiniForCausalLM,
     InfiniTrainer,
     InfiniTrainingArguments,
+    last_whole_checkpoint,
     load_documents,
     tokenize_documents,
 )
@@ -143,7 +143,7 @@ def main() -> None:
         raise ValueError("--do_predict has no effect: this script trains and evaluates.")
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint == "last":
-        checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+        checkpoint = last_whole_checkpoint(arguments.output_dir)
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint in {arguments.output_dir} to resume from.")
     set_seed(arguments.seed)

@@ -37,7 +37,7 @@ AutoModelForQuestionAnswering.register(InfiniConfig, InfiniForQuestionAnswering,
 
 def __getattr__(name: str):
     # The Trainer is imported when it is asked for: it is slow to import, and of no use to who only reads.
-    if name in ("InfiniTrainer", "InfiniTrainingArguments"):
+    if name in ("InfiniTrainer", "InfiniTrainingArguments", "last_whole_checkpoint"):
         from . import trainer_infini
 
         return getattr(trainer_infini, name)
@@ -59,6 +59,7 @@ __all__ = [
     "InfiniTrainingArguments",
     "backpropagate",
     "collate_documents",
+    "last_whole_checkpoint",
     "load_documents",
     "loss_in_chunks",
     "model_card",

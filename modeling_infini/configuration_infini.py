@@ -1,7 +1,10 @@
 """Configuration of Infini-attention models."""
 
+import filecmp
 import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +29,17 @@ MODELING_FILE = "modeling_infini.py"
 SHARED_BY_HEADS = "infini_shared_by_heads"
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def copy_whole(file: Path, folder: Path) -> None:
+    """Copies a file so that whoever reads it there meanwhile, as a push does, finds the whole of one or the other."""
+    target = folder / file.name
+    if target.is_file() and filecmp.cmp(file, target, shallow=False):
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="_", delete=False) as copy:
+        copy.write(file.read_bytes())
+    shutil.copymode(file, copy.name)
+    os.replace(copy.name, target)
 
 
 @strict
@@ -142,7 +156,9 @@ class InfiniConfig(LlamaConfig):
         class loads it with `trust_remote_code=True`. All models save their configuration by this.
 
         Args:
-            save_directory: the folder; made if it does not exist.
+            save_directory: the folder; made if it does not exist. Of one that is called `checkpoint-<number>`, the
+                folder around it gets the code files too: a `Trainer` that pushes while it trains copies the
+                configuration there.
             push_to_hub: also upload it.
             kwargs: as for [`~PreTrainedConfig.save_pretrained`].
         """
@@ -155,9 +171,11 @@ class InfiniConfig(LlamaConfig):
             self.auto_map = dict(AUTO_MAP)
             target.mkdir(parents=True, exist_ok=True)
             modeling_file = code_folder / MODELING_FILE
+            targets = [target, *([target.parent] if re.fullmatch(r"checkpoint-\d+", target.name) else [])]
             for file in map(Path, {str(modeling_file), *get_relative_import_files(modeling_file)}):
-                if file.parent.resolve() != target.resolve():
-                    shutil.copy(file, target)
+                for folder in targets:
+                    if file.parent.resolve() != folder.resolve():
+                        copy_whole(file, folder)
         super().save_pretrained(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

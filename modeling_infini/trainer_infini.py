@@ -1,5 +1,8 @@
 """What the stock `Trainer` lacks for a memory: sequences of any length, streams over steps, gates and their logs."""
 
+import json
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,14 +15,20 @@ from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, get_reporting_integration_callbacks
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
 
 from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
 from .cache import CACHE_NAME, InfiniCache
+from .configuration_infini import copy_whole
 from .documents import DocumentStreams, collate_documents, refuse_unread
 from .masks import has_columns
+
+
+# In the output folder, what is being written or removed; by its first letter, the Trainer does not publish it.
+UNFINISHED = "_unfinished"
 
 
 @dataclass
@@ -77,6 +86,7 @@ class InfiniTrainer(Trainer):
     """
 
     args: InfiniTrainingArguments
+    _is_writing_checkpoint = False
 
     def __init__(
         self, model=None, args: InfiniTrainingArguments | None = None, data_collator=None, *positional, **kwargs
@@ -322,11 +332,90 @@ class InfiniTrainer(Trainer):
     def _memory_folder(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"memory-of-streams-{self.args.process_index}"
 
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._is_writing_checkpoint else folder
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        """
+        A checkpoint gets its name when all processes have written all of it: whatever stops the run, what bears the
+        name of one is whole. Only then are older ones removed, and it is published.
+        """
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_local_process_zero():
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_writing_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+            unfinished = Path(self._get_output_dir(trial)) / checkpoint.name
+        finally:
+            self._is_writing_checkpoint = False
+        if self.state.best_model_checkpoint == str(unfinished):
+            self.state.best_model_checkpoint = str(checkpoint)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if self._memory_of_streams is not None:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._memory_of_streams.save_pretrained(self._memory_folder(str(folder)))
+            self._memory_of_streams.save_pretrained(self._memory_folder(str(unfinished)))
+        self.accelerator.wait_for_everyone()
+        # One process where all share a disk; one on each machine that has its own.
+        for names_it in (self.is_world_process_zero(), self.is_local_process_zero()):
+            if names_it and unfinished.is_dir():
+                self._remove_checkpoint(checkpoint)
+                unfinished.rename(checkpoint)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._remove_older_checkpoints(checkpoint)
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _remove_older_checkpoints(self, checkpoint: Path) -> None:
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        found = [Path(path) for path in sort_checkpoints(str(checkpoint.parent), use_mtime=True)]
+        best = self.state.best_model_checkpoint
+        kept = {checkpoint, *([] if best is None else [Path(best)])}
+        removable = [path for path in found if path not in kept]
+        for path in removable[: max(0, len(found) - max(limit, len(kept)))]:
+            self._remove_checkpoint(path)
+
+    def _remove_checkpoint(self, checkpoint: Path) -> None:
+        """Takes its name away first: a removal that is interrupted leaves no half of a checkpoint."""
+        if not checkpoint.is_dir():
+            return
+        if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            # It may be what is being uploaded.
+            self._finish_current_push()
+        nameless = checkpoint.parent / UNFINISHED / "removed"
+        shutil.rmtree(nameless, ignore_errors=True)
+        nameless.parent.mkdir(exist_ok=True)
+        checkpoint.rename(nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._is_writing_checkpoint:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            if self.args.hub_always_push:
+                # It reads the files that this push writes.
+                self._finish_current_push()
+            # Published beside the configuration, which names them.
+            for file in Path(checkpoint_folder).glob("*.py"):
+                copy_whole(file, Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # What Trainer would remove now, and not at once.
+            for checkpoint in map(Path, sort_checkpoints(self._get_output_dir(trial))):
+                if not checkpoint.samefile(best):
+                    self._remove_checkpoint(checkpoint)
+            shutil.rmtree(Path(self._get_output_dir(trial)) / UNFINISHED, ignore_errors=True)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -336,11 +425,16 @@ class InfiniTrainer(Trainer):
                 self._memory_folder(checkpoint), module.config, self.args.device
             )
 
-    def train(self, *args, **kwargs):
-        """As [`Trainer.train`]; streams start with an empty memory, or that of the checkpoint."""
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        As [`Trainer.train`]; streams start with an empty memory, or that of the checkpoint. With
+        `resume_from_checkpoint=True`, training goes on from the last checkpoint that is whole.
+        """
         self._check_streams(self.train_dataset, self._train_batch_size)
         self._memory_of_streams = None
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs, start_time=None):
         if "loss" in logs and start_time is not None and self.is_in_train:
@@ -398,6 +492,22 @@ class _Evaluation:
     targets: int = 0
 
 
+def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The last checkpoint in `folder` that a [`Trainer`] has written to its end, or `None`; [`InfiniTrainer`] leaves no
+    other. A stock one that is killed may: its state is what it writes last.
+    """
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        if not checkpoint.rpartition("-")[2].isdecimal():
+            continue
+        try:
+            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return checkpoint
+    return None
+
+
 def state_norms(memory: InfiniCache) -> dict[str, list[float]]:
     """
     The largest Frobenius norm of M and of z over the rows and heads, by layer.
@@ -437,4 +547,4 @@ def _count_tokens(inputs: dict) -> int:
     return int((mask != 0).sum())
 
 
-__all__ = ["InfiniTrainer", "InfiniTrainingArguments"]
+__all__ = ["InfiniTrainer", "InfiniTrainingArguments", "last_whole_checkpoint"]

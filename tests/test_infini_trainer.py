@@ -1,15 +1,21 @@
 """`InfiniTrainer`: the stock Trainer's results in chunks, streams over steps, gates, logs and what it refuses."""
 
 import copy
+import json
 import math
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from tiny import MODES, random_ids, relative_error, tiny_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_infini import (
     DocumentStreams,
@@ -18,6 +24,7 @@ from modeling_infini import (
     InfiniTrainer,
     InfiniTrainingArguments,
     collate_documents,
+    last_whole_checkpoint,
 )
 from modeling_infini.trainer_infini import state_norms
 
@@ -176,6 +183,119 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
         assert (checkpoint / "memory-of-streams-0" / "infini_cache.json").is_file()
         trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(checkpoint))
         assert_same_weights(resumed, whole, 0)
+
+
+class FakeHub:
+    """Of the Hub's API, what the Trainer calls; `uploads` are the files that were there when it was told to push."""
+
+    def __init__(self):
+        self.uploads: list[tuple[str, set[str]]] = []
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"reader/{name}")
+
+    def upload_folder(self, folder_path, path_in_repo="", ignore_patterns=None, **kwargs):
+        files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        self.uploads.append((path_in_repo, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+CODE = {"modeling_infini.py", "configuration_infini.py", "cache.py", "streams.py"}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("trainer_class", [Trainer, InfiniTrainer])
+def test_everything_of_a_checkpoint_is_there_when_it_is_published(tmp_path, monkeypatch, trainer_class, strategy):
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 4, "push_to_hub": True}
+    is_ours = trainer_class is InfiniTrainer
+    trainer = trainer_class(
+        tiny_model(),
+        InfiniTrainingArguments(str(tmp_path / "run"), **{**COMMON, **options, "hub_strategy": strategy}),
+        train_dataset=DocumentStreams(documents(60, 45), 2, 8) if is_ours else documents(20, 20),
+        data_collator=collate_documents,
+    )
+    trainer.train()
+    whole = {"config.json", "model.safetensors", *CODE}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    state |= {"memory-of-streams-0/infini_cache.json"} if is_ours else set()
+    folders = {
+        "every_save": [],
+        "checkpoint": ["last-checkpoint"] * 2,
+        "all_checkpoints": ["checkpoint-2", "checkpoint-4"],
+    }
+    assert [place for place, _ in hub.uploads if place] == folders[strategy]
+    assert len([place for place, _ in hub.uploads if not place]) == 2
+    for place, files in hub.uploads:
+        assert files >= (whole | state if place else whole)
+        assert not any("_unfinished" in file or file.startswith("checkpoint-") for file in files)
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"checkpoint-4"}
+
+
+def test_a_checkpoint_has_no_name_before_it_is_whole(tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 6}
+
+    def trainer():
+        return infini_trainer(tiny_model(), tmp_path, DocumentStreams(documents(60, 45), 2, 8), **options)
+
+    def fails(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    for broken in ("torch.save", "modeling_infini.cache.InfiniCache.save_pretrained"):
+        stopped = trainer()
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, fails)
+            with pytest.raises(OSError, match="No space"):
+                stopped.train()
+        assert get_last_checkpoint(tmp_path) is None
+    trainer().train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    # The same step again, as of another run in the same folder.
+    before = (tmp_path / "checkpoint-6" / "trainer_state.json").stat().st_mtime_ns
+    trainer().train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    assert (tmp_path / "checkpoint-6" / "trainer_state.json").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_best_checkpoint_is_known_and_kept(tmp_path, limit):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": limit, "max_steps": 4}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.5}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = infini_trainer(tiny_model(), tmp_path, documents(20, 20), documents(20, 20), **options)
+    trainer.train()
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = tmp_path / f"checkpoint-{max(evaluated, key=evaluated.get)}"
+    assert trainer.state.best_model_checkpoint == str(best)
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(evaluated.values()))
+    kept = {best} if limit == 1 else {best, tmp_path / "checkpoint-4"}
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} >= kept
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == limit
+
+
+def test_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for name, state in (
+        ("2", '{"global_step": 2}'),
+        ("10", '{"global_st'),
+        ("11", None),
+        ("best", '{"global_step": 2}'),
+    ):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    options = {"save_strategy": "steps", "save_steps": 2}
+    infini_trainer(tiny_model(), tmp_path, documents(20, 20), max_steps=2, **options).train()
+    resumed = infini_trainer(tiny_model(), tmp_path, documents(20, 20), max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").is_file()
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_truncation_is_passed_on(tmp_path):
