@@ -13,6 +13,7 @@ dL/ds_c to the chunk before it. The gradients are those of one pass over the who
 `detach_every_num_segments` ends back-propagation at every k-th segment, and goes back as it goes.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -23,9 +24,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
-from .masks import split_call
+from .masks import PACKING_ARGUMENTS, split_call
 
 
 Inputs = dict[str, torch.Tensor]
@@ -36,7 +38,8 @@ ComputeLoss = Callable[[dict], tuple[torch.Tensor, dict]]
 
 def infini_module(model: nn.Module) -> Any:
     """The Infini-attention model inside of `model`, which may be wrapped by PEFT, DDP or torch.compile."""
-    found = next((module for module in model.modules() if hasattr(module, "new_cache")), None)
+    # By their classes, since wrappers have the attributes of what they wrap.
+    found = next((module for module in model.modules() if hasattr(type(module), "new_cache")), None)
     if found is None:
         raise TypeError(f"{type(model).__name__} is no Infini-attention model, nor does it hold one.")
     return found
@@ -49,6 +52,19 @@ def refuse_prompts(model: nn.Module) -> None:
             raise ValueError(
                 "Prompt learning adds tokens to each call of the model, so that those of a sequence read in chunks or "
                 "over several steps would stand inside of it. Use another method of PEFT, or the stock Trainer."
+            )
+
+
+def refuse_unread_inputs(module: nn.Module, inputs: Inputs) -> None:
+    """Refuses what the forward of `module` takes as any keyword argument and does not read, be it a mask of tokens."""
+    read = {*inspect.signature(module.forward).parameters, *TransformersKwargs.__annotations__, *PACKING_ARGUMENTS}
+    read |= {"shift_labels", "return_dict"}
+    for name, states in inputs.items():
+        # The token types of a single text are 0.
+        if name not in read and not (name == "token_type_ids" and not states.any()):
+            raise ValueError(
+                f"The model does not read {name}. What says where to learn belongs into labels, as -100 where nothing "
+                "is to be learned; for a loss of your own, pass or override compute_loss."
             )
 
 
@@ -137,7 +153,7 @@ def backpropagate(
 
     Raises:
         ValueError: if there are no labels, or they contradict `shift_labels`; if a number of segments is less than 1;
-            if `model` learns prompts.
+            if `model` learns prompts; without `compute_loss`, if an input is one that the model does not read.
     """
     for name, count in (("chunk_segments", chunk_segments), ("detach_every_num_segments", detach_every_num_segments)):
         if count is not None and count < 1:
@@ -145,6 +161,7 @@ def backpropagate(
     refuse_prompts(model)
     inputs = prepared_inputs(inputs)
     if compute_loss is None:
+        refuse_unread_inputs(infini_module(model), inputs)
         compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
@@ -255,6 +272,7 @@ def loss_in_chunks(
     refuse_prompts(model)
     inputs = prepared_inputs(inputs)
     if compute_loss is None:
+        refuse_unread_inputs(infini_module(model), inputs)
         compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()

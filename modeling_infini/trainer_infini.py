@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, get_reporting_integration_callbacks
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
+from transformers.training_args import OptimizerNames
 
-from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs
+from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs, refuse_unread_inputs
 from .cache import CACHE_NAME, InfiniCache
 from .configuration_infini import copy_whole
 from .documents import DocumentStreams, collate_documents, refuse_unread
@@ -119,8 +122,8 @@ class InfiniTrainer(Trainer):
             )
         if (in_chunks or has_streams) and not self._loss_is_a_sum:
             raise ValueError(
-                "compute_loss_func and a loss that is a mean (loss_is_scaled_for_ga=False) need the logits of whole "
-                "sequences, which chunks never make."
+                "compute_loss_func, a loss_function of the model's own and a loss that is a mean "
+                "(loss_is_scaled_for_ga=False) need the logits of whole sequences, which chunks never make."
             )
         if has_streams and (self.args.auto_find_batch_size or self.accelerator.split_batches):
             raise ValueError(
@@ -134,23 +137,58 @@ class InfiniTrainer(Trainer):
             )
         if self.args.gate_frozen_steps and self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed keeps gradients to itself: gates cannot be frozen by gate_frozen_steps.")
-        if self.args.gate_learning_rate is not None and self.optimizer is not None:
-            raise ValueError("gate_learning_rate is for the optimizer that the Trainer makes; set it in your own.")
+        of_gates = [
+            name for name in ("gate_learning_rate", "gate_weight_decay", "gate_frozen_steps") if self._is_set(name)
+        ]
+        of_groups = [name for name in of_gates if name != "gate_frozen_steps"]
+        if of_groups and self.optimizer is not None:
+            raise ValueError(
+                f"{' and '.join(of_groups)} are for the optimizer that the Trainer makes; set it in your own."
+            )
+        if of_gates and not trained_gates(self.model):
+            raise ValueError(
+                f"{' and '.join(of_gates)} have no effect: no head gates are trained. With PEFT, put head_gates into "
+                "modules_to_save."
+            )
+        optimizer = OptimizerNames(self.args.optim).value
+        if "lomo" in optimizer or optimizer.endswith("layerwise"):
+            raise ValueError(
+                f'optim="{optimizer}" changes weights in the midst of a backward, of which a sequence in '
+                "chunks has several, and knows no gates of their own learning rate. Use another one."
+            )
+        if self.args.use_liger_kernel:
+            raise ValueError("use_liger_kernel has no effect: Liger has no kernels for this model.")
+        if has_streams and self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0:
+            raise ValueError(
+                "dataloader_persistent_workers keep the order that DocumentStreams had in their first epoch: turn "
+                "them off."
+            )
         if has_streams and self.get_tp_size() > 1:
             raise ValueError(
                 "DocumentStreams do not go with tensor parallelism: accelerate takes processes that read the same "
                 "rows of an iterable dataset for readers of other rows, and ends epochs too early. Use FSDP2 or DDP, "
                 "or whole documents."
             )
-        if self.get_cp_size() > 1:
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError(
-                "The context parallelism of accelerate exchanges keys and values and no memory, and is wrong for this "
-                "model. Use modeling_infini.ContextParallel in a loop of your own."
+                "The context and sequence parallelism of accelerate exchange keys and values and no memory, and are "
+                "wrong for this model. Use modeling_infini.ContextParallel in a loop of your own."
             )
+
+    def _is_set(self, name: str) -> bool:
+        fields = InfiniTrainingArguments.__dataclass_fields__
+        return getattr(self.args, name) != fields[name].default
 
     def _check_streams(self, dataset, batch_size: int) -> None:
         rows = self.args.world_size * batch_size
-        if isinstance(dataset, DocumentStreams) and dataset.num_streams != rows:
+        if not isinstance(dataset, DocumentStreams):
+            return
+        if not self._runs_in_chunks:
+            raise ValueError(
+                "DocumentStreams are for causal language models whose loss is a sum, and not for DeepSpeed: nothing "
+                "else carries a memory from step to step."
+            )
+        if dataset.num_streams != rows:
             raise ValueError(
                 f"DocumentStreams(num_streams={dataset.num_streams}) do not fit: {self.args.world_size} processes "
                 f"with batches of {batch_size} read {rows} streams."
@@ -159,7 +197,8 @@ class InfiniTrainer(Trainer):
     @property
     def _loss_is_a_sum(self) -> bool:
         """Whether the loss is a sum over tokens divided by `num_items_in_batch`, and so that of chunks adds up."""
-        return self.compute_loss_func is None and self.loss_is_scaled_for_ga is not False
+        is_models_own = infini_module(self.model).loss_function is ForCausalLMLoss
+        return is_models_own and self.compute_loss_func is None and self.loss_is_scaled_for_ga is not False
 
     @property
     def _runs_in_chunks(self) -> bool:
@@ -225,26 +264,31 @@ class InfiniTrainer(Trainer):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
-        inputs = self._equally_long(prepared_inputs(self._prepare_inputs(inputs)))
+        inputs = self._ready(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
             num_items_in_batch = num_items_in_batch * self.current_gradient_accumulation_steps
         is_stream = isinstance(self.train_dataset, DocumentStreams)
+        if is_stream:
+            check_continuity(inputs, self._memory_of_streams)
         scaler = self.accelerator.scaler
         # FSDP reduces the gradients of each chunk: without, each process would hold those of all parameters.
         is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
-        loss, memory = backpropagate(
-            model,
-            inputs,
-            chunk_segments=self.args.chunk_segments,
-            detach_every_num_segments=self.args.detach_every_num_segments,
-            past_key_values=self._memory_of_streams if is_stream else None,
-            num_items_in_batch=num_items_in_batch,
-            compute_loss=partial(self._loss_and_outputs, model, num_items_in_batch),
-            backward=self.accelerator.backward,
-            loss_scale=1.0 if scaler is None else scaler.get_scale(),
-            no_sync=nullcontext if is_fsdp else partial(self.accelerator.no_sync, model=model),
-        )
+        with self.compute_loss_context_manager():
+            loss, memory = backpropagate(
+                model,
+                inputs,
+                chunk_segments=self.args.chunk_segments,
+                detach_every_num_segments=self.args.detach_every_num_segments,
+                past_key_values=self._memory_of_streams if is_stream else None,
+                num_items_in_batch=num_items_in_batch,
+                compute_loss=partial(self._loss_and_outputs, model, num_items_in_batch),
+                backward=self.accelerator.backward,
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+                no_sync=nullcontext if is_fsdp else partial(self.accelerator.no_sync, model=model),
+            )
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         if is_stream:
             self._memory_of_streams = memory
         self._state_norms = state_norms(memory)
@@ -252,6 +296,22 @@ class InfiniTrainer(Trainer):
 
     def _loss_and_outputs(self, model, num_items_in_batch, inputs):
         return self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+
+    def _ready(self, inputs: dict) -> dict:
+        """The inputs of a step on this process's device, with `shift_labels`."""
+        inputs = prepared_inputs(self._prepare_inputs(inputs))
+        if type(self).compute_loss is InfiniTrainer.compute_loss:
+            refuse_unread_inputs(infini_module(self.model), inputs)
+        return self._equally_long(inputs)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # The stock Trainer counts where there are labels, and divides by 0 where all are masked.
+        batches = [
+            batch if "labels" in batch or "shift_labels" not in batch else {**batch, "labels": batch["shift_labels"]}
+            for batch in batch_samples
+        ]
+        count = super()._get_num_items_in_batch(batches, device)
+        return count.clamp(min=1) if torch.is_tensor(count) else count
 
     def _equally_long(self, inputs: dict) -> dict:
         """Pads to the longest of all processes where these must run equally many chunks: FSDP gathers in each."""
@@ -296,24 +356,28 @@ class InfiniTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if not self._runs_in_chunks or inputs.get("labels") is None:
+        has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
+        if not self._runs_in_chunks or not has_labels:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         evaluation = self._evaluation
-        inputs = self._equally_long(prepared_inputs(self._prepare_inputs(inputs)))
+        inputs = self._ready(inputs)
+        if evaluation.is_stream:
+            check_continuity(inputs, evaluation.memory)
         targets = (inputs["shift_labels"] != -100).sum()
         losses, logits, memory = [], [], evaluation.memory if evaluation.is_stream else None
-        for loss, outputs in loss_in_chunks(
-            model,
-            inputs,
-            chunk_segments=self.args.chunk_segments,
-            past_key_values=memory,
-            compute_loss=partial(self._sum_and_outputs, model),
-        ):
-            losses.append(loss)
-            memory = outputs[CACHE_NAME]
-            if not prediction_loss_only:
-                logits.append(outputs["logits"])
-            del outputs
+        with self.compute_loss_context_manager():
+            for loss, outputs in loss_in_chunks(
+                model,
+                inputs,
+                chunk_segments=self.args.chunk_segments,
+                past_key_values=memory,
+                compute_loss=partial(self._sum_and_outputs, model),
+            ):
+                losses.append(loss)
+                memory = outputs[CACHE_NAME]
+                if not prediction_loss_only:
+                    logits.append(outputs["logits"])
+                del outputs
         total = torch.stack(losses).sum()
         evaluation.memory = memory
         evaluation.loss += total.item()
@@ -421,9 +485,13 @@ class InfiniTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.train_dataset, DocumentStreams):
             module = infini_module(self.model)
-            self._memory_of_streams = type(module.new_cache()).from_pretrained(
-                self._memory_folder(checkpoint), module.config, self.args.device
-            )
+            folder = self._memory_folder(checkpoint)
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{checkpoint} has no {folder.name}: it was written without DocumentStreams, or by fewer "
+                    "processes. Resume as it was trained, or load its weights and train anew."
+                )
+            self._memory_of_streams = type(module.new_cache()).from_pretrained(folder, module.config, self.args.device)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
@@ -490,6 +558,28 @@ class _Evaluation:
     memory: InfiniCache | None = None
     loss: float = 0.0
     targets: int = 0
+
+
+def check_continuity(inputs: dict, memory: InfiniCache | None) -> None:
+    """
+    Whether the rows of a step go on where `memory` stopped: other documents, seeds, lengths or numbers of processes
+    than those of the checkpoint would be read with the memory of something else.
+    """
+    if inputs.get("position_ids") is None or inputs.get("attention_mask") is None:
+        raise ValueError(
+            "Steps of DocumentStreams need their attention_mask and position_ids, by which documents start anew: "
+            "leave data_collator out."
+        )
+    starts = inputs["position_ids"][:, 0]
+    read = torch.zeros_like(starts) if memory is None or memory.tokens_read is None else memory.tokens_read
+    if len(read) == len(starts):
+        breaks = (inputs["attention_mask"][:, 0] != 0) & (starts != 0) & (starts != read)
+        if not breaks.any():
+            return
+    raise ValueError(
+        f"The memory of the streams has read {read.tolist()} tokens of their documents, but they go on at "
+        f"{starts.tolist()}. Resume with the same documents, seed, step_length, batch size and number of processes."
+    )
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -458,6 +459,123 @@ def test_what_cannot_be_done_is_refused(tmp_path):
             InfiniTrainingArguments(str(tmp_path), **COMMON, chunk_segments=1),
             compute_loss_func=mean_loss,
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim": "lomo"}, 'optim="lomo" changes weights in the midst of a backward'),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["mlp"]}, "layerwise"),
+        ({"use_liger_kernel": True}, "Liger has no kernels for this model"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "in their first epoch"),
+    ],
+)
+def test_options_that_would_be_ignored_or_wrong_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        infini_trainer(tiny_model(), tmp_path, DocumentStreams(documents(20, 20), 2, 5), **arguments)
+
+
+def test_options_of_gates_that_are_not_trained_are_refused(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    infini_trainer(model, tmp_path)
+    for name, value in (("gate_learning_rate", 0.1), ("gate_frozen_steps", 2), ("gate_weight_decay", 0.1)):
+        with pytest.raises(ValueError, match=f"{name} have no effect: no head gates are trained"):
+            infini_trainer(model, tmp_path, **{name: value})
+
+
+def test_a_loss_of_the_models_own_is_not_cut_into_chunks(tmp_path):
+    model = tiny_model()
+    model.loss_function = lambda **kwargs: 0
+    with pytest.raises(ValueError, match="a loss_function of the model's own"):
+        infini_trainer(model, tmp_path, chunk_segments=1)
+
+
+def test_columns_of_numbers_that_nothing_reads_are_refused(tmp_path):
+    rows = [{**row, "text": "a", "completion_mask": [1] * 20, "length": 20} for row in documents(20, 20)]
+    for dataset in (rows, datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()):
+        with pytest.raises(ValueError, match="Nothing reads these columns of the documents: completion_mask"):
+            infini_trainer(tiny_model(), tmp_path, dataset, max_steps=1).train()
+        with pytest.raises(ValueError, match="completion_mask"):
+            infini_trainer(tiny_model(), tmp_path).evaluate(dataset)
+
+    def keep_all(features):
+        return {
+            **collate_documents([{"input_ids": row["input_ids"]} for row in features]),
+            "weights": torch.ones(2, 20),
+        }
+
+    trainer = infini_trainer(tiny_model(), tmp_path, rows, max_steps=1, remove_unused_columns=False)
+    trainer.data_collator = keep_all
+    with pytest.raises(ValueError, match="The model does not read weights"):
+        trainer.train()
+    neutral = [{**row, "text": "a", "token_type_ids": [0] * 20, "length": 20} for row in documents(20, 20)]
+    infini_trainer(tiny_model(), tmp_path, datasets.Dataset.from_list(neutral), max_steps=1).train()
+
+
+def test_a_step_without_a_target_changes_nothing(tmp_path):
+    masked = [{**row, "labels": [-100] * 40} for row in documents(40, 40)]
+    for dataset in (masked, DocumentStreams(masked, 2, 8)):
+        model = tiny_model()
+        before = weights_of(model)
+        trainer = infini_trainer(model, tmp_path, dataset, max_steps=2)
+        trainer.train()
+        assert losses(trainer) == [0, 0]
+        assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_targets_that_come_shifted_alone_count_over_all_batches_of_a_step(tmp_path):
+    def shifted(features):
+        batch = collate_documents(features)
+        return {**batch, "shift_labels": torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)}
+
+    models = []
+    for collate in (collate_documents, shifted):
+        models.append(tiny_model())
+        trainer = infini_trainer(
+            models[-1],
+            tmp_path,
+            documents(30, 5, 9, 17),
+            documents(20, 11),
+            gradient_accumulation_steps=2,
+            max_steps=2,
+        )
+        trainer.data_collator = collate
+        trainer.train()
+        models[-1].loss = trainer.evaluate()["eval_loss"]
+    assert_same_weights(models[1], models[0], 1e-6)
+    assert models[1].loss == pytest.approx(models[0].loss)
+
+
+def test_streams_that_do_not_go_on_where_the_memory_stopped_are_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    infini_trainer(tiny_model(), tmp_path, DocumentStreams(documents(60, 45), 2, 8), max_steps=3, **options).train()
+
+    def resume(streams, **arguments):
+        trainer = infini_trainer(tiny_model(), tmp_path, streams, max_steps=4, **arguments)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    resume(DocumentStreams(documents(60, 45), 2, 8))
+    with pytest.raises(ValueError, match=r"has read \[24, 24\] tokens .* go on at \[15, 15\]"):
+        resume(DocumentStreams(documents(60, 45), 2, 5))
+    with pytest.raises(ValueError, match=r"has read \[24, 24\] tokens .* go on at \[24, 24, 24, 24\]"):
+        resume(DocumentStreams(documents(60, 45, 60, 45), 4, 8), per_device_train_batch_size=4)
+    shutil.rmtree(tmp_path / "checkpoint-3" / "memory-of-streams-0")
+    with pytest.raises(FileNotFoundError, match="checkpoint-3 has no memory-of-streams-0"):
+        resume(DocumentStreams(documents(60, 45), 2, 8))
+
+    trainer = infini_trainer(tiny_model(), tmp_path, DocumentStreams(documents(60, 45), 2, 8), max_steps=1)
+    trainer.data_collator = lambda rows: {
+        name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")
+    }
+    with pytest.raises(ValueError, match="leave data_collator out"):
+        trainer.train()
+
+
+def test_streams_are_refused_where_nothing_carries_their_memory(tmp_path):
+    config = tiny_config(num_labels=2, pad_token_id=0)
+    trainer = InfiniTrainer(InfiniForSequenceClassification(config), InfiniTrainingArguments(str(tmp_path), **COMMON))
+    with pytest.raises(ValueError, match="nothing else carries a memory"):
+        trainer.evaluate(DocumentStreams(documents(20, 20), 2, 5))
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
