@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
 from .masks import PACKING_ARGUMENTS, split_call
+from .write_sparsity import part_of_row
 
 
 Inputs = dict[str, torch.Tensor]
@@ -166,7 +167,7 @@ def backpropagate(
     module = infini_module(model)
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     segment_length, length = module.config.segment_length, inputs["shift_labels"].shape[1]
-    noise = partial(_noise_of_row, module.get_input_embeddings(), length)
+    part = partial(_part_of_row, module.get_input_embeddings(), length)
     windows = chunk_lengths(length, chunk_segments, detach_every_num_segments, segment_length, cache)
     chunks = iter(split_call(inputs, [chunk for window in windows for chunk in window], cache.tokens_read))
     losses = []
@@ -179,7 +180,7 @@ def backpropagate(
             compute_loss,
             backward,
             loss_scale,
-            noise,
+            part,
             no_sync,
             last_sync,
         )
@@ -206,7 +207,7 @@ def _backpropagate_window(
     compute_loss: ComputeLoss,
     backward: Callable[[torch.Tensor], None],
     loss_scale: float,
-    noise: Callable[[int], AbstractContextManager],
+    part: Callable[[int], AbstractContextManager],
     no_sync: Callable[[], AbstractContextManager],
     last_sync: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, InfiniCache]:
@@ -219,7 +220,7 @@ def _backpropagate_window(
         random_states.append(_random_states(_devices(model, chunk)))
         if index < len(chunks) - 1:
             read = {name: states for name, states in chunk.items() if name not in ("labels", "shift_labels")}
-            with torch.no_grad(), noise(chunk["shift_labels"].shape[1]):
+            with torch.no_grad(), part(chunk["shift_labels"].shape[1]):
                 reader(**read, past_key_values=cache, use_cache=False, logits_to_keep=1)
 
     losses: list[torch.Tensor] = []
@@ -231,7 +232,7 @@ def _backpropagate_window(
         is_rerun = index < len(chunks) - 1
         sync = last_sync if index == 0 else no_sync
         drawn = _random_states_from(random_states[index]) if is_rerun else nullcontext()
-        with sync(), drawn, noise(chunks[index]["shift_labels"].shape[1]):
+        with sync(), drawn, part(chunks[index]["shift_labels"].shape[1]):
             # The outputs are not kept: of all chunks, their logits would be the largest tensors.
             loss = compute_loss({**chunks[index], "past_key_values": cache, "use_cache": False})[0]
             states = cache.state_dict()
@@ -279,23 +280,27 @@ def loss_in_chunks(
     length = inputs["shift_labels"].shape[1]
     (lengths,) = chunk_lengths(length, chunk_segments, None, module.config.segment_length, cache)
     for chunk in split_call(inputs, lengths, cache.tokens_read):
-        with _noise_of_row(module.get_input_embeddings(), length, chunk["shift_labels"].shape[1]):
+        with _part_of_row(module.get_input_embeddings(), length, chunk["shift_labels"].shape[1]):
             share = compute_loss({**chunk, "past_key_values": cache, "use_cache": False})
         yield share
 
 
 @contextmanager
-def _noise_of_row(embeddings: nn.Module, row_length: int, length: int) -> Iterator[None]:
-    """NEFTune divides its noise by the root of a call's length: in a call of `length` columns, as if by the row's."""
+def _part_of_row(embeddings: nn.Module, row_length: int, length: int) -> Iterator[None]:
+    """
+    A call of `length` columns as a part of a row: NEFTune divides its noise by the root of a call's length, and the
+    penalty on writes is a mean over its tokens.
+    """
     alpha = getattr(embeddings, "neftune_noise_alpha", None)
-    if alpha is None:
-        yield
-        return
-    embeddings.neftune_noise_alpha = alpha * (length / row_length) ** 0.5
-    try:
-        yield
-    finally:
-        embeddings.neftune_noise_alpha = alpha
+    with part_of_row(length / row_length):
+        if alpha is None:
+            yield
+            return
+        embeddings.neftune_noise_alpha = alpha * (length / row_length) ** 0.5
+        try:
+            yield
+        finally:
+            embeddings.neftune_noise_alpha = alpha
 
 
 def _devices(model: nn.Module, inputs: Inputs) -> set[torch.device]:

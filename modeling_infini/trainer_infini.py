@@ -78,12 +78,14 @@ class InfiniTrainer(Trainer):
     - Sequences of any length in the memory of one chunk (`chunk_segments`), with exact or truncated gradients
       (`detach_every_num_segments`); evaluation of any length likewise, where only the loss is asked for.
     - [`DocumentStreams`] as datasets: the memory is carried from step to step, and saved in checkpoints.
+    - Checkpoints that are whole or not there, whatever stops the run.
     - Gates with their own learning rate, without decay, and frozen at first.
     - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory stops training.
     - `eval_loss` is the mean over all tokens, not over batches. (Documents that several processes read twice to fill
       their last batches count twice.)
 
-    Documents are batched by [`collate_documents`] unless `data_collator` is given.
+    Documents are batched by [`collate_documents`] unless `data_collator` is given. Columns of numbers that nothing
+    reads are refused, where the stock Trainer drops them.
     Other heads than the causal language model's, and anything with DeepSpeed, are trained as by `Trainer`, with the
     gates' options and logs, but norms of the memory are not known and NaN in it is not looked for.
     """

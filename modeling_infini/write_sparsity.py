@@ -24,6 +24,21 @@ class _AddLoss(torch.autograd.Function):
         return gradient, gradient.new_ones(())
 
 
+# How much of a row the present call is. Not by thread: a layer that is checkpointed runs again in one of autograd's.
+_share_of_row = 1.0
+
+
+@contextmanager
+def part_of_row(share: float) -> Iterator[None]:
+    """Inside, a call is so much of a row, which a penalty that is a mean over a call's tokens has to know."""
+    global _share_of_row
+    _share_of_row = share
+    try:
+        yield
+    finally:
+        _share_of_row = 1.0
+
+
 def write_penalty(log_gates: torch.Tensor, margin: float) -> torch.Tensor:
     """
     How far tokens are, on average, from weighing exp(-margin) of the one of their row and head that is remembered
@@ -40,9 +55,10 @@ def write_penalty(log_gates: torch.Tensor, margin: float) -> torch.Tensor:
 def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iterator[None]:
     """
     Inside, each call of a model in training adds `weight` times the [`write_penalty`] of each layer to its gradients,
-    whatever the trainer. What is read in chunks, or accumulated over batches, adds it once for each of them, and
-    scales of the loss, such as mixed precision's in float16, do not apply to it. With context parallelism, each rank
-    adds the penalty of its own piece.
+    whatever the trainer. What is accumulated over batches adds it once for each of them, and scales of the loss, such
+    as mixed precision's in float16, do not apply to it. What is read in chunks adds of each chunk its share of the
+    row, so that a token weighs as much as in one pass; the best of its row is then that of its chunk. With context
+    parallelism, each rank adds the penalty of its own piece.
 
     A loss alone stops to teach what not to write once filler is a small share of what is read at the lengths trained
     on. The penalty goes on, and a memory that has learned on short texts holds on longer ones.
@@ -63,7 +79,8 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
             return log_gates
         # With tensor parallelism, this process has some of the heads that the mean is over.
         share_of_heads = log_gates.shape[-1] / gate.out_features
-        return _AddLoss.apply(log_gates, weight * share_of_heads * write_penalty(log_gates, margin))
+        share = _share_of_row * share_of_heads
+        return _AddLoss.apply(log_gates, share * weight * write_penalty(log_gates, margin))
 
     with ExitStack() as hooks:
         for gate in gates:

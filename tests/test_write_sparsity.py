@@ -5,7 +5,7 @@ import torch
 from tiny import random_ids, tiny_model
 from torch.nn.functional import logsigmoid
 
-from modeling_infini import backpropagate, sparse_writes
+from modeling_infini import backpropagate, sparse_writes, write_sparsity
 from modeling_infini.write_sparsity import write_penalty
 
 
@@ -74,6 +74,23 @@ def test_chunks_that_run_backward_by_themselves_have_it_too():
     found = gradients(model)
     name = "model.layers.0.self_attn.memory_write_gate.bias"
     assert (found[name] > plain[name]).all()
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_token_weighs_as_much_in_chunks_as_in_one_pass(monkeypatch, is_checkpointed):
+    # Without the maximum, which is that of a chunk, the penalty is a mean over tokens alone.
+    monkeypatch.setattr(write_sparsity, "write_penalty", lambda log_gates, margin: log_gates.mean())
+    model, ids = gated_model(), random_ids(1, 27)
+    if is_checkpointed:
+        model.activation_checkpointing_enable()
+    inputs = {"input_ids": ids, "labels": ids}
+    with sparse_writes(model, WEIGHT):
+        backpropagate(model, inputs)
+        expected = gradients(model)
+        for options in ({"chunk_segments": 2}, {"chunk_segments": 1}):
+            backpropagate(model, inputs, **options)
+            for name, gradient in gradients(model).items():
+                torch.testing.assert_close(gradient, expected[name], msg=name, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_not_training_is_left_alone():
