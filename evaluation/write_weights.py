@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from modeling_infini.backpropagation import infini_module
 from modeling_infini.memory import feature_map
+from modeling_infini.modeling_infini import log_write_gates
 
 from .haystacks import encode, find_filler
 from .loading import load_model, load_tokenizer
@@ -62,7 +63,7 @@ def _follow(attention: Any, weights: list[torch.Tensor], hooks: ExitStack) -> No
     def after(module: nn.Module, arguments: tuple, output: Any) -> None:
         keys = seen["keys"].float().unflatten(-1, (-1, config.head_dim)) if seen["keys"].dim() == 3 else seen["keys"]
         if config.memory_write_gate:
-            keys = keys + seen["gate"].unsqueeze(-1)
+            keys = keys + log_write_gates(seen["gate"]).unsqueeze(-1)
         weights.append(feature_map(keys.float()).sum(-1).log()[0].T)
 
     source = attention.k_norm if config.qk_norm else attention.k_proj

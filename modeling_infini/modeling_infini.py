@@ -135,10 +135,11 @@ class InfiniMemoryNorm(nn.Module):
 
 class InfiniWriteGate(nn.Linear):
     """
-    How much of each token is remembered: log g, where g = sigmoid(W x + b), one per KV head.
+    How much of each token is remembered: the logits W x + b of the gates g, one per KV head. No more than a linear
+    layer, so that what adapts, quantizes or shards such layers is right here.
 
-    Added to a key in the range where sigma is exponential, it multiplies what the token adds to M and z: the input
-    gate of an LSTM, for a memory whose reads are relative to all that was written.
+    log g, by [`log_write_gates`], is added to a key where sigma is exponential, and so multiplies what the
+    token adds to M and z: the input gate of an LSTM, for a memory whose reads are relative to all that was written.
     """
 
     INITIAL_LOGIT = 3.0
@@ -146,13 +147,13 @@ class InfiniWriteGate(nn.Linear):
     def __init__(self, config: InfiniConfig):
         super().__init__(config.hidden_size, config.num_key_value_heads)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., hidden_size)` -> `(..., kv_heads)`, at least in float32."""
-        logits = super().forward(hidden_states)
-        if isinstance(logits, DTensor):
-            # Each process has the logits of its own heads. DTensors have no backward of logsigmoid.
-            logits = logits.to_local()
-        return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
+
+def log_write_gates(logits: torch.Tensor) -> torch.Tensor:
+    """log sigmoid of the logits of write gates `(..., kv_heads)`, at least in float32."""
+    if isinstance(logits, DTensor):
+        # Each process has the logits of its own heads. DTensors have no backward of logsigmoid.
+        logits = logits.to_local()
+    return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
 
 
 class InfiniAttention(nn.Module):
@@ -231,7 +232,7 @@ class InfiniAttention(nn.Module):
             memory_keys = self.memory_key_norm(keys)
         if self.config.memory_write_gate:
             memory_keys = keys if memory_keys is None else memory_keys
-            memory_keys = memory_keys + self.memory_write_gate(hidden_states).unsqueeze(-1)
+            memory_keys = memory_keys + log_write_gates(self.memory_write_gate(hidden_states)).unsqueeze(-1)
 
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from .modeling_infini import InfiniWriteGate
+from .modeling_infini import InfiniAttention, log_write_gates
 
 
 class _AddLoss(torch.autograd.Function):
@@ -70,17 +71,20 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
     Raises:
         TypeError: if the model has no write gates.
     """
-    gates = [module for module in model.modules() if isinstance(module, InfiniWriteGate)]
+    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    # What wraps them included, as PEFT does.
+    gates = [layer.memory_write_gate for layer in layers if layer.config.memory_write_gate]
     if not gates:
         raise TypeError("The model has no write gates: make it with memory_write_gate=True.")
 
-    def add_penalty(gate: InfiniWriteGate, arguments: tuple, log_gates: torch.Tensor) -> torch.Tensor:
-        if not (gate.training and log_gates.requires_grad):
-            return log_gates
+    def add_penalty(gate: Any, arguments: tuple, logits: torch.Tensor) -> torch.Tensor:
+        if not (gate.training and logits.requires_grad):
+            return logits
+        log_gates = log_write_gates(logits)
         # With tensor parallelism, this process has some of the heads that the mean is over.
         share_of_heads = log_gates.shape[-1] / gate.out_features
         share = _share_of_row * share_of_heads
-        return _AddLoss.apply(log_gates, share * weight * write_penalty(log_gates, margin))
+        return _AddLoss.apply(logits, share * weight * write_penalty(log_gates, margin))
 
     with ExitStack() as hooks:
         for gate in gates:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import MODES, config_fields, random_ids, relative_error, tiny_model
+from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from words import random_text, save_word_tokenizer
@@ -52,7 +53,7 @@ def states_by_hand(model, ids):
         for name, module in names.items():
             getattr(layer.self_attn, module).register_forward_hook(keep(name))
         if config.memory_write_gate:
-            layer.self_attn.memory_write_gate.register_forward_hook(keep("log_gates"))
+            layer.self_attn.memory_write_gate.register_forward_hook(keep("gates"))
         layer.self_attn.o_proj.register_forward_hook(keep("mix", of_output=False))
         if config.learned_delta_update:
             layer.self_attn.write_strength.register_forward_hook(keep("strength"))
@@ -66,7 +67,7 @@ def states_by_hand(model, ids):
         queries, mix = by_head(seen["queries"][index]), by_head(seen["mix"][index])
         keys, values = (by_head(seen[name][index], groups) for name in ("keys", "values"))
         if config.memory_write_gate:
-            keys = keys + seen["log_gates"][index][0].T.repeat_interleave(groups, 0).unsqueeze(-1)
+            keys = keys + logsigmoid(seen["gates"][index][0]).T.repeat_interleave(groups, 0).unsqueeze(-1)
         yield queries, keys, values, strengths, mix
 
 

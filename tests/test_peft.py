@@ -91,6 +91,15 @@ def test_a_merged_model_is_an_ordinary_one(tmp_path, trained, fields):
         assert torch.equal(model.generate(IDS, max_new_tokens=7), generated)
 
 
+def test_adapters_of_all_linear_layers_are_merged_write_gates_included():
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny_model(memory_write_gate=True, learned_delta_update=True), config)
+    assert "lora" in str(model.base_model.model.model.layers[0].self_attn.memory_write_gate)
+    expected = logits_of(model)
+    torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_a_step_is_the_step_by_hand_with_gradient_checkpointing_too(tmp_path, fields, use_reentrant):
     model, rows = with_adapters(tiny_model(**fields), init_lora_weights=False), text_rows()

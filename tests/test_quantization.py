@@ -111,6 +111,16 @@ def test_rounded_weights_are_all_that_changes(folder, quantization):
     assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.98
 
 
+def test_write_gates_that_are_rounded_are_gates_still(folder):
+    quanto, ids = pytest.importorskip("optimum.quanto"), random_ids(2, 23)
+    model, expected = (InfiniForCausalLM.from_pretrained(folder) for _ in range(2))
+    quanto.quantize(model, weights=quanto.qint8, include=["*write_gate"])
+    quanto.freeze(model)
+    assert "QLinear" in type(model.model.layers[0].self_attn.memory_write_gate).__name__
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, expected(ids).logits) < 0.05
+
+
 @all_tools
 @both_dtypes
 def test_it_generates_past_several_segments_with_a_float32_memory(folder, quantization, dtype):
