@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
-from .masks import PACKING_ARGUMENTS, split_call
+from .masks import PACKING_ARGUMENTS, split_call, targets
 from .write_sparsity import part_of_row
 
 
@@ -69,11 +69,6 @@ def refuse_unread_inputs(module: nn.Module, inputs: Inputs) -> None:
             )
 
 
-def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
-    """The label of the token after each: `labels` `(B, T)` one column to the left, -100 in the last."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
-
-
 def chunk_lengths(
     length: int,
     chunk_segments: int | None,
@@ -108,7 +103,7 @@ def prepared_inputs(inputs: Inputs) -> Inputs:
     if "labels" not in inputs and "shift_labels" not in inputs:
         raise ValueError("Training needs labels (or shift_labels, already moved one column to the left).")
     if "shift_labels" not in inputs:
-        inputs["shift_labels"] = shifted_labels(inputs["labels"])
+        inputs["shift_labels"] = targets(inputs["labels"], inputs.get("attention_mask"))
     elif "labels" in inputs and not torch.equal(inputs["labels"][:, 1:], inputs["shift_labels"][:, :-1]):
         raise ValueError(
             "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left. "

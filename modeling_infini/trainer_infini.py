@@ -27,7 +27,7 @@ from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepa
 from .cache import CACHE_NAME, InfiniCache
 from .configuration_infini import copy_whole
 from .documents import DocumentStreams, collate_documents, refuse_unread
-from .masks import has_columns
+from .masks import has_columns, targets
 
 
 # In the output folder, what is being written or removed; by its first letter, the Trainer does not publish it.
@@ -308,12 +308,17 @@ class InfiniTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # The stock Trainer counts where there are labels, and divides by 0 where all are masked.
-        batches = [
-            batch if "labels" in batch or "shift_labels" not in batch else {**batch, "labels": batch["shift_labels"]}
-            for batch in batch_samples
-        ]
+        batches = [self._with_targets(batch) for batch in batch_samples]
         count = super()._get_num_items_in_batch(batches, device)
         return count.clamp(min=1) if torch.is_tensor(count) else count
+
+    def _with_targets(self, batch):
+        """With both names of what is learned, and none of it predicted by padding."""
+        if "shift_labels" in batch:
+            return {"labels": batch["shift_labels"], **batch}
+        if self._is_causal_lm and "labels" in batch:
+            return {**batch, "shift_labels": targets(batch["labels"], batch.get("attention_mask"))}
+        return batch
 
     def _equally_long(self, inputs: dict) -> dict:
         """Pads to the longest of all processes where these must run equally many chunks: FSDP gathers in each."""

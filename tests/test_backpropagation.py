@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 from transformers.integrations.neftune import activate_neftune
 
 from modeling_infini import InfiniForCausalLM, backpropagate, backpropagation, loss_in_chunks, modeling_infini
-from modeling_infini.backpropagation import chunk_lengths, infini_module, shifted_labels
+from modeling_infini.backpropagation import chunk_lengths, infini_module
+from modeling_infini.masks import targets
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -56,14 +57,14 @@ def sequences(draw):
         inputs["attention_mask"] = (torch.rand(2, length, generator=generator) < 0.8).long()
     if draw(st.booleans()):
         restarts = torch.rand(2, length, generator=generator) < 0.2
+        if "attention_mask" in inputs:
+            restarts &= inputs["attention_mask"] == 1
         columns = torch.arange(length)
         inputs["position_ids"] = columns - torch.where(restarts, columns, 0).cummax(1).values
     labels = ids.masked_fill(torch.rand(2, length, generator=generator) < 0.2, -100)
     labels[0, -1] = ids[0, -1]
     if "attention_mask" in inputs:
-        # What a masked token predicts means nothing.
         inputs["attention_mask"][0, -2:] = 1
-        labels[:, 1:] = labels[:, 1:].masked_fill(inputs["attention_mask"][:, :-1] == 0, -100)
     return fields, {**inputs, "labels": labels}
 
 
@@ -108,9 +109,9 @@ def test_chunked_gradients_equal_those_of_the_reference(fields, chunk_segments, 
 def test_detaching_cuts_gradients_at_every_kth_segment(fields, use_mem_delta_rule):
     model = tiny_model(torch.float64, use_mem_delta_rule=use_mem_delta_rule, **fields)
     ids = random_ids(2, 23)
-    targets = shifted_labels(ids)
+    shift_labels = targets(ids, None)
     cache, count = None, 2 * (ids.shape[1] - 1)
-    for piece, target in zip(ids.split(10, 1), targets.split(10, 1)):
+    for piece, target in zip(ids.split(10, 1), shift_labels.split(10, 1)):
         outputs = model(piece, past_key_values=cache, use_cache=True)
         loss = cross_entropy(outputs.logits.flatten(0, 1), target.flatten(), reduction="sum") / count
         loss.backward()
@@ -206,7 +207,7 @@ def test_dropout_is_the_same_when_a_chunk_runs_again():
             total = sum(
                 cross_entropy(outputs.logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=-100)
                 for (_, outputs), target in zip(
-                    loss_in_chunks(model, inputs, chunk_segments=1), shifted_labels(inputs["labels"]).split(5, 1)
+                    loss_in_chunks(model, inputs, chunk_segments=1), targets(inputs["labels"], None).split(5, 1)
                 )
             )
             weight.sub_(step * direction)
