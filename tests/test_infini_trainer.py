@@ -526,7 +526,8 @@ def test_a_step_without_a_target_changes_nothing(tmp_path):
 def test_targets_that_come_shifted_alone_count_over_all_batches_of_a_step(tmp_path):
     def shifted(features):
         batch = collate_documents(features)
-        return {**batch, "shift_labels": torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)}
+        labels = batch.pop("labels")
+        return {**batch, "shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}
 
     models = []
     for collate in (collate_documents, shifted):
