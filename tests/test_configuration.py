@@ -1,3 +1,6 @@
+import json
+from dataclasses import fields
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
@@ -55,3 +58,64 @@ def test_a_saved_configuration_comes_back(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, InfiniConfig)
     assert loaded.to_diff_dict() == config.to_diff_dict()
+
+
+# What a memory does not depend on: what the weights hold, heads, training, token ids of generate(), names, and
+# `attention_bias`, which is in the two biases after their defaults. `max_position_embeddings` is in `rope_parameters`
+# where angles depend on it.
+NOT_OF_THE_MEMORY = (
+    "transformers_version architectures output_hidden_states return_dict dtype chunk_size_feed_forward "
+    "is_encoder_decoder id2label label2id problem_type initializer_range use_cache pad_token_id bos_token_id "
+    "eos_token_id pretraining_tp tie_word_embeddings attention_dropout max_position_embeddings attention_bias "
+    "head_gate_init_value lm_head_bias converted_from"
+)
+
+
+def test_each_field_is_of_the_memory_or_not():
+    of_the_memory = tiny_config().memory_fields().keys()
+    others = set(NOT_OF_THE_MEMORY.split())
+    assert of_the_memory & others == set()
+    assert of_the_memory | others == {field.name for field in fields(InfiniConfig)} | {"model_type"}
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"qkv_bias": False, "attention_output_bias": False}),
+        ({"attention_bias": True}, {"qkv_bias": True, "attention_output_bias": True}),
+        ({"attention_bias": True, "qkv_bias": False}, {"attention_output_bias": True}),
+        ({"head_dim": None, "hidden_size": 24}, {"head_dim": 6}),
+        ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        ({"head_gate_scale": 10, "memory_eps": 1}, {"head_gate_scale": 10.0, "memory_eps": 1.0}),
+        ({"rope_theta": 10000}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        (
+            {"rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+        ),
+        (
+            {"rope_parameters": YARN},
+            {
+                "rope_parameters": {
+                    **YARN,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1,
+                    "truncate": True,
+                    "attention_factor": None,
+                }
+            },
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}},
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}},
+        ),
+        ({"max_position_embeddings": 64}, {"max_position_embeddings": 128}),
+    ],
+)
+def test_memory_fields_are_equal_where_models_are(one, other):
+    one, other = tiny_config(**one), tiny_config(**other)
+    assert one.memory_fields() == other.memory_fields() == json.loads(json.dumps(other.memory_fields()))
+    assert InfiniConfig.from_dict(json.loads(one.to_json_string())).memory_fields() == one.memory_fields()
+    one.require_same_memory(other.memory_fields(), "The cache")
