@@ -51,6 +51,7 @@ from .cache_layer import (
 )
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
+from .fingerprint import Weights, name_of, new_fingerprint, weights_fingerprint
 from .generation_infini import InfiniGenerationMixin
 from .masks import (
     columns_tokens_last,
@@ -68,19 +69,6 @@ from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles,
 from .streams import DecodeLayout, SegmentLayout, take
 from .tensor_parallel import check_heads
 
-
-# The fields of a configuration that a cache must share with the model that uses it.
-STATE_FIELDS = (
-    "num_hidden_layers",
-    "segment_length",
-    "local_attention",
-    "num_sink_tokens",
-    "use_mem_delta_rule",
-    "learned_delta_update",
-    "memory_norm_init_scale",
-    "memory_write_gate",
-    "memory_eps",
-)
 
 # A prompt is read in calls of about this many tokens where only its last logits are asked for.
 PREFILL_TOKENS = 2048
@@ -405,6 +393,18 @@ class InfiniPreTrainedModel(PreTrainedModel):
         ]
         return torch.stack([share.cpu() for share in shares])
 
+    def weights_fingerprint(self) -> str | None:
+        """
+        A hash of the weights that a memory depends on, those of the base model (not of its head): the same in every
+        process and on every device, sharded or whole; another one after training, after rounding to another dtype, and
+        with other adapters at work. Each process that has a shard must call it.
+
+        Returns:
+            The fingerprint; `None` where the weights have none (on the meta device, or quantized by a tool that does
+            not say what its tensors are made of).
+        """
+        return new_fingerprint(self.base_model)
+
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
         return InfiniCache(self.config)
@@ -491,7 +491,7 @@ class InfiniModel(InfiniPreTrainedModel):
             context_parallel.check_call(past_key_values is not None or use_cache, wants_attentions)
         if use_cache and past_key_values is None:
             past_key_values = InfiniCache(self.config)
-        self._check_cache(past_key_values)
+        self._check_cache(past_key_values, inputs_embeds)
         if writes_only and past_key_values is None:
             raise ValueError("writes_only=True needs past_key_values or use_cache=True: there is nothing to write to.")
         if writes_only and kwargs.get("output_hidden_states", self.config.output_hidden_states):
@@ -556,16 +556,14 @@ class InfiniModel(InfiniPreTrainedModel):
             **{CACHE_NAME: past_key_values},  # type: ignore[arg-type]
         )
 
-    def _check_cache(self, cache: InfiniCache | None) -> None:
+    def _check_cache(self, cache: InfiniCache | None, inputs_embeds: torch.Tensor) -> None:
         if cache is None:
             return
         if cache.config is not self.config:
-            for name in STATE_FIELDS:
-                if (found := getattr(cache.config, name)) != (expected := getattr(self.config, name)):
-                    raise ValueError(
-                        f"The cache was made for another model: {name}={found!r} there, {expected!r} here. Make it "
-                        "with InfiniCache(model.config)."
-                    )
+            self.config.require_same_memory(cache.config.memory_fields(), "The cache")
+        # A graph has no weights to look at; what is compiled is checked by the calls around it.
+        if not torch.compiler.is_compiling():
+            self._check_weights(cache, inputs_embeds)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
             if checkpoint_arguments.get("use_reentrant"):
@@ -573,6 +571,18 @@ class InfiniModel(InfiniPreTrainedModel):
                     "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
                     'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
                 )
+
+    @torch.compiler.disable
+    def _check_weights(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
+        name = name_of(self)
+        # Training changes the weights while a memory goes on, and there is no time to look at them.
+        if self.training and (cache.weights is None or cache.weights.model == name):
+            cache.weights = Weights(None, name)
+            return
+        is_step = inputs_embeds.shape[1] == 1
+        current = Weights(weights_fingerprint(self, is_step and cache.was_step), name)
+        cache.was_step = is_step
+        cache.require_weights(current, self.training or torch.is_grad_enabled(), inputs_embeds.dtype)
 
     def _rotary_angles(
         self, inputs_embeds: torch.Tensor, layout: SegmentLayout | DecodeLayout, cache: InfiniCache | None

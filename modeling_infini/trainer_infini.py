@@ -498,7 +498,10 @@ class InfiniTrainer(Trainer):
                     f"{checkpoint} has no {folder.name}: it was written without DocumentStreams, or by fewer "
                     "processes. Resume as it was trained, or load its weights and train anew."
                 )
-            self._memory_of_streams = type(module.new_cache()).from_pretrained(folder, module.config, self.args.device)
+            # Made by all the weights that there were on the way to the checkpoint's.
+            self._memory_of_streams = type(module.new_cache()).from_pretrained(
+                folder, module, self.args.device, allow_other_weights=True
+            )
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """

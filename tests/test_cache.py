@@ -373,9 +373,9 @@ def test_caches_that_do_not_fit_are_refused():
     _, cache = feed(model, random_ids(1, 3))
     with pytest.raises(ValueError, match=r"holds 1 rows, but the inputs have 2.*batch_repeat_interleave"):
         model(random_ids(2, 3), past_key_values=cache)
-    with pytest.raises(ValueError, match="num_hidden_layers=2 there, 3 here"):
+    with pytest.raises(ValueError, match="made with num_hidden_layers=2, and this model has num_hidden_layers=3"):
         tiny_model(num_hidden_layers=3)(random_ids(1, 3), past_key_values=cache)
-    with pytest.raises(ValueError, match="use_mem_delta_rule=False there, True here"):
+    with pytest.raises(ValueError, match="made with use_mem_delta_rule=False, and this model"):
         tiny_model(use_mem_delta_rule=True)(random_ids(1, 3), past_key_values=cache)
     with pytest.raises(ValueError, match=r"torch.float32 keys, but the model computes in torch.float64"):
         tiny_model(torch.float64)(random_ids(1, 3), past_key_values=cache)

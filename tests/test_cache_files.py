@@ -31,7 +31,7 @@ from modeling_infini import InfiniCache, InfiniForCausalLM
 torch.set_num_threads(1)
 folder = sys.argv[1]
 model = InfiniForCausalLM.from_pretrained(folder + "/model", dtype=getattr(torch, sys.argv[2]))
-cache = InfiniCache.from_pretrained(folder + "/memory", model.config)
+cache = InfiniCache.from_pretrained(folder + "/memory", model)
 ids = torch.load(folder + "/ids.pt")
 with torch.no_grad():
     first = model(ids[:, :7], past_key_values=cache).logits
@@ -74,22 +74,65 @@ def test_a_loaded_cache_can_be_forked_and_cropped(tmp_path):
     assert loaded.get_seq_length() == 13
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"segment_length": 6}, "segment_length=5, and this model has segment_length=6"),
-        ({"num_hidden_layers": 3}, "num_hidden_layers=2, and this model has num_hidden_layers=3"),
-        ({"use_mem_delta_rule": True}, "use_mem_delta_rule=False"),
-        ({"local_attention": "sliding"}, "local_attention='segment'"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads=2"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_parameters="),
-        ({"vocab_size": 32}, "vocab_size=31"),
-    ],
-)
-def test_a_cache_of_another_model_is_refused(tmp_path, fields, message):
-    read(tiny_model(), 9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        InfiniCache.from_pretrained(tmp_path, tiny_config(**fields))
+# Another value of each field that a cache must share with its model.
+OTHERS = {
+    "model_type": "other",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 33,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "hidden_act": "gelu",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "qk_norm": True,
+    "segment_length": 6,
+    "local_attention": "sliding",
+    "num_sink_tokens": 2,
+    "use_mem_delta_rule": True,
+    "learned_delta_update": True,
+    "memory_norm_init_scale": 1.5,
+    "memory_write_gate": True,
+    "memory_eps": 1e-6,
+    "head_gate_scale": 5.0,
+}
+
+
+@pytest.mark.parametrize("field", tiny_config().memory_fields())
+def test_a_cache_of_another_model_is_refused_in_memory_and_as_a_file(tmp_path, field):
+    class OtherConfig(InfiniConfig):
+        pass
+
+    sliding = {"local_attention": "sliding"} if field == "num_sink_tokens" else {}
+    model = tiny_model(**sliding)
+    other = OtherConfig.from_dict(model.config.to_dict())
+    cache = read(model, 9)
+    cache.save_pretrained(tmp_path)
+    InfiniCache.from_pretrained(tmp_path, other)
+    with torch.no_grad():
+        model(random_ids(2, 1), past_key_values=InfiniCache(other))
+    setattr(other, field, OTHERS[field])
+    with pytest.raises(ValueError, match=f"belongs to another model: it was made with {field}=.*has {field}=") as file:
+        InfiniCache.from_pretrained(tmp_path, other)
+    cache.config, model.model.config = model.config, other
+    with torch.no_grad(), pytest.raises(ValueError, match="The cache belongs to another model") as memory:
+        model(random_ids(2, 1), past_key_values=cache)
+    assert str(file.value) == str(memory.value).replace("The cache", f"The cache in {tmp_path}", 1)
+
+
+@pytest.mark.parametrize("fields", [{"rope_theta": 5.0}, {"attention_bias": True}])
+def test_a_cache_of_other_angles_or_biases_is_refused(tmp_path, fields):
+    cache = read(tiny_model(**fields), 9)
+    cache.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="belongs to another model: it was made with"):
+        tiny_model()(random_ids(2, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="belongs to another model: it was made with"):
+        InfiniCache.from_pretrained(tmp_path, tiny_config())
 
 
 def edit(file, **fields):
@@ -113,7 +156,7 @@ def test_what_is_damaged_is_refused(tmp_path):
 
     metadata, tensors = saved()
     edit(metadata, format_version=99)
-    refused("format version 99; this code reads version 1")
+    refused("format version 99; this code reads version 2")
     metadata, tensors = saved()
     edit(metadata, format="something")
     refused("does not describe a cache")
@@ -128,7 +171,7 @@ def test_what_is_damaged_is_refused(tmp_path):
     refused("has no valid tokens_read")
     metadata, tensors = saved()
     edit(metadata, tokens_read=[9])
-    refused(r"tokens_read is int64 \(2,\), and its metadata has int64 \(1,\)")
+    refused(r"tokens_read is int64 \(2,\), not int64 \(1,\)")
     metadata, tensors = saved()
     edit(metadata, dtype="int64")
     refused("dtype int64 is none of")
