@@ -56,7 +56,7 @@ def continue_text(folder: Path, new_tokens: int) -> None:
     """Continues the text from the saved memory; nothing else of the text is given to the model."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    cache = InfiniCache.from_pretrained(folder / "memory", model.config)
+    cache = InfiniCache.from_pretrained(folder / "memory", model)
     # The last token of the text has not been read yet: reading it gives the first one to write.
     last_token = torch.tensor([[int((folder / "last_token").read_text())]])
     model.generate(

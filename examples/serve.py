@@ -274,7 +274,7 @@ class Engine:
         """A saved memory, which a session can go on from."""
         folder = self.folder(memory)
         try:
-            cache = type(self.model.new_cache()).from_pretrained(folder, self.model.config, self.model.device)
+            cache = type(self.model.new_cache()).from_pretrained(folder, self.model)
             rows, dtype = len(cache.tokens_read), cache.layers[0].keys.dtype
             if rows != 1:
                 raise ValueError(f"The memory {memory!r} is of {rows} texts, and a session reads one.")

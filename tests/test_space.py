@@ -188,7 +188,7 @@ def test_saved_memory_is_a_cache_for_others(reader, tmp_path):
     memory = read_all(reader, space.text_ids(reader, TEXT, 153))
     with zipfile.ZipFile(space.save_memory(reader, memory, tmp_path)) as archive:
         archive.extractall(tmp_path / "unpacked")
-    cache = InfiniCache.from_pretrained(tmp_path / "unpacked", reader.config)
+    cache = InfiniCache.from_pretrained(tmp_path / "unpacked", reader.model)
     assert int(cache.tokens_read) == 152
     assert json.loads((tmp_path / "unpacked" / "memory.json").read_text())["last_token"] == memory.last_token
 

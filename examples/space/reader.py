@@ -458,7 +458,7 @@ def _extract_cache(reader: Reader, archive: zipfile.ZipFile, name: str) -> Infin
                 if re.fullmatch(r"infini_cache(-[0-9a-f]+)?\.(json|safetensors)", part):
                     archive.extract(part, folder)
             _require_one_text(Path(folder) / "infini_cache.json", name)
-            return InfiniCache.from_pretrained(folder, reader.config, reader.model.device)
+            return InfiniCache.from_pretrained(folder, reader.model)
         except ReaderError:
             raise
         except ARCHIVE_ERRORS as error:
