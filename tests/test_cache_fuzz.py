@@ -3,6 +3,7 @@ Memory files from strangers: whatever a folder holds, a cache is loaded that can
 crash, no more memory than twice the file's size, nothing written. `python tests/test_cache_fuzz.py 10000` runs more.
 """
 
+import argparse
 import copy
 import hashlib
 import json
@@ -328,5 +329,9 @@ def test_no_file_takes_more_than_twice_its_size(tmp_path):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mutations", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        print(dict(fuzz(Path(temporary), int(sys.argv[1]), seed=int(sys.argv[2]) if len(sys.argv) > 2 else 1)))
+        print(dict(fuzz(Path(temporary), arguments.mutations, arguments.seed)))
