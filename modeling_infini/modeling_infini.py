@@ -704,8 +704,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             states = input_ids if inputs_embeds is None else inputs_embeds
             kept = columns_tokens_last(attention_mask, states.shape[1])[:, -logits_to_keep:]
         reads_all = has_targets or context_parallel is not None
-        chunk_length = self._chunk_length if chunk_length is None else chunk_length
-        if chunk_length < 1:
+        if chunk_length is not None and chunk_length < 1:
             raise ValueError(
                 f"chunk_length, prefill_chunk_size in generate(), must be at least 1, got {chunk_length}."
             )
@@ -736,38 +735,37 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _can_read_in_chunks(
+        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int | None, kwargs: dict
+    ) -> bool:
+        """Whether a call is long, and nothing but a cache is asked for of its first columns."""
+        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        longest = self._chunk_length if chunk_length is None else chunk_length
+        if states is None or states.shape[1] <= longest or torch.is_grad_enabled():
+            return False
+        records = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name)) for name in records):
+            return False
+        if not (cache is not None or (self.config.use_cache if use_cache is None else use_cache)):
+            return False
+        # Unless asked to: dropout and noise are drawn for a call, and a second run with gradients must draw them so;
+        # and weights that are sharded are gathered in each call, of which all processes must make equally many.
+        is_sharded = isinstance(self, FSDPModule) or is_deepspeed_zero3_enabled()
+        return chunk_length is not None or not (is_sharded or any(module.training for module in self.modules()))
+
     @property
     def _chunk_length(self) -> int:
         return self.config.segment_length * max(1, PREFILL_TOKENS // self.config.segment_length)
 
-    def _can_read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int, kwargs: dict
-    ) -> bool:
-        """
-        Whether a call is long, nothing but a cache is asked for of its first columns, and it computes the same in
-        pieces: in training, dropout and noise are drawn for a call, and a second run with gradients must draw them so.
-        """
-        # Weights that are sharded are gathered in each call, of which all processes must make equally many.
-        if isinstance(self, FSDPModule) or is_deepspeed_zero3_enabled():
-            return False
-        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        if states is None or states.shape[1] <= chunk_length or torch.is_grad_enabled():
-            return False
-        if any(module.training for module in self.modules()):
-            return False
-        records = ("output_hidden_states", "output_attentions")
-        wants_all = any(kwargs.get(name, getattr(self.config, name)) for name in records)
-        return not wants_all and (cache is not None or (self.config.use_cache if use_cache is None else use_cache))
-
     def _read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, kept: int | torch.Tensor, chunk_length: int, kwargs: dict
+        self, inputs: dict, cache: InfiniCache | None, kept: int | torch.Tensor, chunk_length: int | None, kwargs: dict
     ) -> BaseModelOutputWithPast:
         """
         The hidden states of the columns that are `kept`, the last so many or those numbered in `(B, K)`, of a long
         call that is read chunk after chunk in bounded memory.
         """
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        length = states.shape[1]
+        length, chunk_length = states.shape[1], self._chunk_length if chunk_length is None else chunk_length
         if isinstance(kept, int):
             kept = torch.arange(max(0, length - kept), length, device=states.device).unsqueeze(0)
         written = _split_length(int(kept.min()), chunk_length)

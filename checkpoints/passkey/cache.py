@@ -4,15 +4,20 @@ Its size depends on the configuration and the batch alone, never on how many tok
 """
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache_files import describe, read_cache, write_cache
+from .cache_files import read_cache, write_cache
 from .cache_layer import InfiniCacheLayer, KeyStates, RecordedCall
 from .configuration_infini import InfiniConfig
+from .fingerprint import Weights
 from .rotary import Angles, relative_angles
 from .streams import DecodeLayout, SegmentLayout, plan_segments
 
@@ -97,8 +102,14 @@ class InfiniCache(Cache):
     Pass it as `past_key_values` to the model or to `generate()`, one call after the other, for a text of any length.
     Back-propagation goes through the cache. Copy it with `copy.deepcopy`.
 
+    A cache belongs to the weights that have read into it: from its first call on, others are refused.
+
     Args:
         config ([`InfiniConfig`]): configuration of the model that will use the cache.
+
+    Attributes:
+        weights: the weights that have read into it; `None` before the first call.
+        allow_other_weights: whether models of the same configuration with other weights may go on from it.
 
     Example:
 
@@ -111,6 +122,8 @@ class InfiniCache(Cache):
     """
 
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]
+    # As get_max_length() says it. PEFT asks a cache for it, to put one of its own in its place, which is then refused.
+    max_cache_len = -1
 
     def __init__(self, config: InfiniConfig):
         super().__init__(layers=[InfiniCacheLayer(config) for _ in range(config.num_hidden_layers)])
@@ -119,6 +132,10 @@ class InfiniCache(Cache):
         self.angle_table: Angles | None = None
         self._recording: _Recording | None = None
         self._is_reading = False
+        self.weights: Weights | None = None
+        self.allow_other_weights = False
+        # Whether the last call was of one column.
+        self.was_step = False
         # Of the generate() that runs: what ends a row, and where the generated tokens start.
         self.eos_token_ids: torch.Tensor | None = None
         self.prompt_length: int | None = None
@@ -172,6 +189,32 @@ class InfiniCache(Cache):
                 layer.map_states(torch.clone)
         return self.counters
 
+    def require_weights(self, current: Weights, may_change: bool, dtype: torch.dtype) -> None:
+        """
+        Refuses other weights than those that have read into the cache; the first that do are its own.
+
+        Args:
+            current: those of the model that is about to use it.
+            may_change: whether this is training, in which the weights change while a memory goes on.
+            dtype: that the model computes in.
+
+        Raises:
+            ValueError: if the weights are others, or it is not known which the cache had.
+        """
+        if self.weights is None or (
+            current.fingerprint is not None and current.fingerprint == self.weights.fingerprint
+        ):
+            self.weights = current
+            return
+        is_same_model = self.weights.model == current.model
+        is_followed = is_same_model and (may_change or self.weights.fingerprint is None)
+        if is_followed or self.allow_other_weights:
+            self.weights = Weights(None, current.model)
+            return
+        if self.is_initialized and not torch.is_autocast_enabled(self.counters.columns.device.type):
+            self.layers[0].require_dtype(dtype)
+        raise ValueError(self.weights.refusal(current, "The cache"))
+
     def _require_whole(self) -> None:
         if self._is_reading:
             raise RuntimeError(
@@ -206,6 +249,7 @@ class InfiniCache(Cache):
         back-propagation ends at it. Nothing is recorded in it.
         """
         cache = InfiniCache(self.config)
+        cache.weights, cache.allow_other_weights = self.weights, self.allow_other_weights
         if self.counters is not None:
             is_between_segments = not (self.counters.tokens_read % self.config.segment_length).any()
             cache.layers = [layer.detached(is_between_segments) for layer in self.layers]
@@ -218,7 +262,7 @@ class InfiniCache(Cache):
         self.start_call(batch_size, torch.device(device))
 
     def reset(self):
-        """Forgets everything; the tensors stay allocated. Recording ends."""
+        """Forgets everything, also whose weights it was; the tensors stay allocated. Recording ends."""
         super().reset()
         if self.counters is not None:
             self.counters = StreamCounters(
@@ -226,6 +270,7 @@ class InfiniCache(Cache):
             )
         self._recording = None
         self._is_reading = False
+        self.weights, self.allow_other_weights = None, False
         for layer in self.layers:
             layer.record = None
 
@@ -310,8 +355,9 @@ class InfiniCache(Cache):
         if self.counters is None or not self.is_initialized:
             raise ValueError("The cache is empty: there is nothing to save before a model has read something.")
         self._require_whole()
+        fingerprint = None if self.weights is None else self.weights.fingerprint
         columns, tokens_read = int(self.counters.columns), self.counters.tokens_read.tolist()
-        write_cache(Path(save_directory), self.state_dict(), self.config, columns, tokens_read)
+        write_cache(Path(save_directory), self.state_dict(), self.config, fingerprint, columns, tokens_read)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors of the cache by name, without what is recorded for [`~InfiniCache.crop`]."""
@@ -326,46 +372,76 @@ class InfiniCache(Cache):
 
     @classmethod
     def from_pretrained(
-        cls, save_directory: str | os.PathLike, config: InfiniConfig, device: torch.device | str = "cpu"
+        cls,
+        save_directory: str | os.PathLike,
+        config: InfiniConfig | PreTrainedModel,
+        device: torch.device | str | None = None,
+        *,
+        allow_other_weights: bool = False,
     ) -> "InfiniCache":
         """
-        Loads a cache that [`~InfiniCache.save_pretrained`] saved.
+        Loads a cache that [`~InfiniCache.save_pretrained`] saved. Whoever made the file, it is data and nothing else:
+        loading it runs no code, writes nothing, and takes twice its size in memory at most.
 
         Args:
             save_directory: the folder.
-            config: configuration of the model that will use the cache.
-            device: device of the model.
+            config: the model that will use the cache; or its configuration, in which case the first call finds whether
+                the weights are those that made the cache.
+            device: device of the model. Default: the model's, if it is given, or else the CPU.
+            allow_other_weights: whether weights that did not make the cache may use it, or if it is not known which
+                did. To others than these, a memory means something else.
 
         Raises:
             FileNotFoundError: if the folder holds no saved cache.
             ValueError: if what it holds is damaged, or was made by another model or version; the message says which.
         """
-        folder = Path(save_directory)
-        metadata, tensors = read_cache(folder, config)
-        cache = cls(config)
-        cache.early_initialization(
-            len(metadata["tokens_read"]),
-            config.num_key_value_heads,
-            config.head_dim,
-            getattr(torch, metadata["dtype"]),
-            device,
-        )
-        expected = cache.state_dict()
-        for name in sorted(expected.keys() | tensors.keys()):
-            found, wanted = describe(tensors.get(name)), describe(expected.get(name))
-            if found != wanted:
-                raise ValueError(f"The cache in {folder} does not fit this model: {name} is {found}, not {wanted}.")
-        for name, state in expected.items():
-            state.copy_(tensors[name])
+        model: Any = None
+        if isinstance(config, nn.Module):
+            # What wraps it may not pass on its attributes.
+            model = next((module for module in config.modules() if hasattr(module, "weights_fingerprint")), None)
+            if model is None:
+                raise TypeError(f"{type(config).__name__} is no Infini-attention model, nor does it hold one.")
+        own: InfiniConfig = config if model is None else model.config  # type: ignore[assignment]
+        if device is None:
+            device = "cpu" if model is None else model.device
+        folder, cache = Path(save_directory), cls(own)
+        metadata, tensors = read_cache(folder, own, partial(_meta_tensors, own))
+        cache.weights, cache.allow_other_weights = Weights(metadata["weights"], None), allow_other_weights
+        if model is not None and not allow_other_weights:
+            current = Weights(model.weights_fingerprint(), None)
+            if metadata["weights"] is None or metadata["weights"] != current.fingerprint:
+                holder = f"The cache in {folder} (of torch.{metadata['dtype']}, and the model of {model.dtype})"
+                raise ValueError(cache.weights.refusal(current, holder))
+        cache.counters = StreamCounters(len(metadata["tokens_read"]), own, torch.device(device))
         cache.counters.columns.fill_(metadata["columns"])
+        for name in list(tensors):
+            # One by one, lest all exist twice.
+            state = tensors.pop(name).to(device, copy=True)
+            if name.startswith("layers."):
+                _, index, attribute = name.split(".")
+                setattr(cache.layers[int(index)], attribute, state)
+            else:
+                setattr(cache.counters, name, state)
+        for layer in cache.layers:
+            layer.device, layer.is_initialized = layer.keys.device, True
         return cache
 
 
-def one_cache(past_key_values, cache):
-    """The cache of a call, which may go by either of the names that transformers has had for it."""
+def _meta_tensors(config: InfiniConfig, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What [`~InfiniCache.state_dict`] is of a cache of `rows` rows, on the meta device."""
+    cache = InfiniCache(config)
+    cache.early_initialization(rows, config.num_key_value_heads, config.head_dim, dtype, "meta")
+    return cache.state_dict()
+
+
+def one_cache(past_key_values, cache) -> InfiniCache | None:
+    """The [`InfiniCache`] of a call, which may go by either of the names that transformers has had for it."""
     if past_key_values is not None and cache is not None:
         raise ValueError("You cannot specify both `cache` and `past_key_values`: they are two names of the same.")
-    return past_key_values if cache is None else cache
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        require_infini_cache(cache)
+    return cache
 
 
 def require_infini_cache(cache) -> None:

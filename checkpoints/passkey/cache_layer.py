@@ -353,11 +353,7 @@ class InfiniCacheLayer(CacheLayerMixin):
                 "each row several times (beams, num_return_sequences), first call "
                 "`cache.batch_repeat_interleave(n)`, on a copy.deepcopy of the cache if you need it again."
             )
-        if self.keys.dtype != keys.dtype:
-            raise ValueError(
-                f"The cache holds {self.keys.dtype} keys, but the model computes in {keys.dtype}. Load the "
-                "model with the dtype that the cache was made with."
-            )
+        self.require_dtype(keys.dtype)
         # What stands in the ring is overwritten in place, except where autograd may have saved it.
         if torch.is_grad_enabled() or self._is_shared_with_graph:
             for name in self.RING_STATES:
@@ -366,6 +362,13 @@ class InfiniCacheLayer(CacheLayerMixin):
         self._is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
             self.record.append(RecordedCall(keys, value_states, key_states.memory, write_strength))
+
+    def require_dtype(self, dtype: torch.dtype) -> None:
+        if self.keys.dtype != dtype:
+            raise ValueError(
+                f"The cache holds {self.keys.dtype} keys, but the model computes in {dtype}. Load the model with the "
+                "dtype that the cache was made with."
+            )
 
     def rings(self) -> tuple[torch.Tensor | None, ...]:
         """The last N tokens in `keys`, `next_keys` and `values`, `(batch, N, kv_heads, head_dim)`."""

@@ -1,9 +1,13 @@
 """Configuration of Infini-attention models."""
 
+import filecmp
 import os
+import re
+import reprlib
 import shutil
+import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -22,7 +26,58 @@ AUTO_MAP = {
 
 MODELING_FILE = "modeling_infini.py"
 
+# A style of tensor parallelism, which `tensor_parallel.py` registers.
+SHARED_BY_HEADS = "infini_shared_by_heads"
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+# What a memory means depends on these fields; `attention_bias` is in the two biases after their defaults.
+MEMORY_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "qkv_bias",
+    "attention_output_bias",
+    "mlp_bias",
+    "qk_norm",
+    "segment_length",
+    "local_attention",
+    "num_sink_tokens",
+    "use_mem_delta_rule",
+    "learned_delta_update",
+    "memory_norm_init_scale",
+    "memory_write_gate",
+    "memory_eps",
+    "head_gate_scale",
+)
+
+# Values of `rope_parameters` that say what holds without them.
+ROPE_DEFAULTS = {"partial_rotary_factor": 1, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+
+# Whoever sends a file decides how long the values are that a message would have.
+_BRIEFLY = reprlib.Repr()
+_BRIEFLY.maxdict = _BRIEFLY.maxlist = 20
+_BRIEFLY.maxlevel = 3
+_BRIEFLY.maxstring = _BRIEFLY.maxother = 100
+
+
+def copy_whole(file: Path, folder: Path) -> None:
+    """Copies a file so that whoever reads it there meanwhile, as a push does, finds the whole of one or the other."""
+    target = folder / file.name
+    if target.is_file() and filecmp.cmp(file, target, shallow=False):
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="_", delete=False) as copy:
+        copy.write(file.read_bytes())
+    shutil.copymode(file, copy.name)
+    os.replace(copy.name, target)
 
 
 @strict
@@ -109,8 +164,7 @@ class InfiniConfig(LlamaConfig):
         if self.memory_write_gate:
             plan["layers.*.self_attn.memory_write_gate"] = "colwise"
         if self.qk_norm:
-            # All heads share these weights; each process has the gradient of its own.
-            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
+            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = SHARED_BY_HEADS
         return plan
 
     @property
@@ -134,13 +188,52 @@ class InfiniConfig(LlamaConfig):
         """Upper bound, in tokens, of the distance between a token and what it sees locally."""
         return 2 * self.segment_length + self.num_sink_tokens if self.is_sliding else self.segment_length
 
+    def memory_fields(self) -> dict[str, Any]:
+        """
+        What a cache must share with the model that uses it: fields by name, as JSON returns them, equal for
+        configurations that say the same in other words.
+        """
+        fields = {name: getattr(self, name) for name in MEMORY_FIELDS}
+        for name in ("qkv_bias", "attention_output_bias"):
+            if fields[name] is None:
+                fields[name] = self.attention_bias
+        fields["rope_parameters"] = {
+            name: value
+            for name, value in self.rope_parameters.items()
+            # `type` is the older name of `rope_type`, kept beside it.
+            if value is not None and name != "type" and not (name in ROPE_DEFAULTS and value == ROPE_DEFAULTS[name])
+        }
+        return fields
+
+    def require_same_memory(self, fields: dict[str, Any], holder: str) -> None:
+        """
+        Refuses a cache whose model has other `fields`, as [`~InfiniConfig.memory_fields`] gives them.
+
+        Args:
+            fields: of the model that made the cache.
+            holder: what to call the cache in the message.
+
+        Raises:
+            ValueError: if a field differs; the message has both values.
+        """
+        own = self.memory_fields()
+        for name in (*own, *fields):
+            if name not in own or name not in fields or fields[name] != own[name]:
+                there, here = (_BRIEFLY.repr(of[name]) if name in of else "unknown" for of in (fields, own))
+                raise ValueError(
+                    f"{holder} belongs to another model: it was made with {name}={there}, and this model has "
+                    f"{name}={here}. Use it with the model that made it, or make one with InfiniCache(model.config)."
+                )
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
         Saves the configuration with the code files beside it and an `auto_map` that names them, so that every Auto
         class loads it with `trust_remote_code=True`. All models save their configuration by this.
 
         Args:
-            save_directory: the folder; made if it does not exist.
+            save_directory: the folder; made if it does not exist. Of one that is called `checkpoint-<number>`, the
+                folder around it gets the code files too: a `Trainer` that pushes while it trains copies the
+                configuration there.
             push_to_hub: also upload it.
             kwargs: as for [`~PreTrainedConfig.save_pretrained`].
         """
@@ -153,9 +246,11 @@ class InfiniConfig(LlamaConfig):
             self.auto_map = dict(AUTO_MAP)
             target.mkdir(parents=True, exist_ok=True)
             modeling_file = code_folder / MODELING_FILE
+            targets = [target, *([target.parent] if re.fullmatch(r"checkpoint-\d+", target.name) else [])]
             for file in map(Path, {str(modeling_file), *get_relative_import_files(modeling_file)}):
-                if file.parent.resolve() != target.resolve():
-                    shutil.copy(file, target)
+                for folder in targets:
+                    if file.parent.resolve() != folder.resolve():
+                        copy_whole(file, folder)
         super().save_pretrained(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

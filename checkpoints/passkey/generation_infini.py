@@ -1,10 +1,14 @@
 """What `generate()` needs to know of a model whose cache is a memory."""
 
+import copy
+
 import torch
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
+from .masks import columns_tokens_last, last_tokens
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -17,19 +21,34 @@ class InfiniGenerationMixin(GenerationMixin):
 
     config: InfiniConfig
 
+    # Whether this process has ended, and runs the model for the weights that other processes gather from it.
+    _runs_for_others = False
+
+    def _has_unfinished_sequences(self, this_peer_finished, synced_gpus, device):
+        self._runs_for_others = bool(synced_gpus and this_peer_finished)
+        return super()._has_unfinished_sequences(this_peer_finished, synced_gpus, device)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        self._runs_for_others = False
         cache_implementation = generation_config.cache_implementation
         if cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f'cache_implementation="{cache_implementation}" is not for this model: its InfiniCache has a constant '
                 "size already. Leave cache_implementation out."
             )
+        if generation_config.cache_config is not None:
+            raise ValueError("cache_config describes quantized caches, which are not for this model: leave it out.")
         if CACHE_NAME != "cache" and model_kwargs.get("cache") is not None:
             raise ValueError("generate() of this version of transformers takes a cache as past_key_values=.")
         if (cache := model_kwargs.get(CACHE_NAME)) is not None:
             require_infini_cache(cache)
+            if generation_config.use_cache is False:
+                raise ValueError(
+                    "use_cache=False reads the whole text again for every token, so that the cache given would read "
+                    f"it again and again. Leave out either of use_cache=False and {CACHE_NAME}."
+                )
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = cache = InfiniCache(self.config)
@@ -37,19 +56,60 @@ class InfiniGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()
         if cache is not None:
             cache.eos_token_ids = generation_config._eos_token_tensor
+        # PEFT puts its own method in the place of this one, and its soft prompts keep the last id alone of a call on a
+        # cache that has read something.
+        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        has_soft_prompt = getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if has_soft_prompt and (is_assisted or (cache is not None and cache.get_seq_length() > 0)):
+            raise ValueError(
+                "PEFT's prompt learning reads one token per call once its prompt is read: neither a cache that has "
+                "read something nor assisted decoding goes with it. Give the whole text in one call of generate()."
+            )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False
+
+    def _get_logits_processor(
+        self,
+        generation_config,
+        input_ids_seq_length=None,
+        encoder_input_ids=None,
+        *args,
+        model_kwargs=None,
+        negative_prompt_ids=None,
+        negative_prompt_attention_mask=None,
+        **kwargs,
+    ):
+        # Guidance goes on from the last column of the negative prompt, or of the prompt if there is none.
+        has_guidance = generation_config.guidance_scale not in (None, 1)
+        mask = (model_kwargs or {}).get("attention_mask")
+        if has_guidance and negative_prompt_ids is not None and negative_prompt_attention_mask is not None:
+            columns = columns_tokens_last(negative_prompt_attention_mask, negative_prompt_ids.shape[1])
+            negative_prompt_ids = negative_prompt_ids.gather(1, columns)
+            negative_prompt_attention_mask = negative_prompt_attention_mask.gather(1, columns)
+        elif has_guidance and negative_prompt_ids is None and mask is not None and encoder_input_ids.dim() == 2:
+            ids = encoder_input_ids.repeat_interleave(mask.shape[0] // encoder_input_ids.shape[0], 0)
+            negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, ids.shape[1])[:, -1:])
+        return super()._get_logits_processor(
+            generation_config,
+            input_ids_seq_length,
+            encoder_input_ids,
+            *args,
+            model_kwargs=model_kwargs,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            **kwargs,
+        )
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         # transformers compiles the steps of its static caches alone, and none on a CPU. Steps have one shape here as
-        # well, and are compiled where a compile_config is given. Parts of a prompt are not: data decide their layout;
-        # nor what a cache that records, as an assistant's, reads again when tokens are taken back.
+        # well, and are compiled where a compile_config is given. What a cache that records, as an assistant's, reads
+        # again when tokens are taken back is not: data decide its layout.
         is_wanted = generation_config.compile_config is not None and not generation_config.disable_compile
         cache = model_kwargs.get(CACHE_NAME)
-        has_steps_alone = (
-            isinstance(cache, InfiniCache)
-            and not cache.records
-            and not generation_config.is_assistant
-            and generation_config.prefill_chunk_size is None
-        )
+        has_steps_alone = isinstance(cache, InfiniCache) and not cache.records and not generation_config.is_assistant
         devices = set(getattr(self, "hf_device_map", {}).values())
         is_offloaded = "disk" in devices or ("cpu" in devices and len(devices) > 1)
         quantizer = getattr(self, "hf_quantizer", None)
@@ -65,8 +125,20 @@ class InfiniGenerationMixin(GenerationMixin):
         past_length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
         if mask is not None and mask.shape[1] == inputs_tensor.shape[1] <= past_length:
             history = mask.new_ones(mask.shape[0], past_length)
-            model_kwargs["attention_mask"] = torch.cat([history, mask], 1)
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            model_kwargs["attention_mask"] = mask = torch.cat([history, mask], 1)
+        if mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        # Padding has the id of the token before it, so that what is generated after it goes on from there.
+        return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # transformers would keep the logits of the last chunk alone, and a row may end before it.
+        chunk_length = generation_config.prefill_chunk_size
+        if chunk_length is not None and model_kwargs.get(CACHE_NAME) is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+            model_kwargs = {**model_kwargs, "chunk_length": chunk_length}
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -79,16 +151,19 @@ class InfiniGenerationMixin(GenerationMixin):
         cache=None,
         **kwargs,
     ):
-        cache = one_cache(past_key_values, cache)
+        cache, has_mask = one_cache(past_key_values, cache), attention_mask is not None
         # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
         if isinstance(cache, InfiniCache):
+            if self._runs_for_others:
+                # What has been generated is all that the cache is to read.
+                cache = cache.detached()
             if is_first_iteration:
                 cache.prompt_length = None
             elif attention_mask is None and next_sequence_length == 1:
                 attention_mask = _mask_of_ended_rows(input_ids, cache)
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -97,10 +172,21 @@ class InfiniGenerationMixin(GenerationMixin):
             **{CACHE_NAME: cache},
             **kwargs,
         )
+        if has_mask:
+            states = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            if not last_tokens(attention_mask, states.shape[1]).any(1).all():
+                raise ValueError(
+                    "A row of the prompt is all padding: there is no token to go on from. Leave it out of the batch, "
+                    "or let it start with a BOS token."
+                )
+            inputs["tokens_last"] = True
+        return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         # The cache counts positions and has read the padding's mask: no need for a mask and ids that grow.
         if isinstance(outputs.get(CACHE_NAME), InfiniCache):
+            if self._runs_for_others:
+                outputs[CACHE_NAME] = model_kwargs[CACHE_NAME]
             model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 

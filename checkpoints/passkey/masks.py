@@ -212,9 +212,31 @@ def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor |
     return [{**whole, **dict(zip(by_column, (states.contiguous() for states in piece)))} for piece in pieces]
 
 
+def targets(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """What each token predicts, `(B, T)`: the label of the next token of its row; -100 for padding and last tokens."""
+    length = labels.shape[1]
+    if attention_mask is None:
+        return F.pad(labels[:, 1:], (0, 1), value=-100)
+    is_token = attention_mask[:, -length:] != 0
+    columns = torch.arange(length, device=labels.device)
+    column_after = torch.where(is_token, columns, length).flip(1).cummin(1).values.flip(1)
+    column_after = F.pad(column_after[:, 1:], (0, 1), value=length)
+    return torch.where(is_token, F.pad(labels, (0, 1), value=-100).gather(1, column_after), -100)
+
+
 def has_columns(states, batch_size: int, length: int) -> bool:
     """Whether `states` is a tensor `(B, T, ...)`."""
     return isinstance(states, torch.Tensor) and states.shape[:2] == (batch_size, length)
+
+
+def last_tokens(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of the last `length` columns of a mask hold tokens, `(B, T)` bool."""
+    return attention_mask[:, -length:] != 0
+
+
+def columns_tokens_last(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The call's columns `(B, T)`, each row's padding first and then its tokens, both in their order."""
+    return last_tokens(attention_mask, length).byte().argsort(dim=1, stable=True)
 
 
 def local_attention_mask(config: InfiniConfig, layout: SegmentLayout | DecodeLayout, states: torch.Tensor):

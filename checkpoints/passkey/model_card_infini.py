@@ -38,7 +38,7 @@ print(tokenizer.decode(out.sequences[0, book.input_ids.shape[1] :]))
 
 # What the model remembers is a file, and can be continued with new tokens alone.
 out.past_key_values.save_pretrained("memory-of-the-book")
-memory = type(out.past_key_values).from_pretrained("memory-of-the-book", model.config)
+memory = type(out.past_key_values).from_pretrained("memory-of-the-book", model)
 ```""",
     "other": """```python
 from transformers import {auto_class}, AutoTokenizer

@@ -5,6 +5,7 @@ Infini-attention for transformers: a Llama whose attention is local, plus a comp
                                               └> memory read     ┴> gate -> output
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import torch
 from einops import rearrange
 from huggingface_hub import ModelCard
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 from transformers import initialization as init
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -36,7 +39,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import CACHE_NAME, InfiniCache, StreamCounters, one_cache, require_infini_cache
+from .cache import CACHE_NAME, InfiniCache, StreamCounters, one_cache
 from .cache_layer import (
     CheckpointedLayer,
     InfiniCacheLayer,
@@ -48,26 +51,24 @@ from .cache_layer import (
 )
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
+from .fingerprint import Weights, name_of, new_fingerprint, weights_fingerprint
 from .generation_infini import InfiniGenerationMixin
-from .masks import local_attention_mask, plan_call, split_call, streams_of_call, taken_packing
+from .masks import (
+    columns_tokens_last,
+    last_tokens,
+    local_attention_mask,
+    plan_call,
+    split_call,
+    streams_of_call,
+    taken_packing,
+    targets,
+)
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
-from .streams import DecodeLayout, SegmentLayout
+from .streams import DecodeLayout, SegmentLayout, take
+from .tensor_parallel import check_heads
 
-
-# The fields of a configuration that a cache must share with the model that uses it.
-STATE_FIELDS = (
-    "num_hidden_layers",
-    "segment_length",
-    "local_attention",
-    "num_sink_tokens",
-    "use_mem_delta_rule",
-    "learned_delta_update",
-    "memory_norm_init_scale",
-    "memory_write_gate",
-    "memory_eps",
-)
 
 # A prompt is read in calls of about this many tokens where only its last logits are asked for.
 PREFILL_TOKENS = 2048
@@ -122,10 +123,11 @@ class InfiniMemoryNorm(nn.Module):
 
 class InfiniWriteGate(nn.Linear):
     """
-    How much of each token is remembered: log g, where g = sigmoid(W x + b), one per KV head.
+    How much of each token is remembered: the logits W x + b of the gates g, one per KV head. No more than a linear
+    layer, so that what adapts, quantizes or shards such layers is right here.
 
-    Added to a key in the range where sigma is exponential, it multiplies what the token adds to M and z: the input
-    gate of an LSTM, for a memory whose reads are relative to all that was written.
+    log g, by [`log_write_gates`], is added to a key where sigma is exponential, and so multiplies what the
+    token adds to M and z: the input gate of an LSTM, for a memory whose reads are relative to all that was written.
     """
 
     INITIAL_LOGIT = 3.0
@@ -133,10 +135,13 @@ class InfiniWriteGate(nn.Linear):
     def __init__(self, config: InfiniConfig):
         super().__init__(config.hidden_size, config.num_key_value_heads)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., hidden_size)` -> `(..., kv_heads)`, at least in float32."""
-        logits = super().forward(hidden_states)
-        return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
+
+def log_write_gates(logits: torch.Tensor) -> torch.Tensor:
+    """log sigmoid of the logits of write gates `(..., kv_heads)`, at least in float32."""
+    if isinstance(logits, DTensor):
+        # Each process has the logits of its own heads. DTensors have no backward of logsigmoid.
+        logits = logits.to_local()
+    return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
 
 
 class InfiniAttention(nn.Module):
@@ -215,7 +220,7 @@ class InfiniAttention(nn.Module):
             memory_keys = self.memory_key_norm(keys)
         if self.config.memory_write_gate:
             memory_keys = keys if memory_keys is None else memory_keys
-            memory_keys = memory_keys + self.memory_write_gate(hidden_states).unsqueeze(-1)
+            memory_keys = memory_keys + log_write_gates(self.memory_write_gate(hidden_states)).unsqueeze(-1)
 
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)
@@ -254,14 +259,15 @@ class InfiniAttention(nn.Module):
         if memory is not None:
             output = self._mix(output, self._read(memory_queries, memory), layout)
         # What is written may be read in a later call alone.
-        if self.training and (memory is None or strength is not None or memory_keys is not None):
+        if torch.is_grad_enabled() and (memory is None or strength is not None or memory_keys is not None):
             # Without a norm, the memory's queries are those of local attention.
             normed_queries = None if self.config.memory_norm_init_scale is None else memory_queries
             output = output + self._zero(strength, normed_queries, memory_keys)
         if not isinstance(layout, DecodeLayout):
             output = layout.to_columns(output)
 
-        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+        # Contiguous, since tensor parallelism takes it for that: the columns may be a slice of the segments' slots.
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
         return output, weights
 
@@ -347,7 +353,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _keep_in_fp32_modules_strict = ["head_gates", "memory_query_norm", "memory_key_norm"]
+    # What every configuration has; an instance adds what its own has.
+    _keep_in_fp32_modules_strict = ["head_gates"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -356,10 +363,22 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
+    def __init__(self, config: InfiniConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.memory_norm_init_scale is not None:
+            norms = ("memory_query_norm", "memory_key_norm")
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *norms]
+
     @classmethod
     def is_backend_compatible(cls) -> bool:
         # Asked by vLLM before it puts its own attention over paged keys into a model: that would hold no memory.
         return False
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        if distributed_config is not None:
+            check_heads(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def local_shares(self) -> torch.Tensor:
         """
@@ -373,6 +392,18 @@ class InfiniPreTrainedModel(PreTrainedModel):
             gate.share(gate.weight.full_tensor()) if isinstance(gate.weight, DTensor) else gate() for gate in gates
         ]
         return torch.stack([share.cpu() for share in shares])
+
+    def weights_fingerprint(self) -> str | None:
+        """
+        A hash of the weights that a memory depends on, those of the base model (not of its head): the same in every
+        process and on every device, sharded or whole; another one after training, after rounding to another dtype, and
+        with other adapters at work. Each process that has a shard must call it.
+
+        Returns:
+            The fingerprint; `None` where the weights have none (on the meta device, or quantized by a tool that does
+            not say what its tensors are made of).
+        """
+        return new_fingerprint(self.base_model)
 
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
@@ -460,7 +491,7 @@ class InfiniModel(InfiniPreTrainedModel):
             context_parallel.check_call(past_key_values is not None or use_cache, wants_attentions)
         if use_cache and past_key_values is None:
             past_key_values = InfiniCache(self.config)
-        self._check_cache(past_key_values)
+        self._check_cache(past_key_values, inputs_embeds)
         if writes_only and past_key_values is None:
             raise ValueError("writes_only=True needs past_key_values or use_cache=True: there is nothing to write to.")
         if writes_only and kwargs.get("output_hidden_states", self.config.output_hidden_states):
@@ -500,7 +531,9 @@ class InfiniModel(InfiniPreTrainedModel):
             kwargs["sliding_window"] = self.config.segment_length
         if past_key_values is not None:
             past_key_values.begin_reading()
-        is_checkpointed = past_key_values is not None and self.gradient_checkpointing and self.training
+        is_checkpointed = (
+            past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        )
         for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             checkpointed = CheckpointedLayer(past_key_values.layers[index]) if is_checkpointed else None
             hidden_states = decoder_layer(
@@ -523,24 +556,33 @@ class InfiniModel(InfiniPreTrainedModel):
             **{CACHE_NAME: past_key_values},  # type: ignore[arg-type]
         )
 
-    def _check_cache(self, cache: InfiniCache | None) -> None:
+    def _check_cache(self, cache: InfiniCache | None, inputs_embeds: torch.Tensor) -> None:
         if cache is None:
             return
-        require_infini_cache(cache)
         if cache.config is not self.config:
-            for name in STATE_FIELDS:
-                if (found := getattr(cache.config, name)) != (expected := getattr(self.config, name)):
-                    raise ValueError(
-                        f"The cache was made for another model: {name}={found!r} there, {expected!r} here. Make it "
-                        "with InfiniCache(model.config)."
-                    )
-        if self.gradient_checkpointing and self.training:
+            self.config.require_same_memory(cache.config.memory_fields(), "The cache")
+        # A graph has no weights to look at; what is compiled is checked by the calls around it.
+        if not torch.compiler.is_compiling():
+            self._check_weights(cache, inputs_embeds)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
             if checkpoint_arguments.get("use_reentrant"):
                 raise ValueError(
                     "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
                     'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
                 )
+
+    @torch.compiler.disable
+    def _check_weights(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
+        name = name_of(self)
+        # Training changes the weights while a memory goes on, and there is no time to look at them.
+        if self.training and (cache.weights is None or cache.weights.model == name):
+            cache.weights = Weights(None, name)
+            return
+        is_step = inputs_embeds.shape[1] == 1
+        current = Weights(weights_fingerprint(self, is_step and cache.was_step), name)
+        cache.was_step = is_step
+        cache.require_weights(current, self.training or torch.is_grad_enabled(), inputs_embeds.dtype)
 
     def _rotary_angles(
         self, inputs_embeds: torch.Tensor, layout: SegmentLayout | DecodeLayout, cache: InfiniCache | None
@@ -605,6 +647,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         context_parallel: ContextParallel | None = None,
         cache: InfiniCache | None = None,
+        tokens_last: bool = False,
+        chunk_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -620,6 +664,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             The ranks that the sequence is split over; the inputs are this rank's columns.
         cache ([`InfiniCache`], *optional*):
             `past_key_values`, by the name that transformers has for it from 5.24 on.
+        tokens_last (`bool`, *optional*, defaults to `False`):
+            Whether the logits come with each row's padding first and its tokens last, wherever padding stands in the
+            inputs: the last column is then that of the last token that the row has read. An int `logits_to_keep`
+            counts these columns. Nothing else changes its order. `generate()` asks for it.
+        chunk_length (`int`, *optional*):
+            The number of columns that are read at a time where only the last logits and a cache are asked for, and no
+            gradient; about 2,048 if left out.
 
         Example:
 
@@ -633,6 +684,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         >>> generated_ids = model.generate(**inputs, max_new_tokens=30)
         ```"""
         past_key_values = one_cache(past_key_values, cache)
+        if use_cache and past_key_values is None and not torch.is_grad_enabled():
+            # Else transformers would leave it out in training with gradient checkpointing, which does nothing here.
+            past_key_values = self.new_cache()
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -643,10 +697,21 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         has_targets = labels is not None or kwargs.get("shift_labels") is not None
         if context_parallel is not None:
             context_parallel.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
+        if has_targets and tokens_last:
+            raise ValueError("tokens_last=True changes the order of the logits, and not that of the labels.")
+        kept: int | torch.Tensor = logits_to_keep
+        if tokens_last and attention_mask is not None and isinstance(logits_to_keep, int):
+            states = input_ids if inputs_embeds is None else inputs_embeds
+            kept = columns_tokens_last(attention_mask, states.shape[1])[:, -logits_to_keep:]
         reads_all = has_targets or context_parallel is not None
-        last_columns = logits_to_keep if isinstance(logits_to_keep, int) and not reads_all else 0
-        if last_columns > 0 and self._can_read_in_chunks(inputs, past_key_values, use_cache, kwargs):
-            outputs = self._read_in_chunks(inputs, past_key_values, last_columns, kwargs)
+        if chunk_length is not None and chunk_length < 1:
+            raise ValueError(
+                f"chunk_length, prefill_chunk_size in generate(), must be at least 1, got {chunk_length}."
+            )
+        keeps_last = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not reads_all
+        if keeps_last and self._can_read_in_chunks(inputs, past_key_values, use_cache, chunk_length, kwargs):
+            outputs = self._read_in_chunks(inputs, past_key_values, kept, chunk_length, kwargs)
+            hidden_states = outputs.last_hidden_state
         else:
             outputs = self.model(
                 **inputs,
@@ -655,11 +720,12 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
                 context_parallel=context_parallel,
                 **kwargs,
             )
-
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, kept)
         logits = self.lm_head(hidden_states)
         loss = None
         if has_targets:
+            if attention_mask is not None and kwargs.get("shift_labels") is None:
+                kwargs["shift_labels"] = targets(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -669,40 +735,56 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _can_read_in_chunks(
+        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int | None, kwargs: dict
+    ) -> bool:
+        """Whether a call is long, and nothing but a cache is asked for of its first columns."""
+        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        longest = self._chunk_length if chunk_length is None else chunk_length
+        if states is None or states.shape[1] <= longest or torch.is_grad_enabled():
+            return False
+        records = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name)) for name in records):
+            return False
+        if not (cache is not None or (self.config.use_cache if use_cache is None else use_cache)):
+            return False
+        # Unless asked to: dropout and noise are drawn for a call, and a second run with gradients must draw them so;
+        # and weights that are sharded are gathered in each call, of which all processes must make equally many.
+        is_sharded = isinstance(self, FSDPModule) or is_deepspeed_zero3_enabled()
+        return chunk_length is not None or not (is_sharded or any(module.training for module in self.modules()))
+
     @property
     def _chunk_length(self) -> int:
         return self.config.segment_length * max(1, PREFILL_TOKENS // self.config.segment_length)
 
-    def _can_read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, kwargs: dict
-    ) -> bool:
-        """Whether a call is long, and nothing but a cache is asked for of its first columns."""
-        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        if states is None or states.shape[1] <= self._chunk_length or torch.is_grad_enabled():
-            return False
-        records = ("output_hidden_states", "output_attentions")
-        wants_all = any(kwargs.get(name, getattr(self.config, name)) for name in records)
-        return not wants_all and (cache is not None or (self.config.use_cache if use_cache is None else use_cache))
-
     def _read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, last_columns: int, kwargs: dict
+        self, inputs: dict, cache: InfiniCache | None, kept: int | torch.Tensor, chunk_length: int | None, kwargs: dict
     ) -> BaseModelOutputWithPast:
-        """The hidden states of the last columns of a long call, read chunk after chunk in bounded memory."""
+        """
+        The hidden states of the columns that are `kept`, the last so many or those numbered in `(B, K)`, of a long
+        call that is read chunk after chunk in bounded memory.
+        """
         states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        last_columns = min(last_columns, states.shape[1])
-        written = self._split_length(states.shape[1] - last_columns)
-        lengths = [*written, *self._split_length(last_columns)]
-        last: list[torch.Tensor] = []
-        for index, chunk in enumerate(split_call(inputs, lengths, None if cache is None else cache.tokens_read)):
+        length, chunk_length = states.shape[1], self._chunk_length if chunk_length is None else chunk_length
+        if isinstance(kept, int):
+            kept = torch.arange(max(0, length - kept), length, device=states.device).unsqueeze(0)
+        written = _split_length(int(kept.min()), chunk_length)
+        lengths = [*written, *_split_length(length - sum(written), chunk_length)]
+        cache = self.new_cache() if cache is None else cache
+        hidden_states = None
+        for index, chunk in enumerate(split_call(inputs, lengths, cache.tokens_read)):
             writes_only = index < len(written)
-            outputs = self.model(**chunk, past_key_values=cache, use_cache=True, writes_only=writes_only, **kwargs)
-            cache = getattr(outputs, CACHE_NAME)
+            outputs = self.model(**chunk, past_key_values=cache, writes_only=writes_only, **kwargs)
             if not writes_only:
-                last.append(outputs.last_hidden_state)
-        return BaseModelOutputWithPast(torch.cat(last, 1), **{CACHE_NAME: cache})  # type: ignore[arg-type]
+                columns = (kept - sum(lengths[:index])).to(outputs.last_hidden_state.device)
+                found = take(outputs.last_hidden_state, columns.clamp(0, lengths[index] - 1))
+                is_here = ((columns >= 0) & (columns < lengths[index])).unsqueeze(-1)
+                hidden_states = torch.where(is_here, found, 0 if hidden_states is None else hidden_states)
+        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
-    def _split_length(self, length: int) -> list[int]:
-        return [min(self._chunk_length, length - start) for start in range(0, length, self._chunk_length)]
+
+def _split_length(length: int, chunk_length: int) -> list[int]:
+    return [min(chunk_length, length - start) for start in range(0, length, chunk_length)]
 
 
 class BaseModelByAutoModel:
@@ -725,9 +807,22 @@ class BaseModelByAutoModel:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
-class InfiniForSequenceClassification(
-    BaseModelByAutoModel, GenericForSequenceClassification, InfiniPreTrainedModel
-): ...
+class InfiniForSequenceClassification(BaseModelByAutoModel, GenericForSequenceClassification, InfiniPreTrainedModel):
+    # The signature says which columns of a data set the Trainer keeps.
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):  # type: ignore[override]
+        if attention_mask is not None:
+            pad_token_id = self.config.pad_token_id
+            if input_ids is not None and pad_token_id is not None:
+                # transformers takes the last id that is not pad_token_id for a row's last token.
+                tokens = last_tokens(attention_mask, input_ids.shape[1])
+                input_ids = input_ids.masked_fill(~tokens, pad_token_id)
+            elif not last_tokens(attention_mask, 1).all():
+                raise ValueError(
+                    "The last column is classified, and it is padding in some row: pad inputs_embeds on the left; "
+                    "for input_ids, set config.pad_token_id."
+                )
+        return super().forward(input_ids, attention_mask, *args, **kwargs)
 
 
 class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel): ...
