@@ -25,7 +25,11 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
@@ -828,7 +832,31 @@ class InfiniForSequenceClassification(BaseModelByAutoModel, GenericForSequenceCl
 class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel): ...
 
 
-class InfiniForQuestionAnswering(BaseModelByAutoModel, GenericForQuestionAnswering, InfiniPreTrainedModel): ...
+class InfiniForQuestionAnswering(BaseModelByAutoModel, GenericForQuestionAnswering, InfiniPreTrainedModel):
+    @can_return_tuple
+    @functools.wraps(GenericForQuestionAnswering.forward)
+    def forward(  # type: ignore[override]
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs,
+    ):
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        logits = (outputs.start_logits, outputs.end_logits)
+        if attention_mask is not None:
+            # An answer neither starts nor ends in padding, which the softmax over all columns would leave room for.
+            is_token = last_tokens(attention_mask, logits[0].shape[1])
+            logits = tuple(states.masked_fill(~is_token, torch.finfo(states.dtype).min) for states in logits)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(*logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(loss, *logits, outputs.hidden_states, outputs.attentions)
 
 
 # By these names the stock Trainer knows which models' labels it must shift when it smooths them itself.

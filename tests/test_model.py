@@ -11,6 +11,7 @@ from tiny import (
     float64_weights,
     hurting_lengths,
     random_ids,
+    randomize,
     relative_error,
     tiny_config,
     tiny_model,
@@ -299,3 +300,23 @@ def test_texts_are_classified_by_their_last_tokens(fields):
         )
         with pytest.raises(ValueError, match="The last column is classified, and it is padding"):
             model(inputs_embeds=embeds, attention_mask=mask)
+
+
+@pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
+def test_answers_stand_in_the_text_and_not_in_its_padding(fields):
+    model = randomize(AutoModelForQuestionAnswering.from_config(tiny_config(**fields))).eval()
+    ids, lengths, ends = random_ids(3, 13), [13, 7, 9], [(2, 5), (0, 6), (8, 8)]
+    mask = (torch.arange(13) < torch.tensor(lengths).unsqueeze(1)).long()
+    starts, stops = map(torch.tensor, zip(*ends))
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, start_positions=starts, end_positions=stops)
+        alone = [
+            model(ids[row : row + 1, :length], start_positions=start.view(1), end_positions=stop.view(1))
+            for row, (length, start, stop) in enumerate(zip(lengths, starts, stops))
+        ]
+    assert relative_error(found.loss, sum(row.loss for row in alone) / 3) < 1e-5
+    assert found.start_logits.argmax(1).tolist() == [row.start_logits.argmax().item() for row in alone]
+    assert found.end_logits.argmax(1).tolist() == [row.end_logits.argmax().item() for row in alone]
+    with torch.no_grad():
+        loss, *_ = model(ids, attention_mask=mask, start_positions=starts, end_positions=stops, return_dict=False)
+    assert torch.equal(loss, found.loss)
