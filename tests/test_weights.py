@@ -170,6 +170,8 @@ class TestFingerprint:
     def test_does_not_keep_a_model_or_its_weights(self):
         layer = nn.Linear(200, 200)
         weights_fingerprint(layer)
+        assert layer.weight.untyped_storage().resizable()
+        assert layer.bias.untyped_storage().resizable()
         storage = layer.weight.untyped_storage()._weak_ref()
         layer.to(torch.bfloat16)
         gc.collect()
