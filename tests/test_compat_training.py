@@ -276,7 +276,7 @@ def test_the_stock_trainer_reads_a_dataset_as_it_goes(tmp_path, streamed_texts, 
 def test_infini_trainer_carries_memories_through_a_streamed_dataset(tmp_path, streamed_texts):
     weights = []
     # An iterable gives its documents to the streams as they come; with one stream, in the order of a list.
-    for documents in (streamed_texts, text_rows()):
+    for documents in (streamed_texts, [row["input_ids"] for row in text_rows()]):
         streams, model = DocumentStreams(documents, 1, 6), tiny_model()
         arguments = {**STEPS, "per_device_train_batch_size": 1, "max_steps": 6, "chunk_segments": 1}
         arguments = InfiniTrainingArguments(**cpu_arguments(tmp_path, **arguments))
