@@ -262,7 +262,9 @@ def _samples(tensor: torch.Tensor, every_row: bool) -> torch.Tensor:
 def _bits(elements: torch.Tensor) -> torch.Tensor:
     # At least float32, since some loaders keep gates in it and others do not.
     is_short = elements.is_floating_point() and elements.itemsize < 4
-    return (elements.float() if is_short else elements.contiguous()).view(_bits_dtype(elements))
+    # A copy, since the storage of what NumPy has seen cannot be resized, as FSDP does with that of parameters.
+    copied = elements.float() if is_short else elements.clone(memory_format=torch.contiguous_format)
+    return copied.view(_bits_dtype(elements))
 
 
 def _bits_dtype(tensor: torch.Tensor) -> torch.dtype:

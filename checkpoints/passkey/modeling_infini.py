@@ -580,7 +580,8 @@ class InfiniModel(InfiniPreTrainedModel):
     def _check_weights(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
         name = name_of(self)
         # Training changes the weights while a memory goes on, and there is no time to look at them.
-        if self.training and (cache.weights is None or cache.weights.model == name):
+        is_own = cache.weights is None or cache.weights.model == name
+        if self.training and (is_own or cache.allow_other_weights):
             cache.weights = Weights(None, name)
             return
         is_step = inputs_embeds.shape[1] == 1
