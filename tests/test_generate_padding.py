@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import PAD, all_modes, generate, generator
-from tiny import random_ids
+from tiny import MODES, random_ids, tiny_model
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
+
+from modeling_infini import InfiniCache
 
 
 RIGHT, INSIDE, BOTH, LEFT = "1111111100000", "1100100111011", "0011101111000", "0000111111111"
@@ -210,3 +212,20 @@ def test_guidance_goes_on_from_the_last_token(fields):
                 options |= {"negative_prompt_ids": ids.flip(0), "negative_prompt_attention_mask": mask.flip(0)}
             found.append(generate(model, ids, **options)[:, 13:])
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_is_generated_belongs_to_the_last_document(fields, use_cache):
+    model, ids = tiny_model(**fields), random_ids(2, 14)
+    numbers = torch.tensor([[1] * 6 + [2] * 8, [0, 0] + [1] * 4 + [2] * 5 + [3] * 3])
+    options = {"do_sample": False, "max_new_tokens": 7, "use_cache": use_cache}
+    found = model.generate(ids, attention_mask=numbers, **options)
+    for row, start in enumerate((6, 11)):
+        alone = model.generate(ids[row : row + 1, start:], **options)
+        assert torch.equal(found[row : row + 1, start:], alone)
+    cache = InfiniCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=numbers, past_key_values=cache)
+    with pytest.raises(ValueError, match="does not cover what the cache has read"):
+        model.generate(ids[:, :3], attention_mask=numbers[:, -3:], past_key_values=cache, max_new_tokens=1)

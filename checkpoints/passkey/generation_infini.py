@@ -124,6 +124,11 @@ class InfiniGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         past_length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
         if mask is not None and mask.shape[1] == inputs_tensor.shape[1] <= past_length:
+            if (mask > 1).any():
+                raise ValueError(
+                    "attention_mask numbers packed documents (its values are above 1), but it does not cover what the "
+                    "cache has read. Pass the mask of the whole history."
+                )
             history = mask.new_ones(mask.shape[0], past_length)
             model_kwargs["attention_mask"] = mask = torch.cat([history, mask], 1)
         if mask is None:
@@ -188,7 +193,14 @@ class InfiniGenerationMixin(GenerationMixin):
             if self._runs_for_others:
                 outputs[CACHE_NAME] = model_kwargs[CACHE_NAME]
             model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        mask = model_kwargs.get("attention_mask")
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if mask is not None:
+            # What is generated belongs to the last document, where the mask numbers these.
+            model_kwargs["attention_mask"][:, mask.shape[1] :] = mask.amax(1, keepdim=True)
+        return model_kwargs
 
     def init_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(
