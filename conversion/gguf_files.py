@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +17,7 @@ from transformers import (
     LlamaTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
@@ -266,6 +267,9 @@ class GGUFFile:
             # transformers reads the configuration anew, and takes ids for tokens without a look.
             raise ValueError(str(error.__cause__ or error)) from error
         backend = tokenizer.backend_tokenizer
+        if isinstance(tokenizer, Qwen2Tokenizer):
+            # GGUF has no key for it, transformers' reader leaves it out, and the class puts it back when it is loaded.
+            backend.normalizer = normalizers.NFC()
         if whole:
             backend.model.ignore_merges = True
         if kind == "gpt2" and split in DIGIT_SPLITS:

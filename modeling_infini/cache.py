@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from .cache_files import read_cache, write_cache
 from .cache_layer import InfiniCacheLayer, KeyStates, RecordedCall
@@ -21,6 +22,8 @@ from .fingerprint import Weights
 from .rotary import Angles, relative_angles
 from .streams import DecodeLayout, SegmentLayout, plan_segments
 
+
+logger = logging.get_logger(__name__)
 
 # What transformers calls a cache in its calls and outputs: `past_key_values`, and from 5.24 on `cache`.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -128,6 +131,7 @@ class InfiniCache(Cache):
     def __init__(self, config: InfiniConfig):
         super().__init__(layers=[InfiniCacheLayer(config) for _ in range(config.num_hidden_layers)])
         self.config = config
+        self.memory_fields = config.memory_fields()
         self.counters: StreamCounters | None = None
         self.angle_table: Angles | None = None
         self._recording: _Recording | None = None
@@ -189,13 +193,13 @@ class InfiniCache(Cache):
                 layer.map_states(torch.clone)
         return self.counters
 
-    def require_weights(self, current: Weights, may_change: bool, dtype: torch.dtype) -> None:
+    def require_weights(self, current: Weights, is_training: bool, dtype: torch.dtype) -> None:
         """
         Refuses other weights than those that have read into the cache; the first that do are its own.
 
         Args:
             current: those of the model that is about to use it.
-            may_change: whether this is training, in which the weights change while a memory goes on.
+            is_training: in which the weights of one model change while a memory goes on.
             dtype: that the model computes in.
 
         Raises:
@@ -206,9 +210,10 @@ class InfiniCache(Cache):
         ):
             self.weights = current
             return
-        is_same_model = self.weights.model == current.model
-        is_followed = is_same_model and (may_change or self.weights.fingerprint is None)
-        if is_followed or self.allow_other_weights:
+        if self.allow_other_weights:
+            self.weights = current
+            return
+        if self.weights.model == current.model and (is_training or self.weights.fingerprint is None):
             self.weights = Weights(None, current.model)
             return
         if self.is_initialized and not torch.is_autocast_enabled(self.counters.columns.device.type):
@@ -356,6 +361,12 @@ class InfiniCache(Cache):
             raise ValueError("The cache is empty: there is nothing to save before a model has read something.")
         self._require_whole()
         fingerprint = None if self.weights is None else self.weights.fingerprint
+        if fingerprint is None and not self.allow_other_weights:
+            logger.warning_once(
+                "It is not known which weights made the memory that is saved: the model that read was in training "
+                "mode, or compiled. To load it, from_pretrained will ask for allow_other_weights=True. Call "
+                "model.eval() before the model reads."
+            )
         columns, tokens_read = int(self.counters.columns), self.counters.tokens_read.tolist()
         write_cache(Path(save_directory), self.state_dict(), self.config, fingerprint, columns, tokens_read)
 
@@ -410,8 +421,13 @@ class InfiniCache(Cache):
         if model is not None and not allow_other_weights:
             current = Weights(model.weights_fingerprint(), None)
             if metadata["weights"] is None or metadata["weights"] != current.fingerprint:
-                holder = f"The cache in {folder} (of torch.{metadata['dtype']}, and the model of {model.dtype})"
-                raise ValueError(cache.weights.refusal(current, holder))
+                if f"torch.{metadata['dtype']}" != str(model.dtype):
+                    raise ValueError(
+                        f"The cache in {folder} holds torch.{metadata['dtype']} keys, and the model is of "
+                        f'{model.dtype}. Load the model that made it with dtype="{metadata["dtype"]}", or read the '
+                        "text again."
+                    )
+                raise ValueError(cache.weights.refusal(current, f"The cache in {folder}"))
         cache.counters = StreamCounters(len(metadata["tokens_read"]), own, torch.device(device))
         cache.counters.columns.fill_(metadata["columns"])
         for name in list(tensors):

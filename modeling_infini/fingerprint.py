@@ -8,6 +8,7 @@ embedding it may change single rows, so that each row is in it.
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -15,7 +16,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 # A tensor of no more elements is read as a whole; of others, so many groups of so many elements side by side. A prime,
@@ -24,10 +24,14 @@ WHOLE = 2**14
 GROUPS = 257
 GROUP = 8
 
+# By these names, what compiles or checkpoints a part of a model holds it.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Weights(NamedTuple):
+@dataclass
+class Weights:
     """
     What a memory was made by.
 
@@ -41,14 +45,19 @@ class Weights(NamedTuple):
 
     def refusal(self, current: "Weights", holder: str) -> str:
         """What to tell who would use with the `current` weights what these have made; `holder` names it."""
+        verb = "may belong"
         if self.fingerprint is None:
-            made = "It is not known which weights made it: they were in training, compiled, or have no fingerprint"
+            made = (
+                "It is not known which weights made it: the model was in training mode (call model.eval() before it "
+                "reads) or compiled, or its weights have no fingerprint"
+            )
         elif current.fingerprint is None:
             made = f"The weights {self.fingerprint[:16]} made it, and those of this model have no fingerprint"
         else:
+            verb = "belongs"
             made = f"The weights {self.fingerprint[:16]} made it, and this model has {current.fingerprint[:16]}"
         return (
-            f"{holder} may belong to other weights. {made}. To weights that did not make it (another checkpoint, "
+            f"{holder} {verb} to other weights. {made}. To weights that did not make it (another checkpoint, "
             "trained since, other adapters, another dtype) a memory means something else: use the model that made it, "
             "or read the text again. To use it all the same, load it with InfiniCache.from_pretrained(..., "
             "allow_other_weights=True), or set cache.allow_other_weights = True."
@@ -202,7 +211,7 @@ def _weights(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor, bool
         yield prefix + name, tensor, isinstance(module, nn.Embedding)
     for name, child in module._modules.items():
         if child is not None:
-            yield from _weights(child, f"{prefix}{name}.")
+            yield from _weights(child, prefix if name in WRAPPED else f"{prefix}{name}.")
 
 
 def _is_tuner(module: nn.Module) -> bool:
@@ -249,6 +258,9 @@ def _samples(tensor: torch.Tensor, every_row: bool) -> torch.Tensor:
     groups, step, size = _places(tensor.shape, every_row)
     if not isinstance(tensor, DTensor):
         return _bits(tensor.contiguous().view(-1).as_strided((groups, size), (step, 1)))
+    # Private, so that a version of torch without it lacks no more than this.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     local = tensor.to_local()
     places = torch.arange(groups, device=local.device).unsqueeze(1) * step + torch.arange(size, device=local.device)
     sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -428,6 +428,8 @@ class InfiniTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if self._memory_of_streams is not None:
+            # Made by all the weights that there were on the way here.
+            self._memory_of_streams.allow_other_weights = True
             self._memory_of_streams.save_pretrained(self._memory_folder(str(unfinished)))
         self.accelerator.wait_for_everyone()
         # One process where all share a disk; one on each machine that has its own.

@@ -67,7 +67,7 @@ NOT_OF_THE_MEMORY = (
     "transformers_version architectures output_hidden_states return_dict dtype chunk_size_feed_forward "
     "is_encoder_decoder id2label label2id problem_type initializer_range use_cache pad_token_id bos_token_id "
     "eos_token_id pretraining_tp tie_word_embeddings attention_dropout max_position_embeddings attention_bias "
-    "head_gate_init_value lm_head_bias converted_from"
+    "head_gate_init_value lm_head_bias converted_from vocab_size"
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from base_models import SIZES, base_model
 from tiny import random_ids
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -437,6 +438,29 @@ def test_tokenizers_do_as_their_keys_say(tmp_path, settings, more, text, tokens)
     tokenizer = converted_tokenizer(tmp_path, settings, **more)
     assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == tokens
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text.replace("<eos>", "")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("pre", ["qwen2", "default"])
+def test_a_qwen_tokenizer_composes_characters_as_the_models_do(tmp_path, model_type, pre):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<bos>", "<eos>", *letters, "".join(letters[:2])]
+    settings = {
+        **BYTE_LEVEL,
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "merges": [" ".join(letters[:2])],
+    }
+    source = write_gguf(
+        tmp_path / "m.gguf",
+        base(model_type, vocab_size=len(tokens)),
+        lambda writer: [key(f"tokenizer.ggml.{name}", value)(writer) for name, value in settings.items()],
+    )
+    convert_to_infini(source, tmp_path / "ours", segment_length=N)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer("e\u0301 a").input_ids == tokenizer("\u00e9 a").input_ids
+    assert tokenizer.decode(tokenizer("e\u0301 a").input_ids) == "\u00e9 a"
 
 
 @pytest.mark.parametrize(

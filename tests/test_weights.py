@@ -23,7 +23,7 @@ from modeling_infini import (
 from modeling_infini.fingerprint import WHOLE, weights_fingerprint
 
 
-OTHER_WEIGHTS = "may belong to other weights"
+OTHER_WEIGHTS = "(may belong|belongs) to other weights"
 IDS = random_ids(1, 12)
 
 
@@ -178,6 +178,16 @@ class TestFingerprint:
         assert torch.UntypedStorage._expired(storage)
 
 
+@pytest.mark.parametrize("wrap", ["compile", "checkpoint"])
+def test_what_wraps_layers_does_not_change_it(wrap):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, expected = tiny_model(), tiny_model().weights_fingerprint()
+    wrapped = {"compile": lambda layer: torch.compile(layer, backend="eager"), "checkpoint": checkpoint_wrapper}[wrap]
+    model.model.layers[0] = wrapped(model.model.layers[0])
+    assert model.weights_fingerprint() == expected
+
+
 class TestCache:
     def test_of_other_weights_is_refused(self):
         model, cache = tiny_model(), read(tiny_model())
@@ -261,9 +271,12 @@ class TestCache:
         twin = copy.deepcopy(cache).detached()
         for each in (cache, twin):
             read(other, 5, each)
-            read(model, 5, each)
+        cache.save_pretrained(tmp_path)
+        # From then on it is a memory of these weights: who insists once need not insist each day.
+        read(other, 5, InfiniCache.from_pretrained(tmp_path, other))
         cache.allow_other_weights = False
-        assert refused(other, cache, "not known which weights")
+        read(other, 5, cache)
+        assert refused(model, cache)
 
     def test_follows_the_weights_in_training(self, tmp_path):
         model = tiny_model().train()
@@ -272,18 +285,47 @@ class TestCache:
         for _ in range(3):
             _, cache = backpropagate(model, inputs, chunk_segments=1, past_key_values=cache)
             optimizer.step()
-        # Also without dropout, and to see what it has learned meanwhile.
-        model.eval()
-        for _ in range(2):
-            _, cache = backpropagate(model, inputs, chunk_segments=1, past_key_values=cache)
-            optimizer.step()
-        read(model, 3, cache)
+        # And to see what it has learned meanwhile.
+        read(model.eval(), 3, cache)
         assert refused(copy.deepcopy(model), cache, "not known which weights")
         cache.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"not known which weights.*allow_other_weights=True"):
             InfiniCache.from_pretrained(tmp_path, model)
         assert refused(model, InfiniCache.from_pretrained(tmp_path, model.config), "not known which weights")
         read(model, 3, InfiniCache.from_pretrained(tmp_path, model, allow_other_weights=True))
+
+    def test_in_evaluation_does_not_follow_the_weights_where_autograd_is_on(self):
+        model, cache = tiny_model(), InfiniCache(tiny_model().config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(IDS, past_key_values=cache)
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        optimizer.step()
+        with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+            model(IDS, past_key_values=cache)
+
+    def test_of_a_configuration_that_was_changed_since_is_refused(self):
+        for field, value in (("memory_eps", 1e-3), ("use_mem_delta_rule", True), ("segment_length", 4)):
+            model = tiny_model()
+            cache = read(model)
+            setattr(model.config, field, value)
+            with torch.no_grad(), pytest.raises(ValueError, match=f"it was made with {field}="):
+                model(IDS[:, :1], past_key_values=cache)
+
+    def test_a_dtype_is_named_before_the_weights(self, tmp_path):
+        read(tiny_model()).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r'holds torch.float32 keys.*dtype="float32"'):
+            InfiniCache.from_pretrained(tmp_path, tiny_model(torch.bfloat16))
+
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_a_file_of_unknown_weights_is_announced_when_it_is_saved(self, tmp_path, is_known, caplog):
+        from modeling_infini.cache import logger
+
+        logger.warning_once.cache_clear()
+        with caplog.at_level("WARNING", logger=logger.name):
+            logger.addHandler(caplog.handler)
+            read(tiny_model().train(not is_known)).save_pretrained(tmp_path)
+            logger.removeHandler(caplog.handler)
+        assert ("model.eval() before" in caplog.text) != is_known
 
     def test_made_with_autograd_on_has_known_weights(self, tmp_path):
         model = tiny_model()

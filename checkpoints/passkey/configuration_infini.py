@@ -34,7 +34,6 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # What a memory means depends on these fields; `attention_bias` is in the two biases after their defaults.
 MEMORY_FIELDS = (
     "model_type",
-    "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",

@@ -563,8 +563,9 @@ class InfiniModel(InfiniPreTrainedModel):
     def _check_cache(self, cache: InfiniCache | None, inputs_embeds: torch.Tensor) -> None:
         if cache is None:
             return
-        if cache.config is not self.config:
-            self.config.require_same_memory(cache.config.memory_fields(), "The cache")
+        # A configuration may have been changed since the cache was made; a graph is not made anew for that.
+        if cache.config is not self.config or not torch.compiler.is_compiling():
+            self.config.require_same_memory(cache.memory_fields, "The cache")
         # A graph has no weights to look at; what is compiled is checked by the calls around it.
         if not torch.compiler.is_compiling():
             self._check_weights(cache, inputs_embeds)
@@ -587,7 +588,7 @@ class InfiniModel(InfiniPreTrainedModel):
         is_step = inputs_embeds.shape[1] == 1
         current = Weights(weights_fingerprint(self, is_step and cache.was_step), name)
         cache.was_step = is_step
-        cache.require_weights(current, self.training or torch.is_grad_enabled(), inputs_embeds.dtype)
+        cache.require_weights(current, self.training, inputs_embeds.dtype)
 
     def _rotary_angles(
         self, inputs_embeds: torch.Tensor, layout: SegmentLayout | DecodeLayout, cache: InfiniCache | None
