@@ -120,12 +120,17 @@ class _Parts:
         modules = list(model.modules())
         # What is offloaded comes and goes as other tensors, and is not trained.
         self.parameters = [m._parameters for m in modules if m._parameters and _offloaded(m) is None]
+        # Pruning keeps its masks in buffers, and moves the weights to another name.
+        self.buffers = [m._buffers for m in modules if m._buffers.keys() - m._non_persistent_buffers_set]
         self.children = [m._modules for m in modules if m._modules]
         self.tuners = [m for m in modules if _is_tuner(m)]
 
     def stamps(self) -> list:
         stamps: list = []
+        for buffers in self.buffers:
+            stamps += ((name, id(buffer), _version(buffer)) for name, buffer in buffers.items() if buffer is not None)
         for parameters in self.parameters:
+            stamps += parameters
             for parameter in parameters.values():
                 if type(parameter) is nn.Parameter:
                     stamps += (id(parameter), parameter.data_ptr(), _version(parameter))
@@ -202,6 +207,8 @@ def _weights(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor, bool
             scaling = getattr(module, "scaling", {}).get(adapter, 1.0)
             yield f"{prefix}scaling.{index}", torch.tensor(float(scaling), dtype=torch.float64), False
         return
+    if type(module).__module__.startswith("torch.ao.nn.quantized"):
+        raise TypeError("Packed weights are no tensors.")
     offloaded = _offloaded(module)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None or name in module._non_persistent_buffers_set:
@@ -235,6 +242,8 @@ def _offloaded(module: nn.Module) -> Any:
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """What a tensor is made of: itself, or the parts of a quantized one."""
+    if type(tensor).__module__.startswith("bitsandbytes"):
+        raise TypeError("Scales stand beside these tensors, and move as they are used.")
     if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
         yield "", tensor.detach()
         return

@@ -3,11 +3,13 @@
 import copy
 
 import torch
+from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
+from .fingerprint import Weights, name_of, weights_fingerprint
 from .masks import columns_tokens_last, last_tokens
 
 
@@ -20,6 +22,7 @@ class InfiniGenerationMixin(GenerationMixin):
     """
 
     config: InfiniConfig
+    model: nn.Module
 
     # Whether this process has ended, and runs the model for the weights that other processes gather from it.
     _runs_for_others = False
@@ -56,6 +59,9 @@ class InfiniGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()
         if cache is not None:
             cache.eos_token_ids = generation_config._eos_token_tensor
+            if cache.weights is None:
+                # Nothing changes them while it generates, be it in training mode or compiled.
+                cache.weights = Weights(weights_fingerprint(self.model), name_of(self.model))
         # PEFT puts its own method in the place of this one, and its soft prompts keep the last id alone of a call on a
         # cache that has read something.
         owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
@@ -216,4 +222,4 @@ def _mask_of_ended_rows(input_ids: torch.Tensor, cache: InfiniCache) -> torch.Te
     if cache.eos_token_ids is None or input_ids.shape[0] == 1:
         return None
     has_ended = torch.isin(input_ids[:, cache.prompt_length : -1], cache.eos_token_ids).any(1, keepdim=True)
-    return (~has_ended).long() if has_ended.any() else None
+    return ~has_ended if has_ended.any() else None

@@ -58,11 +58,13 @@ def streams_of_call(
             raise ValueError(
                 f"position_ids must be of shape (batch={batch_size}, columns); got {tuple(position_ids.shape)}."
             )
-        positions = _columns_of_call(position_ids, "position_ids", length, tokens_read).expand(batch_size, -1)
+        positions = _columns_of_call(position_ids, "position_ids", length, tokens_read).expand(batch_size, -1).long()
         restarts = find_restarts(positions, tokens, tokens_read)
     if tokens is not None and _numbers_documents(attention_mask, length):
-        has_read = None if restarts is not None else tokens_read
-        new_documents = _find_documents(attention_mask, length, has_read)
+        if not _is_compiled_step(length):
+            _check_documents(attention_mask, length, None if restarts is not None else tokens_read)
+        number, previous = _documents(attention_mask, length)
+        new_documents = (number > previous) & (previous > 0)
         restarts = new_documents if restarts is None else restarts | new_documents
     if packing:
         _check_packing(packing, tokens, restarts, (batch_size, length))
@@ -125,12 +127,17 @@ def _plan(attention_mask, position_ids, shape, tokens_read, config, device, pack
 _plan_outside_of_graphs = torch.compiler.disable(_plan)
 
 
+def _is_compiled_step(length: int) -> bool:
+    """Whether the call is one of a graph that does not look at values."""
+    return length == 1 and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def _numbers_documents(attention_mask: torch.Tensor, length: int) -> bool:
-    """Whether a mask has other values than 0 and 1; a compiled step of one token does not look."""
-    if attention_mask.dtype == torch.bool or (
-        length == 1 and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    ):
+    """Whether a mask has other values than 0 and 1. In a compiled step it may have, where it covers the history."""
+    if attention_mask.dtype == torch.bool:
         return False
+    if _is_compiled_step(length):
+        return attention_mask.shape[1] > 1
     is_one = attention_mask == 1
     is_plain = (is_one | (attention_mask == 0)).all()
     if attention_mask.is_floating_point():
@@ -142,37 +149,42 @@ def _numbers_documents(attention_mask: torch.Tensor, length: int) -> bool:
     return not is_plain
 
 
-def _find_documents(attention_mask: torch.Tensor, length: int, tokens_read: torch.Tensor | None) -> torch.Tensor:
+def _documents(attention_mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each column's document, and that of the token before it, 0 for none, `(B, T)`."""
+    # Numbers grow, so that the greatest so far is that of the last token, and padding changes nothing.
+    newest = F.pad(attention_mask.cummax(1).values, (1, 0))
+    start = attention_mask.shape[1] - length
+    return attention_mask[:, start:], newest[:, start:-1]
+
+
+def _check_documents(attention_mask: torch.Tensor, length: int, tokens_read: torch.Tensor | None) -> None:
     """
-    Where the document's number changes, `(B, T)` bool.
+    Refuses numbers that mean nothing, and those whose first token may go on with a document or not.
 
     Args:
         tokens_read: `(B,)`, tokens read before the call, where nothing else tells whether its first token goes on;
             `None`: something does.
     """
     refuse_unless(
-        ((attention_mask >= 0) & (attention_mask == attention_mask.floor())).all() & (attention_mask > 0).any(),
+        ((attention_mask >= 0) & (attention_mask == attention_mask.floor()) & attention_mask.isfinite()).all()
+        & (attention_mask > 0).any(),
         "attention_mask must hold 0 for padding and 1 for tokens (or 1, 2, ... for packed documents). It has other "
         "values, or none but 0.0, as an additive mask (0 and -inf) would.",
     )
-    # Numbers grow, so that the greatest so far is that of the last token, and padding changes nothing.
-    newest = attention_mask.cummax(1).values
-    newest = F.pad(newest, (1, 0))[:, -length - 1 :]
-    number, previous = attention_mask[:, attention_mask.shape[1] - length :], newest[:, :-1]
+    number, previous = _documents(attention_mask, length)
     refuse_unless(
         ((number == 0) | (number >= previous)).all(),
         "attention_mask numbers packed documents (its values are above 1), and their numbers must grow along each "
         "row: 1, 1, 2, 2, ...",
     )
     if tokens_read is not None:
-        first = newest.gather(1, (number != 0).long().argmax(1, keepdim=True) + 1)
+        first = number.gather(1, (number != 0).long().argmax(1, keepdim=True))
         refuse_unless(
             ((previous[:, :1] > 0) | (first <= 1) | (tokens_read == 0).unsqueeze(1)).all(),
             "attention_mask numbers packed documents (its values are above 1), but it does not cover what the cache "
             "has read, so that nobody can tell whether the first token goes on with the last document. Pass the mask "
             "of the whole history, or position_ids that start at 0 in each document.",
         )
-    return (number > previous) & (previous > 0)
 
 
 def _columns_of_call(states: torch.Tensor, name: str, length: int, tokens_read: torch.Tensor | None) -> torch.Tensor:
@@ -213,15 +225,19 @@ def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor |
 
 
 def targets(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """What each token predicts, `(B, T)`: the label of the next token of its row; -100 for padding and last tokens."""
+    """
+    What each token predicts, `(B, T)`: the label of the next token of its row. -100 for padding, last tokens of rows,
+    and those of documents that the mask numbers.
+    """
     length = labels.shape[1]
     if attention_mask is None:
         return F.pad(labels[:, 1:], (0, 1), value=-100)
-    is_token = attention_mask[:, -length:] != 0
+    numbers = attention_mask[:, -length:].long()
     columns = torch.arange(length, device=labels.device)
-    column_after = torch.where(is_token, columns, length).flip(1).cummin(1).values.flip(1)
+    column_after = torch.where(numbers != 0, columns, length).flip(1).cummin(1).values.flip(1)
     column_after = F.pad(column_after[:, 1:], (0, 1), value=length)
-    return torch.where(is_token, F.pad(labels, (0, 1), value=-100).gather(1, column_after), -100)
+    label, number = (F.pad(of, (0, 1), value=-100).gather(1, column_after) for of in (labels, numbers))
+    return torch.where((numbers != 0) & (numbers == number), label, -100)
 
 
 def has_columns(states, batch_size: int, length: int) -> bool:

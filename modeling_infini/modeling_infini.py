@@ -15,11 +15,11 @@ import torch
 from einops import rearrange
 from huggingface_hub import ModelCard
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -566,8 +566,10 @@ class InfiniModel(InfiniPreTrainedModel):
         # A configuration may have been changed since the cache was made; a graph is not made anew for that.
         if cache.config is not self.config or not torch.compiler.is_compiling():
             self.config.require_same_memory(cache.memory_fields, "The cache")
-        # A graph has no weights to look at; what is compiled is checked by the calls around it.
-        if not torch.compiler.is_compiling():
+        # A step of a graph does not look at the weights, nor does an export. A call of several tokens breaks its graph
+        # as it is, where something was read before.
+        has_read_more = cache.tokens_read is not None and inputs_embeds.shape[1] > 1
+        if not torch.compiler.is_compiling() or (has_read_more and not torch.compiler.is_exporting()):
             self._check_weights(cache, inputs_embeds)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
@@ -581,8 +583,8 @@ class InfiniModel(InfiniPreTrainedModel):
     def _check_weights(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
         name = name_of(self)
         # Training changes the weights while a memory goes on, and there is no time to look at them.
-        is_own = cache.weights is None or cache.weights.model == name
-        if self.training and (is_own or cache.allow_other_weights):
+        is_unknown = cache.weights is None or (cache.weights.model == name and cache.weights.fingerprint is None)
+        if self.training and (is_unknown or cache.allow_other_weights):
             cache.weights = Weights(None, name)
             return
         is_step = inputs_embeds.shape[1] == 1
@@ -703,8 +705,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         has_targets = labels is not None or kwargs.get("shift_labels") is not None
         if context_parallel is not None:
             context_parallel.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
-        if has_targets and tokens_last:
-            raise ValueError("tokens_last=True changes the order of the logits, and not that of the labels.")
+        if tokens_last and (has_targets or not isinstance(logits_to_keep, int)):
+            raise ValueError("tokens_last=True changes the order of the logits, and not that of labels or indices.")
         kept: int | torch.Tensor = logits_to_keep
         if tokens_last and attention_mask is not None and isinstance(logits_to_keep, int):
             states = input_ids if inputs_embeds is None else inputs_embeds
@@ -756,7 +758,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             return False
         # Unless asked to: dropout and noise are drawn for a call, and a second run with gradients must draw them so;
         # and weights that are sharded are gathered in each call, of which all processes must make equally many.
-        is_sharded = isinstance(self, FSDPModule) or is_deepspeed_zero3_enabled()
+        is_sharded = is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled()
         return chunk_length is not None or not (is_sharded or any(module.training for module in self.modules()))
 
     @property

@@ -111,3 +111,43 @@ def test_inductor_computes_texts_gradients_and_decode_steps():
         for token in random_ids(2, N + 2, seed=1).split(1, 1):
             logits = [call(token, past_key_values=cache).logits for call, cache in zip((model, step), caches)]
             assert relative_error(logits[1], logits[0]) < 1e-4
+
+
+def test_padding_and_a_used_cache_break_a_graph_once_or_twice():
+    model, ids = compact_model(), random_ids(2, 3 * N + 2)
+    padded = torch.ones_like(ids)
+    padded[0, :N] = 0
+    positions = torch.cat([torch.arange(2 * N), torch.arange(N + 2)]).expand_as(ids)
+    with torch.no_grad():
+        for inputs, most in (
+            ({}, 1),
+            ({"use_cache": False}, 1),
+            ({"attention_mask": padded}, 3),
+            ({"position_ids": positions}, 3),
+            ({"attention_mask": padded, "position_ids": torch.arange(3 * N + 2).expand_as(ids)}, 3),
+            ({"past_key_values": model(ids).past_key_values}, 4),
+        ):
+            torch._dynamo.reset()
+            assert torch._dynamo.explain(model)(ids, **inputs).graph_count <= most, inputs.keys()
+
+
+def test_a_compiled_step_starts_a_document_where_the_mask_numbers_one():
+    model, ids = compact_model(), random_ids(2, 2 * N + 3)
+    numbers = torch.ones_like(ids)
+    numbers[0, -1] = 2
+    with torch.no_grad():
+        expected = model(ids, attention_mask=numbers).logits[:, -1:]
+        cache = model(ids[:, :-1]).past_key_values
+        step = torch.compile(model.forward, backend="eager", fullgraph=True)
+        found = step(ids[:, -1:], attention_mask=numbers, past_key_values=cache).logits
+    assert relative_error(found, expected) < 1e-5
+    assert cache.tokens_read.tolist() == [1, 2 * N + 3]
+
+
+def test_a_compiled_call_refuses_the_memory_of_other_weights():
+    model, ids = compact_model(), random_ids(2, N + 2)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        torch.compile(model, backend="eager")(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="belongs to other weights"):
+            torch.compile(compact_model(seed=1), backend="eager")(ids, past_key_values=cache)

@@ -302,6 +302,15 @@ def test_texts_are_classified_by_their_last_tokens(fields):
             model(inputs_embeds=embeds, attention_mask=mask)
 
 
+def test_the_loss_of_numbered_documents_is_that_of_the_documents_alone():
+    model, ids = tiny_model(), random_ids(1, 14)
+    numbers = torch.tensor([[1] * 6 + [0] + [2] * 7])
+    with torch.no_grad():
+        found = model(ids, attention_mask=numbers, labels=ids).loss
+        alone = [model(part, labels=part, num_items_in_batch=1).loss for part in (ids[:, :6], ids[:, 7:])]
+    assert relative_error(found, sum(alone) / (5 + 6)) < 1e-5
+
+
 @pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
 def test_answers_stand_in_the_text_and_not_in_its_padding(fields):
     model = randomize(AutoModelForQuestionAnswering.from_config(tiny_config(**fields))).eval()

@@ -281,6 +281,7 @@ def test_a_stream_goes_on_at_a_smaller_id_in_the_next_call():
         ([0.0, 0.0, 0.0, 0.0], "additive mask"),
         ([1.0, 0.5, 1.0, 1.0], "other values"),
         ([1.0, torch.nan, 1.0, 1.0], "other values"),
+        ([1.0, 1.0, 1.0, torch.inf], "other values"),
         ([-1, -1, 1, 1], "other values"),
         ([2, 2, 1, 1], "must grow along each row"),
         ([1, 2, 0, 1], "must grow along each row"),

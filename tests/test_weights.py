@@ -311,6 +311,34 @@ class TestCache:
             with torch.no_grad(), pytest.raises(ValueError, match=f"it was made with {field}="):
                 model(IDS[:, :1], past_key_values=cache)
 
+    @pytest.mark.parametrize("mode", ["training", "compiled"])
+    def test_of_generate_belongs_to_its_weights_in_any_mode(self, tmp_path, mode):
+        model = tiny_model()
+        if mode == "training":
+            model.train()
+        else:
+            model.compile(backend="eager")
+        cache = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+        cache.save_pretrained(tmp_path)
+        read(tiny_model(), 3, InfiniCache.from_pretrained(tmp_path, tiny_model()))
+
+    def test_of_packed_weights_is_of_unknown_ones(self):
+        model = torch.ao.quantization.quantize_dynamic(tiny_model(), {torch.nn.Linear}, dtype=torch.qint8)
+        assert model.weights_fingerprint() is None
+        read(model, 3, read(model))
+
+    def test_of_weights_pruned_since_is_refused(self):
+        from torch.nn.utils import prune
+
+        model = tiny_model()
+        cache = read(model)
+        prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+        assert refused(model, cache)
+        cache = read(model)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight_mask.zero_()
+        assert refused(model, cache)
+
     def test_a_dtype_is_named_before_the_weights(self, tmp_path):
         read(tiny_model()).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r'holds torch.float32 keys.*dtype="float32"'):
