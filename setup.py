@@ -64,6 +64,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3",
             "ruff>=0.17",
+            "sentencepiece>=0.2",
             "sybil>=10",
             "tensorboard>=2",
             "torchao>=0.18",

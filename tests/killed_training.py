@@ -102,15 +102,18 @@ def train_and_die(kind: str, folder: Path, strategy: str, seconds: float, has_sa
 def main(kind: str, folder: str, kills: str, seed: str, strategy: str) -> None:
     draw, run = random.Random(int(seed)), Path(folder) / "run"
     steps: list[int] = []
-    for _ in range(int(kills)):
-        steps.append(train_and_die(kind, run, strategy, draw.uniform(0.0, 1.0), any(steps)))
+    # A slow machine gets more time until something is saved.
+    while len(steps) < int(kills) or checkpoint_left(kind, run) is None:
+        longest = 1.0 if any(steps) else 1.0 + len(steps)
+        steps.append(train_and_die(kind, run, strategy, draw.uniform(0.0, longest), any(steps)))
+        assert len(steps) < int(kills) + 20, "nothing is ever saved"
         assert steps == sorted(steps), steps
     torch.set_num_threads(1)
     # What all these runs were together is one run that nothing has stopped.
     checkpoint = checkpoint_left(kind, run)
     assert checkpoint is not None
     end = int(checkpoint.rpartition("-")[2]) + 3
-    again = make_trainer(kind, run, "", end)
+    again = make_trainer(kind, run, strategy, end)
     again.train(resume_from_checkpoint=checkpoint)
     whole = make_trainer(kind, Path(folder) / "whole", "", end)
     whole.train()
