@@ -42,7 +42,8 @@ def errors_as_messages() -> Iterator[None]:
         yield
     except (ImportError, OSError, ValueError, StrictDataclassError) as error:
         # Not typer's box: it breaks lines inside paths.
-        typer.echo(f"Error: {error}", err=True)
+        reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
+        typer.echo(f"Error: {reason}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -220,7 +221,7 @@ def inspect(source: Source, revision: Revision = None):
     """
     Show an Infini-attention checkpoint: architecture, segments, size of its memory, gates of each layer.
 
-    Nothing but the configuration and the gates is read.
+    Little more than the configuration and the gates is read, but a model on the Hub is downloaded as a whole.
 
     Example: `python -m conversion inspect converted`
     """
@@ -229,8 +230,11 @@ def inspect(source: Source, revision: Revision = None):
 
 
 if __name__ == "__main__":
-    # So that what is unfinished is removed, and no terminal is too simple for the gates.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # So that what is unfinished is removed, also when a shell closes, and no terminal is too simple for the gates.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Under nohup a hang-up is not to be noticed.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     app()

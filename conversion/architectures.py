@@ -64,6 +64,15 @@ UNSUPPORTED_FIELDS = {
     "quantization_config": DEQUANTIZE,
 }
 
+# What is read before transformers has looked at it.
+FIELD_KINDS: dict[str, type] = {
+    "architectures": list,
+    "auto_map": dict,
+    "layer_types": list,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
+
 # What the fields are called with which other architectures change the computation.
 COMPUTATION = re.compile(
     "scal|multiplier|softcap|expert|moe_|alibi|clip|clamp|residual|sliding|window|chunk|rope|rotary|interleave"
@@ -188,9 +197,28 @@ def _as_architecture(config: InfiniConfig, model_type: str, origin: dict[str, An
         kept["head_dim"] = config.head_dim
     if origin.get("model_type") == model_type:
         kept |= {name: origin[name] for name in RETURN_FIELDS if name in origin}
+        _fit_layer_types(kept, config.num_hidden_layers)
+    elif origin.get("model_type") == "mistral" and origin.get("sliding_window"):
+        raise ValueError(
+            f"The model was converted from a Mistral that sees {origin['sliding_window']} tokens; a {model_type} has "
+            "no such window."
+        )
     elif model_type == "mistral":
-        kept["sliding_window"] = config.segment_length if config.is_sliding else None
+        # Full attention, as in the others.
+        kept["sliding_window"] = None
     return base_class(**kept)
+
+
+def _fit_layer_types(fields: dict[str, Any], layers: int) -> None:
+    """After layers were cut or added: those that were alike are known, which of others are left is not."""
+    kinds = fields.get("layer_types") or []
+    if len(kinds) not in (0, layers):
+        if len(set(kinds)) > 1:
+            raise ValueError(
+                f"The model has {layers} layers, and was converted from {len(kinds)} of several kinds: which of them "
+                "are left is not known. Set layer_types in converted_from of its config.json."
+            )
+        fields["layer_types"] = kinds[:1] * layers
 
 
 def _field_names(config_class: type) -> set[str]:
@@ -218,6 +246,9 @@ def require_supported(fields: dict[str, Any]) -> None:
         )
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(f'Cannot convert a model of type "{model_type}". {supported}')
+    for name, kind in FIELD_KINDS.items():
+        if not isinstance(fields.get(name) or kind(), kind):
+            raise ValueError(f"config.json has {name}={fields[name]!r}, which must be a {kind.__name__}.")
     for name, feature in UNSUPPORTED_FIELDS.items():
         if not says_nothing(name, fields.get(name)):
             raise ValueError(f"Cannot convert a model with {feature} (its configuration has {name}). {supported}")
@@ -225,6 +256,8 @@ def require_supported(fields: dict[str, Any]) -> None:
     share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise ValueError(f"Cannot convert a model with partial rotary embeddings ({share} of each head). {supported}")
+    if text := {name: value for name, value in rope.items() if isinstance(value, str) and "type" not in name}:
+        raise ValueError(f"config.json has {text} in its rotary embeddings, which must be numbers.")
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"Cannot convert a model whose rotary embeddings differ between layers. {supported}")
     if fields.get("is_causal") is False:

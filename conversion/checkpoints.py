@@ -2,19 +2,20 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import cached_property
 from glob import escape
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import Any
+from uuid import uuid4
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_state_dict_into_shards_factory
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,6 +34,19 @@ WEIGHT_FILES = [
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.pdparams"),
     *("*.onnx", "*.onnx_data*", "*.gguf", "*.ggml", "*.tflite", "*.mlmodel", "*.nemo", "*.distcp", "*.engine"),
 ]
+
+# A single file, or the index of several: in this order, which is that of transformers.
+SAFE_LAYOUT = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+BIN_LAYOUT = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+GGUF_SUFFIX = ".gguf"
+
+# What stands in the place of a large file that git alone has fetched, and the most bytes that it has.
+LFS_POINTER = b"version https://git-lfs"
+LARGEST_POINTER = 1024
+
+# What the name of a folder that is not complete ends with.
+UNFINISHED = ".unfinished"
 
 # In bytes. Tokenizers of large vocabularies have 35 MB.
 LARGEST_SIDE_FILE = 100 * 2**20
@@ -73,26 +87,34 @@ class Checkpoint:
             ValueError: if it is another thing, such as an adapter.
         """
         self.name = None if Path(source).exists() else str(source)
-        self.folder, self.options = _locate(source, revision, allow_bin)
-        if not self.options:
-            require_no_adapter(self.folder, str(source))
-            if not (self.folder / "config.json").is_file():
-                raise FileNotFoundError(
-                    f"{source} holds no checkpoint: there is no config.json.{what_it_holds(self.folder)}"
-                )
-        self._allow_bin = allow_bin
+        if self.name is None and revision is not None:
+            raise ValueError(f'revision="{revision}" is for a model on the Hub, but {source} is on this machine.')
+        self.folder, self.options = _locate(source, revision)
         # A snapshot's folder is named by its commit.
         self.revision = None if self.name is None else self.folder.name
-        self.gguf = GGUFFile(self.folder / self.options["gguf_file"]) if self.options else None
+        self._allow_bin = allow_bin
         self.sizes: dict[str, int] = {}
-        if not self.options:
+        if self.options:
+            _require_no_pointers(self.folder, list(self.options.values()))
+        else:
             listed = {} if self.name is None else _hub_sizes(self.name, self.revision)
             self.sizes = {**listed, **_sizes(self.folder)}
+            require_no_adapter(self.sizes, str(source))
+            if not (self.folder / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"{source} holds no checkpoint: there is no config.json.{what_it_holds(self.sizes)}"
+                )
+            _require_no_pointers(self.folder, [name for name, size in self.sizes.items() if size < LARGEST_POINTER])
+        self.gguf = GGUFFile(self.folder / self.options["gguf_file"]) if self.options else None
 
     @cached_property
     def config(self) -> Any:
         """The configuration, in the source's own class."""
-        return AutoConfig.from_pretrained(self.folder) if self.gguf is None else self.gguf.config
+        file = self.folder / "config.json" if self.gguf is None else self.gguf.path
+        try:
+            return AutoConfig.from_pretrained(self.folder) if self.gguf is None else self.gguf.config
+        except (TypeError, AttributeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+            raise ValueError(f"{file} holds no configuration of a model: {error.__cause__ or error}") from error
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -120,7 +142,32 @@ class Checkpoint:
     def _weights(self) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
         if self.gguf is not None:
             return self.gguf.shapes, self.gguf.read
-        return _open_files(self.folder, self._allow_bin)
+        safe = [self.folder / name for name in self._files_of(SAFE_LAYOUT)]
+        files = safe or [self.folder / name for name in self._files_of(BIN_LAYOUT)]
+        if not files:
+            raise FileNotFoundError(
+                f"{self.name or self.folder} holds neither {' nor '.join(SAFE_LAYOUT)}.{what_it_holds(self.sizes)}"
+            )
+        if not (safe or self._allow_bin):
+            raise ValueError(
+                f"{self.name or self.folder} holds PyTorch .bin weights only, which are pickle files. `to-infini` "
+                "reads them with allow_bin=True (--allow-bin), with weights_only=True. Those of an Infini-attention "
+                "model must be saved as safetensors first: load the state dict, then model.save_pretrained."
+            )
+        if self.name is not None:
+            # Some repositories hold their weights twice, in several layouts.
+            names = [file.relative_to(self.folder).as_posix() for file in files]
+            snapshot_download(self.name, revision=self.revision, allow_patterns=[escape(name) for name in names])
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"The index in {self.folder} names {missing[0]}, which is not there. Download it.")
+        return _open_files(files, _read_safetensors if safe else _read_bin)
+
+    def _files_of(self, layout: tuple[str, str]) -> list[str]:
+        """The files that hold the weights in a layout; none if the checkpoint has not that layout."""
+        single, index = layout
+        if single in self.sizes:
+            return [single]
+        return _indexed(self.folder / index) if index in self.sizes else []
 
     @property
     def shapes(self) -> dict[str, torch.Tensor]:
@@ -132,56 +179,59 @@ class Checkpoint:
         """Names of the files that hold the weights, and of their index; none of a GGUF file's neighbours."""
         if self.options:
             return set()
-        files = _weight_files(self.folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        files = files or _weight_files(self.folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-        indices = {SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME}
-        return {file.relative_to(self.folder).as_posix() for file in files} | indices
+        return {*(self._files_of(SAFE_LAYOUT) or self._files_of(BIN_LAYOUT)), SAFE_LAYOUT[1], BIN_LAYOUT[1]}
 
     def read(self, name: str) -> torch.Tensor:
         """A weight; its file stays open only as long as the tensor lives."""
         return self._weights[1](name)
 
 
-def _locate(source: str | os.PathLike, revision: str | None, allow_bin: bool) -> tuple[Path, dict[str, str]]:
+def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, dict[str, str]]:
     path = Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no GGUF file {path}.")
+    if path.is_dir():
+        files = [file.name for file in path.iterdir() if _is_gguf(file)]
+        alone = len(files) == 1 and not (path / "config.json").is_file()
+        return path, {"gguf_file": files[0]} if alone else {}
+    if _is_gguf(path):
         return path.parent, {"gguf_file": path.name}
-    if not path.is_dir():
-        if path.is_file():
-            raise FileNotFoundError(what_file_it_is(path))
-        if path.is_absolute() or len(path.parts) > 2:
-            raise FileNotFoundError(f"{path} is no folder with a checkpoint, no .gguf file and no id of the Hub.")
-        return _download(str(source), revision, allow_bin), {}
-    gguf_files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
-    if len(gguf_files) == 1:
-        return path, {"gguf_file": gguf_files[0].name}
-    return path, {}
+    if path.is_file():
+        raise FileNotFoundError(what_file_it_is(path))
+    if path.suffix.lower() == GGUF_SUFFIX:
+        raise FileNotFoundError(f"There is no GGUF file {path}.")
+    return _download(str(source), revision), {}
 
 
-def _download(name: str, revision: str | None, allow_bin: bool) -> Path:
-    """
-    What is no file of weights, and the weights that the indices name: some repositories hold them twice, in several
-    layouts.
-    """
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """What is no file of weights: whether those are needed is not known yet."""
     large = [escape(file) for file, size in _hub_sizes(name, revision).items() if size > LARGEST_SIDE_FILE]
-    folder = Path(snapshot_download(name, revision=revision, ignore_patterns=[*WEIGHT_FILES, *large]))
-    layouts = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
-    for single, index in layouts if allow_bin else layouts[:1]:
-        files = _indexed(folder / index) if (folder / index).is_file() else [single]
-        # A snapshot's folder is named by its commit.
-        snapshot_download(name, revision=folder.name, allow_patterns=files)
-        if (folder / files[0]).is_file():
-            break
-    return folder
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=[*WEIGHT_FILES, *large]))
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name} is no folder with a checkpoint, no .gguf file and no id of the Hub that can be read. ({error})"
+        ) from error
+
+
+def _require_no_pointers(folder: Path, names: list[str]) -> None:
+    for name in names:
+        file = folder / name
+        if file.is_file() and not is_hidden(file.name):
+            with file.open("rb") as start:
+                if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise ValueError(
+                        f"{file} is not the file itself but a pointer of Git LFS. Fetch the files: `git lfs pull`."
+                    )
 
 
 def _hub_sizes(name: str, revision: str | None) -> dict[str, int]:
     """Bytes of each file of a model on the Hub; none where it cannot be asked: its files may be in the cache."""
     try:
         entries = list(HfApi().list_repo_tree(name, recursive=True, revision=revision))
-    except (OSError, HTTPError):
+    except (OSError, HTTPError, HFValidationError):
         return {}
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
@@ -234,40 +284,28 @@ def write_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def _indexed(index: Path) -> list[str]:
-    return sorted(set(read_json(index)["weight_map"].values()))
+    """
+    Names of the files that an index names, sorted.
+
+    Raises:
+        ValueError: if it is no index, or a file lies outside its folder.
+    """
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
+        raise ValueError(f"{index} holds no weight_map with the file of each weight. Download it again.")
+    names = sorted(set(file_of.values()))
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{index} names {name}, which is not in its folder.")
+    return names
 
 
-def _open_files(folder: Path, allow_bin: bool) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
-    files = _weight_files(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    read_file: Callable = _read_safetensors
-    if not files:
-        files = _weight_files(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-        if not files:
-            raise FileNotFoundError(
-                f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.{what_it_holds(folder)}"
-            )
-        if not allow_bin:
-            raise ValueError(
-                f"{folder} holds PyTorch .bin weights only, which are pickle files. `to-infini` reads them with "
-                "allow_bin=True (--allow-bin), with weights_only=True."
-            )
-        read_file = _read_bin
+def _open_files(files: list[Path], read_file: Callable) -> tuple[dict[str, torch.Tensor], Callable]:
     shapes, file_of = {}, {}
     for file in files:
         for name, shape in read_file(file, None).items():
             shapes[name], file_of[name] = shape, file
     return shapes, lambda name: read_file(file_of[name], name)
-
-
-def _weight_files(folder: Path, single: str, index: str) -> list[Path]:
-    if (folder / single).is_file():
-        return [folder / single]
-    if not (folder / index).is_file():
-        return []
-    files = [folder / name for name in _indexed(folder / index)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{folder / index} names {missing[0]}, which is not there. Download it again.")
-    return files
 
 
 def _read_safetensors(file: Path, name: str | None):
@@ -282,14 +320,40 @@ def _read_safetensors(file: Path, name: str | None):
 
 
 def _read_bin(file: Path, name: str | None):
+    weights = read_pickle(file, mmap=True)
+    return {name: _shape(weight) for name, weight in weights.items()} if name is None else weights[name]
+
+
+def read_pickle(file: Path, mmap: bool = False) -> Mapping[str, torch.Tensor]:
+    """
+    A state dict that `torch.save` wrote, read without running code.
+
+    Raises:
+        ValueError: if the file holds something else; the message says what.
+    """
     try:
-        weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, UnpicklingError) as error:
+        weights = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
+    except OSError:
+        raise
+    # What is no pickle raises whatever its bytes make of it.
+    except Exception as error:
         raise ValueError(
             f"{file} cannot be read with weights_only=True: it is damaged, older than torch 1.6, or holds more than "
             "tensors. Save its weights as safetensors where you trust it."
         ) from error
-    return {name: _shape(weight) for name, weight in weights.items()} if name is None else weights[name]
+    require_state_dict(weights, str(file))
+    return weights
+
+
+def require_state_dict(weights: Any, name: str) -> None:
+    """Raises ValueError if what is called `name` is no mapping of names to tensors."""
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{name} holds no state dict, but a {type(weights).__name__}. Save `model.state_dict()`.")
+    for key, weight in weights.items():
+        if not (isinstance(key, str) and isinstance(weight, torch.Tensor)):
+            raise ValueError(
+                f"{name} holds no state dict alone: {key!r} is a {type(weight).__name__}. Save `model.state_dict()`."
+            )
 
 
 def _shape(tensor: torch.Tensor) -> torch.Tensor:
@@ -377,11 +441,14 @@ def new_folder(output: str | os.PathLike) -> Iterator[Path]:
     require_free(output)
     exists = output.is_dir()
     parent = output if exists else output.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = parent / f".{output.name}.{os.getpid()}.unfinished"
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    # Not by the process's number: two machines that share a disk may have the same.
+    unfinished = parent / f".{output.name}.{uuid4().hex}{UNFINISHED}"
     try:
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)
         yield unfinished
+        # Another one may have been faster.
+        require_free(output, but=UNFINISHED)
         if exists:
             # The configuration last: without it nothing loads.
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
@@ -390,13 +457,39 @@ def new_folder(output: str | os.PathLike) -> Iterator[Path]:
             unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            # Of no use without the output.
+            for folder in made:
+                folder.rmdir()
 
 
-def require_free(output: str | os.PathLike) -> None:
-    """Raises FileExistsError if `output` holds something."""
+def require_free(output: str | os.PathLike, but: str | None = None) -> None:
+    """Raises FileExistsError if `output` holds something, other than names that end with `but`."""
     path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not path.is_dir():
+        found = [path.name] if path.exists() else []
+    else:
+        found = sorted(file.name for file in path.iterdir() if but is None or not file.name.endswith(but))
+    if found and all(name.endswith(UNFINISHED) for name in found):
+        raise FileExistsError(
+            f"{path / found[0]} is left of a conversion that was killed, or of one that still runs. Remove it if none "
+            "does."
+        )
+    if found:
         raise FileExistsError(f"{path} exists already. Choose another output folder, or remove this one first.")
+
+
+def shard_size(size: int | str) -> int | str:
+    """
+    What `max_shard_size` asks for, as huggingface_hub takes it.
+
+    Raises:
+        ValueError: if it is no size.
+    """
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)? *[KMGT]B)", str(size).strip(), re.IGNORECASE)
+    if match is None or not float(re.sub("[^0-9.]", "", match[0])) > 0:
+        raise ValueError(f'max_shard_size="{size}" is no size: take bytes, or a number with KB, MB, GB or TB ("5GB").')
+    return int(match[1]) if match[1] else match[2]
 
 
 def saved_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

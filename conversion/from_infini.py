@@ -1,5 +1,6 @@
 """Takes Infini-attention out of a model again."""
 
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modeling_infini import InfiniConfig
 
 from .architectures import base_config
-from .checkpoints import Checkpoint, Weights, new_folder, require_float, require_free, saved_dtype, write_weights
+from .checkpoints import (
+    Checkpoint,
+    Weights,
+    new_folder,
+    require_float,
+    require_free,
+    saved_dtype,
+    shard_size,
+    write_weights,
+)
 from .small_files import (
     copy_files,
     load_tokenizer,
@@ -20,19 +30,13 @@ from .small_files import (
     write_fields,
     write_tokenizer,
 )
-from .to_infini import has_own_head
+from .to_infini import MEMORY_NORMS, own_weights
 from .wrong_sources import what_weights_they_are
 
 
 # Besides the gates, what may be in a memory has no place elsewhere.
-MEMORY_EXTENSIONS = (
-    "write_strength.weight",
-    "memory_query_norm.weight",
-    "memory_key_norm.weight",
-    "memory_write_gate.weight",
-    "memory_write_gate.bias",
-)
-MEMORY_WEIGHTS = ("head_gates.weight", *MEMORY_EXTENSIONS)
+MEMORY_EXTENSIONS = ("write_strength.weight", "memory_write_gate.weight", "memory_write_gate.bias")
+MEMORY_WEIGHTS = ("head_gates.weight", *MEMORY_NORMS, *MEMORY_EXTENSIONS)
 
 
 def convert_from_infini(
@@ -69,7 +73,7 @@ def convert_from_infini(
         ValueError: if the source is no Infini-attention model, no base architecture has its parameters, trained gates
             would be lost, a weight does not fit into `dtype`, or the base's tokenizer would give other ids.
     """
-    weight_dtype = saved_dtype(dtype)
+    weight_dtype, largest_file = saved_dtype(dtype), shard_size(max_shard_size)
     require_free(output)
     checkpoint = Checkpoint(source, revision)
     infini = checkpoint.infini_config
@@ -77,13 +81,11 @@ def convert_from_infini(
     if not drop_gates:
         _require_untrained(checkpoint, infini)
 
+    found_names = {name for name in own_weights(checkpoint, config) if not name.endswith(MEMORY_WEIGHTS)}
     with torch.device("meta"):
         expected = dict(AutoModelForCausalLM.from_config(config).state_dict())
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    found_names = {name for name in checkpoint.shapes if not name.endswith(MEMORY_WEIGHTS)}
-    if config.tie_word_embeddings and not has_own_head(checkpoint):
-        found_names.discard("lm_head.weight")
     if found_names != set(expected):
         names = sorted(found_names ^ set(expected))
         raise ValueError(
@@ -108,18 +110,20 @@ def convert_from_infini(
         settings = restored_settings(checkpoint, config.max_position_embeddings)
         write_tokenizer(checkpoint, folder, settings, tokenizer, config)
         write_fields(checkpoint, folder / "generation_config.json", restored_generation_fields(checkpoint))
-        write_weights(folder, shapes, weights, max_shard_size)
+        write_weights(folder, shapes, weights, largest_file)
         config.save_pretrained(folder)
     return Path(output).absolute()
 
 
 def _require_untrained(checkpoint: Checkpoint, config: InfiniConfig) -> None:
-    initial = torch.tensor(config.head_gate_init_value / config.head_gate_scale, dtype=torch.float32)
+    gates, scale = config.head_gate_init_value / config.head_gate_scale, math.log(config.memory_norm_init_scale or 1)
+    initial = {"head_gates.weight": gates, **dict.fromkeys(MEMORY_NORMS, scale)}
     for name in checkpoint.shapes:
         if name.endswith(MEMORY_EXTENSIONS):
             raise ValueError(f"{name} would be lost: {config.model_type} alone has it. Pass drop_gates to drop it.")
-        if name.endswith("head_gates.weight") and not (checkpoint.read(name) == initial).all():
-            raise ValueError(
-                f"The gates were trained or set: {name} differs from its initial value {initial:.4g}. The base "
-                "architecture has no place for them. Pass drop_gates=True (--drop-gates) to drop them."
-            )
+        for kind, value in initial.items():
+            if name.endswith(kind) and not (checkpoint.read(name) == torch.tensor(value, dtype=torch.float32)).all():
+                raise ValueError(
+                    f"The gates were trained or set: {name} differs from its initial value {value:.4g}. The base "
+                    "architecture has no place for it. Pass drop_gates=True (--drop-gates) to drop it."
+                )

@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from einops import rearrange
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 
-from .checkpoints import cast
+from .checkpoints import read_pickle, require_float, require_state_dict
 
 
 # Its rotary embeddings are always these, whatever the model.
@@ -39,7 +40,7 @@ def load_lucidrains(
 
     Everything is represented: RMS-norm without epsilon, the feed-forward's gelu and biases, the biased head, gates,
     both rules, and `learned_delta_update`. Rotary dimensions are reordered from its pairs of neighbours to Llama's
-    halves, which neither attention nor memory notices.
+    halves, which neither attention nor memory notices. The model has the dtype that holds all weights.
 
     Args:
         source: state dict of an `InfiniTransformer` or `InfiniTransformerWrapper`, or the file that it was saved in
@@ -48,20 +49,22 @@ def load_lucidrains(
         use_mem_delta_rule: as given to the `InfiniTransformer`; the weights don't tell.
 
     Raises:
-        ValueError: if `source` is not such a state dict, or a weight does not fit into the dtype of its embeddings;
-            the message names a weight.
+        ValueError: if `source` is not such a state dict; the message names a weight.
     """
     weights = dict(_state_dict(source))
-    dtype = weights["token_emb.weight"].dtype
     try:
         config = _config(weights, segment_length=segment_length, use_mem_delta_rule=use_mem_delta_rule)
         converted = _converted(weights, config)
+        dtype = reduce(torch.promote_types, (w.dtype for name, w in converted.items() if "head_gates" not in name))
+        model = InfiniForCausalLM._from_config(config, dtype=dtype)
+        missing, unexpected = model.load_state_dict(converted, strict=False)
     except KeyError as error:
         raise ValueError(f"{NOT_THEIRS}: {error} is missing.") from error
-    model = InfiniForCausalLM._from_config(config, dtype=dtype)
-    dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
-    fitting = {name: cast(name, weight, dtypes.get(name, weight.dtype)) for name, weight in converted.items()}
-    missing, unexpected = model.load_state_dict(fitting, strict=False)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    # Of shapes that do not go together.
+    except (RuntimeError, ArithmeticError, IndexError) as error:
+        raise ValueError(f"{NOT_THEIRS}: {error}") from error
     if missing or unexpected or weights:
         name = [*missing, *unexpected, *weights][0]
         raise ValueError(f"{NOT_THEIRS}: {name} does not fit.")
@@ -76,11 +79,10 @@ def _state_dict(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> Mappi
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
-            source = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except (RuntimeError, UnpicklingError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read: it is damaged, or holds more than tensors. Save `model.state_dict()` alone."
-            ) from error
+            source = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is incomplete or damaged ({error}).") from error
+    require_state_dict(source, "The source")
     # The wrapper holds the model under this name.
     weights = {name.removeprefix("model."): weight for name, weight in source.items()}
     if "token_emb.weight" not in weights:
@@ -88,6 +90,8 @@ def _state_dict(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> Mappi
             "The source is no state dict of an InfiniTransformer: it has no token_emb.weight, but "
             f"{', '.join(list(weights)[:5])}. Save `model.state_dict()` itself."
         )
+    for name, weight in weights.items():
+        require_float(name, weight)
     return weights
 
 

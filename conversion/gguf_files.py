@@ -1,15 +1,17 @@
 """GGUF files: every metadata key and every tensor of one is used, or refused by name."""
 
+import json
 import math
 from collections.abc import Container, Iterator
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -161,6 +163,14 @@ class GGUFFile:
             raise ValueError(f"{self.path} holds {OTHER_TYPES['vocab']}.")
 
     @property
+    def licence(self) -> dict[str, str]:
+        """What a model card calls the licence, its name and its link, as far as the file has them."""
+        keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+        return {
+            name: self.metadata[f"general.{key}"] for name, key in keys.items() if f"general.{key}" in self.metadata
+        }
+
+    @property
     def architecture(self) -> str | None:
         """Of the GGUF format, which calls a Mistral a llama."""
         return self.metadata.get("general.architecture")
@@ -262,10 +272,14 @@ class GGUFFile:
             {} if "tokenizer.ggml.add_bos_token" in self.metadata or kind == "llama" else {"add_bos_token": whole}
         )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, **options)
+            # What stands beside the file may be another model's.
+            with TemporaryDirectory() as alone:
+                (Path(alone) / self.path.name).symlink_to(self.path.resolve())
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=self.path.name, **options)
         except (StrictDataclassError, IndexError, TypeError) as error:
             # transformers reads the configuration anew, and takes ids for tokens without a look.
             raise ValueError(str(error.__cause__ or error)) from error
+        self._drop_foreign_tokens(tokenizer)
         backend = tokenizer.backend_tokenizer
         if isinstance(tokenizer, Qwen2Tokenizer):
             # GGUF has no key for it, transformers' reader leaves it out, and the class puts it back when it is loaded.
@@ -286,6 +300,14 @@ class GGUFFile:
         if templates.keys() - {""}:
             tokenizer.chat_template = {name or "default": template for name, template in templates.items()}
         return tokenizer
+
+    def _drop_foreign_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Drops what transformers adds by default, such as GPT-2's own special token: the model has none of it."""
+        fields = json.loads(tokenizer.backend_tokenizer.to_str())
+        size = len(self.metadata.get("tokenizer.ggml.tokens", []))
+        known = [token for token in fields["added_tokens"] if token["id"] < size]
+        if len(known) < len(fields["added_tokens"]):
+            tokenizer._tokenizer = Tokenizer.from_str(json.dumps(fields | {"added_tokens": known}))
 
     def _require_whole_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         tokens, types = (self.metadata.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))

@@ -13,6 +13,7 @@ from rich.text import Text
 from modeling_infini import InfiniConfig, state_nbytes
 
 from .checkpoints import Checkpoint
+from .to_infini import own_weights
 
 
 # A head's share of local attention, from none to all.
@@ -65,7 +66,8 @@ class Inspection:
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
         for name, value in rows.items():
-            table.add_row(name, value)
+            # Names and licences are of others: no markup.
+            table.add_row(name, Text(value))
         return table
 
     def _origin(self) -> str:
@@ -74,7 +76,7 @@ class Inspection:
             return "nothing: made as an Infini-attention model"
         if "package" in origin:
             return f"a model of the package {origin['package']}"
-        model_type = f"a {origin['model_type']} checkpoint"
+        model_type = f"a {origin['model_type']} checkpoint" if "model_type" in origin else "a checkpoint"
         known = [f"{name} {origin[name]}" for name in ("revision", "license") if name in origin]
         return ", ".join([f"{origin['name']}, {model_type}" if "name" in origin else model_type, *known])
 
@@ -118,7 +120,7 @@ def inspect_checkpoint(source: str | os.PathLike, revision: str | None = None) -
     config = checkpoint.infini_config
     return Inspection(
         config,
-        sum(shape.numel() for shape in checkpoint.shapes.values()),
+        sum(shape.numel() for shape in own_weights(checkpoint, config).values()),
         _local_shares(checkpoint),
         state_nbytes(config),
     )
@@ -131,4 +133,6 @@ def _local_shares(checkpoint: Checkpoint) -> torch.Tensor:
     if sorted(names) != list(range(checkpoint.config.num_hidden_layers)):
         raise ValueError(f"{checkpoint.folder} lacks the gates of some layers: it is no whole checkpoint.")
     logits = torch.stack([checkpoint.read(names[layer]).float() for layer in sorted(names)])
+    if not logits.isfinite().all():
+        raise ValueError(f"{checkpoint.folder} has gates that are not finite: a training has gone wrong.")
     return torch.sigmoid(checkpoint.config.head_gate_scale * logits)

@@ -26,8 +26,6 @@ SOURCE_CARD = "README.source.md"
 # Written anew by each conversion.
 TRANSLATED_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, CARD, SOURCE_CARD)
 
-LICENSE_FILES = ("LICENSE*", "NOTICE*")
-
 # A source without any of these has no tokenizer, whatever class may be made of nothing.
 TOKENIZER_FILES = (
     TOKENIZER_CONFIG,
@@ -67,7 +65,7 @@ HARD_TEXTS = (
 def copy_files(checkpoint: Checkpoint, folder: Path, back: bool = False) -> None:
     """
     Copies the source's files and sub-folders, but for those that a conversion writes anew. A warning names what is
-    left out. Of a GGUF file's neighbours only licences belong to it.
+    left out. What stands beside a GGUF file may belong to another model: nothing of it is copied.
 
     Args:
         back: from Infini-attention: card and code files stay behind, and the card of the first source returns.
@@ -78,7 +76,7 @@ def copy_files(checkpoint: Checkpoint, folder: Path, back: bool = False) -> None
     code_files = _code_files()
     with_weights = {name.split("/")[0] for name in checkpoint.sizes if "/" in name and is_weight_file(name)}
     left_out: dict[str, str] = {}
-    for name in checkpoint.sizes or _licences(checkpoint.folder):
+    for name in checkpoint.sizes:
         if name in checkpoint.weight_files:
             continue
         if (reason := _reason_to_leave(checkpoint, name, with_weights)) is not None:
@@ -97,10 +95,6 @@ def _code_files() -> set[str]:
     """Names of the code files beside a published model."""
     modeling_file = Path(configuration_infini.__file__).with_name(configuration_infini.MODELING_FILE)
     return {Path(file).name for file in {str(modeling_file), *get_relative_import_files(modeling_file)}}
-
-
-def _licences(folder: Path) -> list[str]:
-    return [file.name for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def _reason_to_leave(checkpoint: Checkpoint, name: str, with_weights: set[str]) -> dict[str, str] | None:
@@ -135,7 +129,7 @@ def _copy(source: Path, target: Path) -> None:
 def write_fields(checkpoint: Checkpoint, target: Path, fields: dict[str, Any]) -> None:
     """Writes a JSON file that a conversion translates; byte for byte the source's where nothing changes."""
     source = checkpoint.folder / target.name
-    if source.is_file() and read_json(source) == fields:
+    if not checkpoint.options and source.is_file() and read_json(source) == fields:
         shutil.copyfile(source, target)
     else:
         write_json(target, fields)
@@ -292,11 +286,11 @@ def convert_gguf_tokenizer(
 
 def generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The source's generation configuration: its file, or else what its config.json says of generation."""
+    if checkpoint.options:
+        return GenerationConfig.from_model_config(checkpoint.config).to_diff_dict()
     file = checkpoint.folder / GENERATION_CONFIG_NAME
     if file.is_file():
         return read_json(file)
-    if checkpoint.options:
-        return GenerationConfig.from_model_config(checkpoint.config).to_diff_dict()
     # A configuration that is loaded has lost these fields: transformers too reads them from the file.
     return GenerationConfig.from_pretrained(checkpoint.folder, CONFIG_NAME, _from_model_config=True).to_diff_dict()
 

@@ -9,14 +9,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import CardData, ModelCard
+from huggingface_hub import ModelCard
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 from yaml import YAMLError
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM, model_card
 
 from .architectures import infini_config, require_supported
-from .checkpoints import Checkpoint, Weights, new_folder, require_float, require_free, saved_dtype, write_weights
+from .checkpoints import (
+    Checkpoint,
+    Weights,
+    new_folder,
+    require_float,
+    require_free,
+    saved_dtype,
+    shard_size,
+    write_weights,
+)
 from .small_files import (
     CARD,
     convert_gguf_tokenizer,
@@ -97,7 +107,7 @@ def convert_to_infini(
         ValueError: if the source is not supported or incomplete, its tokenizer would give other ids, the window does
             not fit into the positions that it was trained on, or a weight does not fit into `dtype`.
     """
-    weight_dtype = saved_dtype(dtype)
+    weight_dtype, largest_file = saved_dtype(dtype), shard_size(max_shard_size)
     require_free(output)
     checkpoint = Checkpoint(source, revision, allow_bin)
     require_supported(checkpoint.config_fields)
@@ -132,7 +142,7 @@ def convert_to_infini(
         kept = {name: value for name, value in generation.items() if name not in refused}
         write_fields(checkpoint, folder / "generation_config.json", kept)
         model_card(config, torch.sigmoid(gates * config.head_gate_scale)).save(folder / CARD)
-        write_weights(folder, shapes, weights, max_shard_size)
+        write_weights(folder, shapes, weights, largest_file)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
     return Path(output).absolute()
@@ -140,36 +150,33 @@ def convert_to_infini(
 
 def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None) -> dict[str, Any]:
     """Name, revision and licence of the source as far as they are known, and what the way back needs."""
-    data = _card_data(checkpoint)
     origin = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
-        **{name: getattr(data, name, None) for name in LICENSE_FIELDS},
+        **(_licence_of_card(checkpoint.folder / CARD) if checkpoint.gguf is None else checkpoint.gguf.licence),
         "head_gates": None if head_gates is None else "set by layer or head",
     }
-    return {name: value for name, value in origin.items() if value is not None}
+    # YAML has dates where JSON has none.
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in origin.items() if value is not None}
 
 
-def _card_data(checkpoint: Checkpoint) -> CardData | None:
-    card = checkpoint.folder / CARD
+def _licence_of_card(card: Path) -> dict[str, Any]:
     if not card.is_file():
-        return None
+        return {}
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
     except (ValueError, YAMLError) as error:
         reason = " ".join(str(error).split())
         logger.warning("The licence of the source is not known: the metadata of %s cannot be read. (%s)", card, reason)
-        return None
+        return {}
+    return {name: getattr(data, name, None) for name in LICENSE_FIELDS}
 
 
 def _gate_weights(config: InfiniConfig, head_gates: HeadGates | None) -> torch.Tensor:
     """`(layers, heads)`, float32."""
     shape = (config.num_hidden_layers, config.num_attention_heads)
     if head_gates is None:
-        initial = config.head_gate_init_value / config.head_gate_scale
-        if not abs(initial) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"head_gate_init_value={config.head_gate_init_value} is not finite in float32.")
-        return torch.full(shape, initial)
+        return torch.full(shape, config.head_gate_init_value / config.head_gate_scale)
     where = "head_gates"
     layers: Any = head_gates
     form = f"a list of {shape[0]} layers, each a number or a list of {shape[1]} numbers, one per head"
@@ -179,29 +186,30 @@ def _gate_weights(config: InfiniConfig, head_gates: HeadGates | None) -> torch.T
             layers = json.loads(Path(head_gates).read_text(encoding="utf-8"))
         if len(layers) != shape[0]:
             raise ValueError(f"it has {len(layers)} layers")
-        logits = torch.stack([torch.tensor(layer, dtype=torch.float32).expand(shape[1]) for layer in layers])
+        gates = torch.stack([_of_heads(torch.as_tensor(layer), shape[1]) for layer in layers]) / config.head_gate_scale
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} must hold the logits of the gates as {form}: {error}.") from error
-    if not logits.isfinite().all():
+    if not gates.isfinite().all():
         raise ValueError(f"{where} holds a logit that is not finite.")
-    return logits / config.head_gate_scale
+    return gates
+
+
+def _of_heads(logits: torch.Tensor, heads: int) -> torch.Tensor:
+    if logits.dtype in (torch.bool, torch.complex64, torch.complex128) or logits.shape not in ((), (heads,)):
+        raise ValueError(f"a layer has the shape {tuple(logits.shape)} and the dtype {logits.dtype}")
+    return logits.float().expand(heads)
 
 
 def _output_weights(
     checkpoint: Checkpoint, config: InfiniConfig, gates: torch.Tensor, dtype: torch.dtype | None
 ) -> tuple[dict[str, torch.Tensor], Weights]:
     """Shapes and readers of the weights to write, in the order of the model; `config` learns if heads are untied."""
+    found = own_weights(checkpoint, config)
+    found = {name: shape for name, shape in found.items() if not name.endswith(LEGACY_BUFFER)}
     with torch.device("meta"):
         expected = dict(InfiniForCausalLM(config).state_dict())
-    found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(LEGACY_BUFFER)}
     if config.tie_word_embeddings:
-        if has_own_head(checkpoint):
-            # What transformers does with such a checkpoint.
-            logger.warning("The source ties its embeddings, but has a head of its own: the output does not tie them.")
-            config.tie_word_embeddings = False
-        else:
-            found.pop("lm_head.weight", None)
-            del expected["lm_head.weight"]
+        del expected["lm_head.weight"]
 
     shapes: dict[str, torch.Tensor] = {}
     weights: Weights = {}
@@ -211,11 +219,8 @@ def _output_weights(
             shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
             weights[name] = gates[layer].clone
         elif name.endswith(MEMORY_NORMS):
-            scale = math.log(config.memory_norm_init_scale)
-            if not math.isfinite(scale):
-                raise ValueError(f"memory_norm_init_scale={config.memory_norm_init_scale} is not finite.")
             shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
-            weights[name] = partial(torch.full, shape.shape, scale)
+            weights[name] = partial(torch.full, shape.shape, math.log(config.memory_norm_init_scale))
         elif name in found and found[name].shape == shape.shape:
             source = found.pop(name)
             require_float(name, source)
@@ -234,7 +239,17 @@ def _output_weights(
     return shapes, weights
 
 
-def has_own_head(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds a head that differs from its embeddings."""
+def own_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """
+    The shapes of a checkpoint's weights without a head that repeats tied embeddings. Where the head differs from
+    them, `config` learns that they are not tied, which is what transformers does with such a checkpoint.
+    """
+    shapes = dict(checkpoint.shapes)
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    return checkpoint.shapes.keys() >= set(names) and not torch.equal(*map(checkpoint.read, names))
+    if config.tie_word_embeddings and shapes.keys() >= set(names):
+        if torch.equal(*map(checkpoint.read, names)):
+            del shapes[names[0]]
+        else:
+            logger.warning("%s ties its embeddings, but has a head of its own: they are not tied.", checkpoint.folder)
+            config.tie_word_embeddings = False
+    return shapes

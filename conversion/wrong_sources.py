@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from transformers.utils import ADAPTER_CONFIG_NAME
 
@@ -35,7 +36,7 @@ INSTEAD = {
     "flax_model*.msgpack": "Flax weights. Save them with PyTorch first",
     "*.npz": "weights of MLX. Save them for transformers first",
     "*.mlpackage": "a model exported to Core ML. Convert the model that it was exported from",
-    "*.gguf": "GGUF files. Name the .gguf file to convert",
+    "*.gguf": "GGUF files. Name the .gguf file to convert (download it first if it is on the Hub)",
     "model.*.safetensors": "weights of a variant. Rename model.<variant>.safetensors to model.safetensors in a copy",
     "*-*-of-*.*": "shards without the index that names them. Download it as well",
     "checkpoint-*": "checkpoints of a training. Name one of the folders checkpoint-*",
@@ -57,19 +58,26 @@ WEIGHTS = {
 }
 
 
-def require_no_adapter(folder: Path, name: str) -> None:
-    """Raises ValueError if a folder holds what would be lost if the weights beside it were read alone."""
+def require_no_adapter(names: Iterable[str], source: str) -> None:
+    """Raises ValueError if there are files that would be lost if the weights beside them were read alone."""
     for pattern, what in NEVER.items():
-        if any(folder.glob(pattern)):
-            raise ValueError(f"{name} holds {what}.")
+        if _matching(names, pattern):
+            raise ValueError(f"{source} holds {what}.")
 
 
-def what_it_holds(folder: Path) -> str:
-    """The end of a message about a folder without configuration or weights: what it holds instead, and what to do."""
+def what_it_holds(names: Iterable[str]) -> str:
+    """The end of a message about files without configuration or weights: what they are instead, and what to do."""
     for pattern, what in INSTEAD.items():
-        if found := sorted(folder.glob(pattern)):
-            return f" There is {found[0].relative_to(folder)}: it holds {what}."
-    return "" if any(folder.iterdir()) else " It is empty."
+        if found := _matching(names, pattern):
+            return f" There is {found[0]}: it holds {what}."
+    return "" if any(True for _ in names) else " It is empty."
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    """The files and folders, at the pattern's own depth, that match it."""
+    depth = pattern.count("/") + 1
+    found = {"/".join(parts[:depth]) for name in names if len(parts := PurePosixPath(name).parts) >= depth}
+    return sorted(name for name in found if fnmatch(name, pattern))
 
 
 def what_file_it_is(path: Path) -> str:

@@ -140,13 +140,48 @@ def test_trained_gates_are_dropped_only_when_asked(tmp_path):
 def test_other_base_architectures_can_be_named_if_they_have_the_parameters(tmp_path):
     convert(tmp_path, "llama", local_attention="sliding", num_sink_tokens=0)
     convert_from_infini(tmp_path / "infini", tmp_path / "mistral", model_type="mistral")
-    assert AutoConfig.from_pretrained(tmp_path / "mistral").sliding_window == 9
+    # Full attention, as a llama of the same model.
+    assert AutoConfig.from_pretrained(tmp_path / "mistral").sliding_window is None
     with pytest.raises(ValueError, match=r'qkv_bias=False.*"qwen2" cannot represent that'):
         convert_from_infini(tmp_path / "infini", tmp_path / "qwen2", model_type="qwen2")
     with pytest.raises(ValueError, match='model_type="gpt2" is not supported'):
         convert_from_infini(tmp_path / "infini", tmp_path / "gpt2", model_type="gpt2")
     with pytest.raises(ValueError, match='no Infini-attention checkpoint, but of type "llama"'):
         convert_from_infini(tmp_path / "base", tmp_path / "back")
+
+
+def test_a_window_of_the_sources_own_is_not_lost_in_another_architecture(tmp_path):
+    convert(tmp_path, "mistral-window")
+    with pytest.raises(ValueError, match="from a Mistral that sees 9 tokens; a llama has no such window"):
+        convert_from_infini(tmp_path / "infini", tmp_path / "back", model_type="llama")
+
+
+def test_norms_of_a_memory_that_was_not_trained_are_no_loss(tmp_path):
+    base, ours = convert(tmp_path, memory_norm_init_scale=3.0)
+    convert_from_infini(tmp_path / "infini", tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(back(random_ids(2, 30)).logits, base(random_ids(2, 30)).logits)
+    with torch.no_grad():
+        ours.model.layers[1].self_attn.memory_key_norm.weight[0] += 0.1
+    ours.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"memory_key_norm.weight differs from its initial value 1\.099"):
+        convert_from_infini(tmp_path / "trained", tmp_path / "other")
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen2-window"])
+def test_layers_may_have_been_cut(tmp_path, variant):
+    _, ours = convert(tmp_path, variant)
+    del ours.model.layers[1:]
+    ours.config.num_hidden_layers = 1
+    ours.save_pretrained(tmp_path / "cut")
+    if variant == "qwen2-window":
+        with pytest.raises(ValueError, match="1 layers, and was converted from 2 of several kinds"):
+            convert_from_infini(tmp_path / "cut", tmp_path / "back")
+    else:
+        convert_from_infini(tmp_path / "cut", tmp_path / "back")
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+        with torch.no_grad():
+            assert torch.equal(back(random_ids(2, 9)).logits, ours(random_ids(2, 9)).logits)
 
 
 @pytest.mark.parametrize(

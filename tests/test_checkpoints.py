@@ -1,7 +1,12 @@
 """Checkpoints as files: shards, dtypes, pickles, and what is left when something goes wrong."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.conversion_memory import measure, write_checkpoint
 from conversion import checkpoints, convert_from_infini, convert_to_infini
+from conversion.inspection import inspect_checkpoint
 from modeling_infini import InfiniForCausalLM
 
 
@@ -32,6 +38,11 @@ def edit_weights(folder, edit):
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def logits(folder):
@@ -88,6 +99,148 @@ def test_what_stops_midway_leaves_nothing(tmp_path, base_folder, monkeypatch, st
         with pytest.raises(error):
             convert(source, tmp_path / "output", max_shard_size="10KB", **options)
         assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_two_conversions_to_one_output_lose_nothing(tmp_path, base_folder, monkeypatch, exists):
+    """Also where both processes have one number, as on two machines that share a disk."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    output = tmp_path / "output"
+    if exists:
+        output.mkdir()
+    others = []
+
+    def save(*arguments, **options):
+        if not others:
+            others.append(None)
+            if exists:
+                with pytest.raises(FileExistsError, match=r"unfinished is left of a conversion.*still runs"):
+                    convert_to_infini(base_folder, output, segment_length=N)
+            else:
+                convert_to_infini(base_folder, output, segment_length=N)
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr(checkpoints, "save_file", save)
+    if exists:
+        convert_to_infini(base_folder, output, segment_length=N)
+    else:
+        with pytest.raises(FileExistsError, match="exists already"):
+            convert_to_infini(base_folder, output, segment_length=N)
+    assert torch.equal(logits(output), logits(base_folder))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", "output"]
+    assert not list(output.glob(".*"))
+
+
+def test_what_a_killed_conversion_left_is_named_and_stops_no_other(tmp_path, base_folder):
+    left = tmp_path / "ours" / f".ours.{os.getpid()}.unfinished"
+    left.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=rf"{left} is left of a conversion that was killed.*Remove it"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+    (tmp_path / f".other.{os.getpid()}.unfinished").mkdir()
+    convert_to_infini(base_folder, tmp_path / "other", segment_length=N)
+    assert left.is_dir()
+
+
+def test_folders_made_for_what_fails_are_removed(tmp_path, base_folder, monkeypatch):
+    monkeypatch.setattr(checkpoints, "save_file", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert_to_infini(base_folder, tmp_path / "new" / "folders" / "ours", segment_length=N)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+HANG = """
+import sys, time, runpy
+import conversion.to_infini
+conversion.to_infini.write_weights = lambda *arguments: (print("writes", flush=True), time.sleep(60))
+sys.argv = ["conversion", "to-infini", sys.argv[1], sys.argv[2], "--segment-length", "9"]
+runpy.run_module("conversion", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_closed_shell_leaves_nothing(tmp_path, base_folder, number):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", HANG, str(base_folder), str(tmp_path / "ours")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writes\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(number)
+        assert process.wait() == 128 + number
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("size", ["20000", 20_000, "20 kb", "0.02MB"])
+def test_sizes_of_shards_may_be_bytes(tmp_path, base_folder, size):
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, max_shard_size=size)
+    files = list((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 1
+    assert all(sum(weight.nbytes for weight in load_file(file).values()) <= 20_000 for file in files)
+
+
+@pytest.mark.parametrize("size", ["0", 0, -5, "-1GB", "1GiB", "0.0GB", "", "GB", "5G", 1.5])
+def test_other_sizes_of_shards_are_refused(tmp_path, base_folder, size):
+    for convert, options in ((convert_to_infini, {"segment_length": N}), (convert_from_infini, {})):
+        with pytest.raises(ValueError, match=f'max_shard_size="{size}" is no size'):
+            convert(base_folder, tmp_path / "ours", max_shard_size=size, **options)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "holds no weight_map"),
+        ({}, "holds no weight_map"),
+        ([], "holds no weight_map"),
+        ({"lm_head.weight": None}, "holds no weight_map"),
+        ({"lm_head.weight": "../other.safetensors"}, "names ../other.safetensors, which is not in its folder"),
+        ({"lm_head.weight": "/other.safetensors"}, "names /other.safetensors, which is not in its folder"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path, base_folder, weight_map, message):
+    (base_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=message):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+
+
+def test_a_single_file_goes_before_an_old_index(tmp_path, base_folder):
+    base_model().save_pretrained(tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file(
+        {name: 2 * weight for name, weight in weights.items()}, base_folder / "model.safetensors", {"format": "pt"}
+    )
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+    assert torch.equal(logits(tmp_path / "ours"), logits(base_folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00004.safetensors", "config.json", "tokenizer.json", "parts/tokenizer.model", "m.gguf"]
+)
+def test_pointers_of_git_lfs_are_refused(tmp_path, base_folder, name):
+    pointer = base_folder / name
+    pointer.parent.mkdir(exist_ok=True)
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    source = pointer if name == "m.gguf" else base_folder
+    with pytest.raises(ValueError, match=f"{name} is not the file itself but a pointer of Git LFS.*git lfs pull"):
+        convert_to_infini(source, tmp_path / "ours", segment_length=N)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"lm_head.weight": torch.ones(2)}}, "'model' is a dict"),
+        ({"epoch": 3}, "'epoch' is a int"),
+        ([torch.ones(2)], "no state dict, but a list"),
+        (torch.ones(2), "no state dict, but a Tensor"),
+        (b"", "cannot be read with weights_only=True"),
+        (b"in letters", "cannot be read with weights_only=True"),
+    ],
+)
+def test_pickles_of_something_else_are_refused(tmp_path, base_folder, content, message):
+    for file in base_folder.glob("*.safetensors*"):
+        file.unlink()
+    file = base_folder / "pytorch_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=rf"pytorch_model\.bin.*{message}"):
+        convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, allow_bin=True)
 
 
 def test_a_missing_shard_is_named(tmp_path, base_folder):
@@ -171,6 +324,14 @@ def test_tied_embeddings_with_a_head_in_the_file(tmp_path, own_head):
     assert ours.config.tie_word_embeddings != own_head
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) != own_head
     assert torch.equal(logits(tmp_path / "ours"), logits(tmp_path / "base"))
+    # As a file of ours that another tool has saved so.
+    convert_to_infini(tmp_path / "base", tmp_path / "other", segment_length=N)
+    edit_config(tmp_path / "other", tie_word_embeddings=True)
+    if not own_head:
+        edit_weights(tmp_path / "other", add_head)
+    assert inspect_checkpoint(tmp_path / "other").parameters == sum(weight.numel() for weight in ours.parameters())
+    convert_from_infini(tmp_path / "other", tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "base"))
 
 
 def test_dtype_is_that_of_the_weights_but_not_of_the_gates(tmp_path, base_folder):
@@ -267,7 +428,10 @@ def test_gates_of_layers_and_heads(tmp_path, base_folder, from_file):
         ([1.0, [1.0, 2.0]], "list of 2 layers, each a number or a list of 4 numbers"),
         ([1.0, "open"], "list of 2 layers"),
         (3.0, "list of 2 layers"),
+        ([[1.0], [2.0]], r"list of 4 numbers, one per head: a layer has the shape \(1,\)"),
+        ([True, False], "torch.bool"),
         ([1.0, float("nan")], "not finite"),
+        ([1.0, 1e39], "not finite"),
     ],
 )
 def test_gates_of_another_form_are_refused(tmp_path, base_folder, gates, message):

@@ -1,5 +1,6 @@
 """`python -m conversion`, from the shell's side."""
 
+import json
 import re
 import subprocess
 import sys
@@ -104,6 +105,65 @@ def test_card(tmp_path, converted):
     assert (card.data.base_model, card.data.license) == ("base/model", "mit")
     succeed("card", converted, "--overwrite", "--training", "Trained on sonnets.")
     assert "Trained on sonnets." in (converted / "README.md").read_text()
+
+
+def edit_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_card_names_the_model_that_the_checkpoint_names(converted):
+    origin = {"model_type": "llama", "name": "a/b", "revision": "0123abc", "license": "llama3.2"}
+    edit_config(converted, converted_from=origin)
+    fail(
+        "converted from a/b, as its configuration says, not from c/d",
+        "card",
+        converted,
+        "--overwrite",
+        "--base-model",
+        "c/d",
+    )
+    succeed("card", converted, "--overwrite", "--base-model", "a/b")
+    assert "at revision `0123abc`" in (converted / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "shown"),
+    [
+        ("license: 2024-01-01", "license 2024-01-01"),
+        ("license: [mit, apache-2.0]", "license ['mit', 'apache-2.0']"),
+        ("license: '[bold]x[/foo]'", "license [bold]x[/foo]"),
+        ("license: '[mit]'", "license [mit]"),
+        ("license: {a: 2024-01-01}", "2024-01-01"),
+    ],
+)
+def test_odd_licences_are_shown_as_they_are(tmp_path, converted, metadata, shown):
+    (tmp_path / "base" / "README.md").write_text(f"---\n{metadata}\n---\nA model.\n")
+    succeed("to-infini", tmp_path / "base", tmp_path / "other", "--segment-length", 9)
+    assert shown in succeed("inspect", tmp_path / "other")
+    succeed("card", tmp_path / "other", "--overwrite")
+
+
+def test_an_origin_of_unknown_type_is_a_checkpoint(converted):
+    edit_config(converted, converted_from={"name": "a/b"})
+    assert "a/b, a checkpoint" in succeed("inspect", converted)
+    succeed("card", converted, "--overwrite")
+    assert "converted from [a/b](https://huggingface.co/a/b). Gates" in (converted / "README.md").read_text()
+
+
+def test_gates_that_are_not_finite_are_named(tmp_path, converted):
+    model = InfiniForCausalLM.from_pretrained(converted)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.head_gates.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "diverged")
+    fail("has gates that are not finite", "inspect", tmp_path / "diverged")
+    fail("has gates that are not finite", "card", tmp_path / "diverged")
+
+
+def test_a_configuration_without_a_meaning_is_named(converted):
+    edit_config(converted, segment_length=0)
+    for command in (("inspect", converted), ("from-infini", converted, converted.parent / "back")):
+        fail("holds no configuration of a model: segment_length=0 must be at least 1.", *command)
 
 
 def test_inspect_shows_architecture_memory_and_gates(tmp_path, converted):

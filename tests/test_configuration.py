@@ -1,5 +1,6 @@
 import json
 from dataclasses import fields
+import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -7,6 +8,9 @@ from tiny import tiny_config
 from transformers import AutoConfig
 
 from modeling_infini import InfiniConfig
+
+
+FLOATS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_init_scale")
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,19 @@ from modeling_infini import InfiniConfig
         ({"local_attention": "global"}, "local_attention"),
         ({"memory_eps": 0.0}, "memory_eps=0.0 must be positive"),
         ({"head_gate_scale": -1}, "head_gate_scale=-1 must be positive"),
+        *(
+            ({name: value}, f"{name}={value} is not finite in float32")
+            for name in FLOATS
+            for value in (math.nan, math.inf, -math.inf, 1e39, 10**60)
+        ),
+        *(({name: 1e-50}, f"{name}=1e-50 must be positive, and not below") for name in FLOATS[1:]),
+        ({"memory_norm_init_scale": 0.0}, "memory_norm_init_scale=0.0 must be positive"),
+        ({"head_gate_init_value": 10, "head_gate_scale": 2e-38}, "not finite in float32 when it is divided"),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        *(
+            ({name: 0}, f"{name}=0 must be at least 1")
+            for name in ("head_dim", "num_attention_heads", "num_key_value_heads")
+        ),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
         ({"head_dim": 5}, "head_dim=5 must be an even number"),
         (

@@ -1,5 +1,7 @@
 """GGUF files: what their keys and tensors say is in the converted model, or they are refused by name."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -408,12 +410,17 @@ SENTENCE_PIECE = {
 }
 
 
-def converted_tokenizer(tmp_path, settings, **more):
+def keys(settings, **more):
     def add(writer):
         for name, value in {**settings, **more}.items():
             key(f"tokenizer.ggml.{name}" if "." not in name else name, value)(writer)
 
-    convert_to_infini(write_gguf(tmp_path / "m.gguf", base(), add), tmp_path / "ours", segment_length=N)
+    return add
+
+
+def converted_tokenizer(tmp_path, settings, **more):
+    file = write_gguf(tmp_path / "m.gguf", base(), keys(settings, **more))
+    convert_to_infini(file, tmp_path / "ours", segment_length=N)
     return AutoTokenizer.from_pretrained(tmp_path / "ours")
 
 
@@ -538,3 +545,31 @@ def test_the_way_back_gives_the_source_and_its_angles(tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     with torch.no_grad():
         assert torch.equal(back(random_ids(2, 40)).logits, with_rope(model, **YARN)(random_ids(2, 40)).logits)
+
+
+def test_what_stands_beside_the_file_is_not_its(tmp_path):
+    licence = {"general.license": "apache-2.0", "general.license.name": "Apache"}
+    write_gguf(tmp_path / "m.gguf", base(), keys(BYTE_LEVEL, **licence))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "LICENSE").write_text("Of another model.")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 99, "max_new_tokens": 3}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 7, "padding_side": "left"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<mine>": 3}))
+    convert_to_infini(tmp_path / "m.gguf", tmp_path / "ours", segment_length=N)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "m.gguf").rename(alone / "m.gguf")
+    convert_to_infini(alone / "m.gguf", tmp_path / "expected", segment_length=N)
+    files = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("ours", "expected")]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+    origin = InfiniForCausalLM.from_pretrained(tmp_path / "ours").config.converted_from
+    assert (origin["license"], origin["license_name"]) == ("apache-2.0", "Apache")
+
+
+def test_tokens_that_the_file_has_not_are_not_added(tmp_path):
+    tokenizer = converted_tokenizer(tmp_path, BYTE_LEVEL)
+    assert sorted(tokenizer.get_vocab()) == sorted(BYTE_LEVEL["tokens"])
+    assert max(tokenizer("a<|endoftext|>").input_ids) < len(BYTE_LEVEL["tokens"])

@@ -78,9 +78,52 @@ def test_what_is_not_theirs_is_refused(tmp_path):
         load_lucidrains(tmp_path / "missing.pt", segment_length=7)
 
 
-def test_weights_that_do_not_fit_into_the_dtype_of_the_embeddings_are_refused():
+def test_the_widest_dtype_of_the_weights_is_kept():
     weights = their_model().state_dict()
-    weights["token_emb.weight"] = weights["token_emb.weight"].half()
-    weights["norm.gamma"] = weights["norm.gamma"] * 1e6
-    with pytest.raises(ValueError, match=r"model.norm.weight does not fit into torch.float16"):
-        load_lucidrains(weights, segment_length=7)
+    exact = load_lucidrains(weights, segment_length=7).state_dict()
+    for name in ("token_emb.weight", "norm.gamma"):
+        weights[name] = weights[name].to(torch.float16 if "emb" in name else torch.bfloat16)
+    ours = load_lucidrains(weights, segment_length=7).state_dict()
+    for name, weight in ours.items():
+        changed = {"model.embed_tokens.weight": "token_emb.weight", "model.norm.weight": "norm.gamma"}.get(name)
+        assert torch.equal(weight, exact[name] if changed is None else weights[changed].float())
+    assert load_lucidrains({k: w.half() for k, w in weights.items()}, segment_length=7).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds no state dict, but a list"),
+        (torch.ones(2), "holds no state dict, but a Tensor"),
+        ({"token_emb.weight": torch.ones(2, 2), "step": 3}, "'step' is a int"),
+        (b"", "cannot be read with weights_only=True"),
+        (b"in letters", "cannot be read with weights_only=True"),
+    ],
+)
+def test_files_of_something_else_are_refused(tmp_path, content, message):
+    file = tmp_path / "model.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=rf"model\.pt.*{message}"):
+        load_lucidrains(file, segment_length=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("norm.gamma", torch.ones(10)),
+        ("token_emb.weight", torch.ones(10)),
+        ("layers.0.0.fastweight_mem.head_gates", torch.ones(0, 1, 1)),
+        ("layers.0.0.to_out.weight", torch.ones(24)),
+        ("layers.0.0.to_qkv.weight", torch.ones(7, 24)),
+        ("layers.x.0.norm.gamma", torch.ones(24)),
+        ("norm.gamma", torch.ones(24, dtype=torch.int8)),
+    ],
+)
+def test_weights_of_other_shapes_are_refused(name, weight):
+    with pytest.raises(ValueError, match=r"is not one of infini|stored as torch\.int8"):
+        load_lucidrains(their_model().state_dict() | {name: weight}, segment_length=7)
+
+
+def test_settings_without_a_meaning_are_named():
+    with pytest.raises(ValueError, match=r"^segment_length=0 must be at least 1"):
+        load_lucidrains(their_model().state_dict(), segment_length=0)

@@ -329,3 +329,8 @@ def test_answers_stand_in_the_text_and_not_in_its_padding(fields):
     with torch.no_grad():
         loss, *_ = model(ids, attention_mask=mask, start_positions=starts, end_positions=stops, return_dict=False)
     assert torch.equal(loss, found.loss)
+
+
+def test_attention_in_both_directions_is_refused():
+    with pytest.raises(ValueError, match="is_causal=False is not supported"):
+        tiny_model()(random_ids(1, 7), is_causal=False)

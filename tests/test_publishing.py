@@ -145,6 +145,19 @@ def test_a_configuration_saved_where_it_came_from_keeps_the_code(tmp_path):
         assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"].keys() == AUTO_CLASSES
 
 
+def test_a_file_of_the_users_own_is_not_overwritten(tmp_path):
+    (tmp_path / "memory.py").write_text("MINE = 1")
+    with pytest.raises(FileExistsError, match=r"memory\.py would be overwritten"):
+        tiny_model().save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["memory.py"]
+    assert (tmp_path / "memory.py").read_text() == "MINE = 1"
+    tiny_model().save_pretrained(tmp_path / "saved")
+    # The code of a model that another version saved here.
+    (tmp_path / "saved" / "memory.py").write_text("OLD = 1")
+    tiny_model().save_pretrained(tmp_path / "saved")
+    assert "OLD" not in (tmp_path / "saved" / "memory.py").read_text()
+
+
 def test_what_was_loaded_by_its_code_saves_its_code_again(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "saved")

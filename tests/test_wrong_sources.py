@@ -121,6 +121,103 @@ def test_an_infini_checkpoint_is_converted_already(tmp_path):
         convert_to_infini(tmp_path / "infini", tmp_path / "out", segment_length=N)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_parameters": "x"}, "rope_parameters='x', which must be a dict"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\], which must be a dict"),
+        ({"architectures": "LlamaForCausalLM"}, "which must be a list"),
+        ({"auto_map": ["x"]}, "which must be a dict"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_attention_heads": 0}, "config.json holds no configuration of a model"),
+        ({"hidden_size": "24"}, "config.json holds no configuration of a model.*hidden_size"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}}, "factor"),
+    ],
+)
+def test_fields_of_another_kind_are_named(tmp_path, fields, message):
+    base_model().save_pretrained(tmp_path / "source")
+    edit_config(tmp_path / "source", **fields)
+    with pytest.raises(ValueError, match=message):
+        convert_to_infini(tmp_path / "source", tmp_path / "out", segment_length=N)
+
+
+def test_gguf_files_are_known_by_their_names(tmp_path):
+    (tmp_path / "m.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"m\.GGUF is incomplete or damaged"):
+        convert_to_infini(tmp_path / "m.GGUF", tmp_path / "out", segment_length=N)
+    with pytest.raises(FileNotFoundError, match=r"There is no GGUF file .*n\.gguf"):
+        convert_to_infini(tmp_path / "n.gguf", tmp_path / "out", segment_length=N)
+    base_model().save_pretrained(tmp_path / "folder.gguf")
+    convert_to_infini(tmp_path / "folder.gguf", tmp_path / "out", segment_length=N)
+
+
+@pytest.mark.parametrize("name", ["./missing", "../missing", "~/missing", "/missing", "a/b/c"])
+def test_folders_that_are_not_there_are_no_ids(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name} is no folder with a checkpoint, no .gguf file and no id"):
+        convert_to_infini(name, tmp_path / "out", segment_length=N)
+
+
+def test_a_revision_is_for_the_hub(tmp_path):
+    base_model().save_pretrained(tmp_path / "source")
+    (tmp_path / "m.gguf").write_bytes(b"")
+    for source in (tmp_path / "source", tmp_path / "m.gguf"):
+        for read in (
+            lambda source: convert_to_infini(source, tmp_path / "out", segment_length=N, revision="v1"),
+            lambda source: convert_from_infini(source, tmp_path / "out", revision="v1"),
+            lambda source: inspect_checkpoint(source, "v1"),
+        ):
+            with pytest.raises(ValueError, match='revision="v1" is for a model on the Hub'):
+                read(source)
+
+
+CONVERT = """
+import sys
+from conversion import convert_to_infini
+for name in sys.argv[2:]:
+    try:
+        print(convert_to_infini(name, sys.argv[1] + "/" + name, segment_length=9))
+    except (ValueError, OSError) as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+def test_the_hub_is_read_as_a_folder_is(tmp_path, monkeypatch):
+    base_model().save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    single = {name: 2 * weight for name, weight in base_model().state_dict().items()}
+    save_file(single, tmp_path / "single.safetensors", {"format": "pt"})
+    config = files["config.json"]
+    contents = {
+        "both": {**files, "model.safetensors": (tmp_path / "single.safetensors").read_bytes()},
+        "other": {**files, "config.json": config.replace(b'"llama"', b'"gpt2"')},
+        "gguf": {"m.Q4.gguf": b"x", "README.md": b"# A model"},
+        "bin": {"config.json": config, "pytorch_model.bin": b"x"},
+        "onnx": {"config.json": config, "onnx/model.onnx": b"x"},
+    }
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for name, content in contents.items():
+            hub.repositories[f"me/{name}"] = Repository()
+            hub.repositories[f"me/{name}"].commit("main", content)
+        done = subprocess.run(
+            [sys.executable, "-c", CONVERT, str(tmp_path), *(f"me/{name}" for name in contents), "me/none"],
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    both, other, gguf, pickle, onnx, none = done.stdout.splitlines()
+    assert torch.equal(load_file(f"{both}/model.safetensors")["lm_head.weight"], single["lm_head.weight"])
+    assert 'of type "gpt2"' in other
+    # A model that is refused is not downloaded.
+    assert not list(tmp_path.glob("hf/hub/models--me--other/snapshots/*/*.safetensors"))
+    assert "me/gguf holds no checkpoint: there is no config.json. There is m.Q4.gguf: it holds GGUF files" in gguf
+    assert "PyTorch .bin weights only" in pickle
+    assert "--allow-bin" in pickle
+    assert "exported to ONNX" in onnx
+    assert "me/none is no folder with a checkpoint, no .gguf file and no id of the Hub that can be read" in none
+
+
 def edit_config(folder, **fields):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
