@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_
 Source = Annotated[str, typer.Argument(help="A checkpoint's folder, or a Hub id.")]
 Output = Annotated[Path, typer.Argument(help="The folder to make. It appears only when it is complete.")]
 Dtype = Annotated[str, typer.Option(help="Of the saved weights: `auto` (as they are), `float32`, `bfloat16`, ...")]
-ShardSize = Annotated[str, typer.Option(help="Largest size of an output file; one is held in memory.")]
+ShardSize = Annotated[str, typer.Option(help="Largest output file, in bytes or as `5GB`; one is held in memory.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 
 

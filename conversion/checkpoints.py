@@ -104,7 +104,9 @@ class Checkpoint:
                 raise FileNotFoundError(
                     f"{source} holds no checkpoint: there is no config.json.{what_it_holds(self.sizes)}"
                 )
-            _require_no_pointers(self.folder, [name for name, size in self.sizes.items() if size < LARGEST_POINTER])
+            small = [name for name, size in self.sizes.items() if size < LARGEST_POINTER]
+            used = [name for name in small if name in self.weight_files or not is_weight_file(name)]
+            _require_no_pointers(self.folder, used)
         self.gguf = GGUFFile(self.folder / self.options["gguf_file"]) if self.options else None
 
     @cached_property

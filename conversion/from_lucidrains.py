@@ -63,7 +63,7 @@ def load_lucidrains(
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
     # Of shapes that do not go together.
-    except (RuntimeError, ArithmeticError, IndexError) as error:
+    except (RuntimeError, ArithmeticError, IndexError, ValueError) as error:
         raise ValueError(f"{NOT_THEIRS}: {error}") from error
     if missing or unexpected or weights:
         name = [*missing, *unexpected, *weights][0]

@@ -55,6 +55,7 @@ HARD_TEXTS = (
     "  a  b ",
     "a\n\n b\t",
     "Don't 1234567",
+    "helloWorld HTTPServer",
     "e\u0301 \u00e9 \uff46",
     "家\u200d😀",
     "▁a Ġa",

@@ -263,7 +263,8 @@ class InfiniConfig(LlamaConfig):
 
     @staticmethod
     def _copy_code(modeling_file: Path, target: Path) -> None:
-        files = [Path(file) for file in {str(modeling_file), *get_relative_import_files(modeling_file)}]
+        # Without repetition, and the models' own file first: that it is there says whose the others are.
+        files = [Path(file) for file in dict.fromkeys([str(modeling_file), *get_relative_import_files(modeling_file)])]
         if not (target / MODELING_FILE).is_file():
             # No model was saved here before: a file of one of these names is the user's own.
             for file in files:

@@ -221,3 +221,21 @@ def test_an_interrupted_save_leaves_the_old_cache(tmp_path, monkeypatch):
     read(model, 12).save_pretrained(tmp_path)
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".safetensors"]
     assert InfiniCache.from_pretrained(tmp_path, InfiniConfig.from_dict(model.config.to_dict())).get_seq_length() == 12
+
+
+def test_two_processes_with_one_number_save_into_one_folder(tmp_path, monkeypatch):
+    """As on two machines that share a disk."""
+    cache = read(tiny_model(), 13)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    saves, fsync = [], os.fsync
+
+    def meet(number):
+        fsync(number)
+        if not saves:
+            saves.append(None)
+            cache.save_pretrained(tmp_path)
+
+    monkeypatch.setattr(os, "fsync", meet)
+    cache.save_pretrained(tmp_path)
+    assert InfiniCache.from_pretrained(tmp_path, tiny_config()).tokens_read.tolist() == cache.tokens_read.tolist()
+    assert not list(tmp_path.glob(".*"))

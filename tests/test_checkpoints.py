@@ -223,6 +223,13 @@ def test_pointers_of_git_lfs_are_refused(tmp_path, base_folder, name):
         convert_to_infini(source, tmp_path / "ours", segment_length=N)
 
 
+def test_pointers_in_the_place_of_what_is_not_read_pass(tmp_path, base_folder):
+    for name in ("pytorch_model.bin", "original/consolidated.00.pth"):
+        (base_folder / name).parent.mkdir(exist_ok=True)
+        (base_folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
