@@ -60,7 +60,7 @@ def convert_from_infini(
         drop_gates: drop gates (and write strengths) although they differ from their initial value. The base
             architecture has no place for them: what the model learned to do with its memory is lost.
         model_type: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`; by default what the model was converted from, or
-            else the first of them that has its parameters.
+            else the first of them that has its parameters. All have full attention, but for a Mistral's own window.
         dtype: of the saved weights; `"auto"` keeps each weight's own.
         max_shard_size: of an output file, in bytes or as in `"5GB"`.
         revision: of a model on the Hub.
