@@ -13,7 +13,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Which of the code files' classes each Auto class loads with trust_remote_code=True.
 AUTO_MAP = {
@@ -255,8 +258,16 @@ class InfiniConfig(LlamaConfig):
             # A Trainer that pushes while it trains copies the configuration of a checkpoint into the folder around it.
             is_of_trainer = re.fullmatch(r"checkpoint-\d+", target.name) is not None
             for folder in (target, *([target.parent] if is_of_trainer else [])):
-                if code_folder.resolve() != folder.resolve():
+                if code_folder.resolve() == folder.resolve():
+                    continue
+                try:
                     self._copy_code(code_folder / MODELING_FILE, folder)
+                except FileExistsError as error:
+                    if folder is target:
+                        raise
+                    logger.warning(
+                        "What a Trainer pushes from %s will not load without this package: %s", folder, error
+                    )
         super().save_pretrained(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

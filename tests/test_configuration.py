@@ -1,7 +1,7 @@
 import json
-from dataclasses import fields
 import math
 import re
+from dataclasses import fields
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -137,3 +137,15 @@ def test_memory_fields_are_equal_where_models_are(one, other):
     assert one.memory_fields() == other.memory_fields() == json.loads(json.dumps(other.memory_fields()))
     assert InfiniConfig.from_dict(json.loads(one.to_json_string())).memory_fields() == one.memory_fields()
     one.require_same_memory(other.memory_fields(), "The cache")
+
+
+def test_a_file_of_the_users_own_around_a_checkpoint_is_left_as_it_is(tmp_path):
+    (tmp_path / "memory.py").write_text("mine")
+    tiny_config().save_pretrained(tmp_path / "checkpoint-5")
+    assert (tmp_path / "memory.py").read_text() == "mine"
+    assert not (tmp_path / "modeling_infini.py").exists()
+    assert (tmp_path / "checkpoint-5" / "modeling_infini.py").is_file()
+    tiny_config().save_pretrained(tmp_path / "run" / "checkpoint-5")
+    assert (tmp_path / "run" / "modeling_infini.py").is_file()
+    with pytest.raises(FileExistsError, match=r"memory\.py would be overwritten"):
+        tiny_config().save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -220,7 +221,8 @@ def _no_constant(name: str) -> None:
 
 
 def _write_atomically(file: Path, payload: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # Not by the process's number: two machines that share a disk may have the same.
+    temporary = file.with_name(f".{file.name}.{uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(payload)

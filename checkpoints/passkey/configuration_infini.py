@@ -9,10 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Which of the code files' classes each Auto class loads with trust_remote_code=True.
 AUTO_MAP = {
@@ -30,6 +34,10 @@ MODELING_FILE = "modeling_infini.py"
 SHARED_BY_HEADS = "infini_shared_by_heads"
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+# Computed with in float32.
+FLOAT_FIELDS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_init_scale")
+POSITIVE_FIELDS = ("head_gate_scale", "memory_eps", "memory_norm_init_scale")
 
 # What a memory means depends on these fields; `attention_bias` is in the two biases after their defaults.
 MEMORY_FIELDS = (
@@ -235,6 +243,9 @@ class InfiniConfig(LlamaConfig):
                 configuration there.
             push_to_hub: also upload it.
             kwargs: as for [`~PreTrainedConfig.save_pretrained`].
+
+        Raises:
+            FileExistsError: if a file of the user's own has the name of a code file.
         """
         target = Path(save_directory)
         code_folder = self._code_folder(target)
@@ -244,15 +255,38 @@ class InfiniConfig(LlamaConfig):
         else:
             self.auto_map = dict(AUTO_MAP)
             target.mkdir(parents=True, exist_ok=True)
-            modeling_file = code_folder / MODELING_FILE
-            targets = [target, *([target.parent] if re.fullmatch(r"checkpoint-\d+", target.name) else [])]
-            for file in map(Path, {str(modeling_file), *get_relative_import_files(modeling_file)}):
-                for folder in targets:
-                    if file.parent.resolve() != folder.resolve():
-                        copy_whole(file, folder)
+            # A Trainer that pushes while it trains copies the configuration of a checkpoint into the folder around it.
+            is_of_trainer = re.fullmatch(r"checkpoint-\d+", target.name) is not None
+            for folder in (target, *([target.parent] if is_of_trainer else [])):
+                if code_folder.resolve() == folder.resolve():
+                    continue
+                try:
+                    self._copy_code(code_folder / MODELING_FILE, folder)
+                except FileExistsError as error:
+                    if folder is target:
+                        raise
+                    logger.warning(
+                        "What a Trainer pushes from %s will not load without this package: %s", folder, error
+                    )
         super().save_pretrained(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @staticmethod
+    def _copy_code(modeling_file: Path, target: Path) -> None:
+        # Without repetition, and the models' own file first: that it is there says whose the others are.
+        files = [Path(file) for file in dict.fromkeys([str(modeling_file), *get_relative_import_files(modeling_file)])]
+        if not (target / MODELING_FILE).is_file():
+            # No model was saved here before: a file of one of these names is the user's own.
+            for file in files:
+                own = target / file.name
+                if own.is_file() and own.read_bytes() != file.read_bytes():
+                    raise FileExistsError(
+                        f"{own} would be overwritten by the model's code file of this name. Save into another folder, "
+                        "or rename it."
+                    )
+        for file in files:
+            copy_whole(file, target)
 
     def _code_folder(self, target: Path) -> Path | None:
         """Where the models' code is: beside this file, where the configuration came from, or saved before it."""
@@ -262,6 +296,9 @@ class InfiniConfig(LlamaConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
         # A head_dim of its own (Qwen3) frees hidden_size from being a multiple of the number of heads.
+        for name in ("head_dim", "num_attention_heads", "num_key_value_heads", "segment_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
         if self.head_dim is None or self.head_dim % 2 != 0:
             raise ValueError(f"head_dim={self.head_dim} must be an even number: RoPE rotates pairs of dimensions.")
         if self.num_attention_heads % self.num_key_value_heads != 0:
@@ -269,8 +306,6 @@ class InfiniConfig(LlamaConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
-        if self.segment_length < 1:
-            raise ValueError(f"segment_length={self.segment_length} must be at least 1.")
         if not 0 <= self.num_sink_tokens <= self.segment_length:
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} must be between 0 and segment_length={self.segment_length}."
@@ -280,15 +315,26 @@ class InfiniConfig(LlamaConfig):
                 f'num_sink_tokens={self.num_sink_tokens} needs local_attention="sliding"; with '
                 f'local_attention="{self.local_attention}" it must be 0.'
             )
-        if self.memory_eps <= 0:
-            raise ValueError(f"memory_eps={self.memory_eps} must be positive: it bounds a denominator.")
-        if self.head_gate_scale <= 0:
-            raise ValueError(f"head_gate_scale={self.head_gate_scale} must be positive.")
-        if self.memory_norm_init_scale is not None and self.memory_norm_init_scale <= 0:
-            raise ValueError(
-                f"memory_norm_init_scale={self.memory_norm_init_scale} must be positive, or None: no norm."
-            )
+        self._validate_floats()
+        if getattr(self, "is_causal", True) is False:
+            raise ValueError("is_causal=False is not supported: a memory holds what was read before.")
         self._validate_rope()
+
+    def _validate_floats(self):
+        single = torch.finfo(torch.float32)
+        for name in FLOAT_FIELDS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not abs(value) <= single.max:
+                raise ValueError(f"{name}={value} is not finite in float32.")
+            if name in POSITIVE_FIELDS and value < single.tiny:
+                raise ValueError(f"{name}={value} must be positive, and not below {single.tiny:.4g} (float32).")
+        if abs(self.head_gate_init_value / self.head_gate_scale) > single.max:
+            raise ValueError(
+                f"head_gate_init_value={self.head_gate_init_value} is not finite in float32 when it is divided by "
+                f"head_gate_scale={self.head_gate_scale}."
+            )
 
     def _validate_rope(self):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")

@@ -69,9 +69,16 @@ def model_card(
         base_model: id on the Hub of the model that this one comes from, if `config.converted_from` does not name it.
         license: identifier of the Hub, if `config.converted_from` does not name it.
         training: how the model was trained after its conversion, in Markdown.
+
+    Raises:
+        ValueError: if `config.converted_from` names another model than `base_model`.
     """
     origin = config.converted_from or {}
     architecture = (config.architectures or ["InfiniForCausalLM"])[0].removeprefix("FSDP")
+    if base_model is not None and origin.get("name", base_model) != base_model:
+        raise ValueError(
+            f"The model was converted from {origin['name']}, as its configuration says, not from {base_model}."
+        )
     base_model = base_model or origin.get("name")
     metadata: dict[str, Any] = {
         "library_name": "transformers",
@@ -115,9 +122,9 @@ def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | 
     if "package" in origin:
         return f"The weights were imported from a model of the package {origin['package']}. {trained}"
     revision = f" at revision `{origin['revision']}`" if "revision" in origin else ""
-    kind = origin["model_type"]
+    kind = f" (architecture `{origin['model_type']}`)" if "model_type" in origin else ""
     gates = origin.get("head_gates", f"started at the logit {config.head_gate_init_value:g}")
-    return f"The weights were converted from {name}{revision} (architecture `{kind}`). Gates: {gates}. {trained}"
+    return f"The weights were converted from {name}{revision}{kind}. Gates: {gates}. {trained}"
 
 
 def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:

@@ -504,6 +504,8 @@ class InfiniModel(InfiniPreTrainedModel):
         batch_size, length = inputs_embeds.shape[:2]
         if length == 0:
             raise ValueError("The inputs have no columns: there is nothing to read.")
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal=False is not supported: a memory holds what was read before.")
         packing = taken_packing(kwargs)
         shape, device = (batch_size, length), inputs_embeds.device
         tokens_read = None if past_key_values is None else past_key_values.tokens_read
