@@ -24,10 +24,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
-from .masks import PACKING_ARGUMENTS, split_call, targets
+from .masks import PACKING_ARGUMENTS, refuse_lost_start, split_call, targets
 from .write_sparsity import part_of_row
 
 
@@ -35,6 +36,10 @@ Inputs = dict[str, torch.Tensor]
 
 # From the inputs of a chunk, its cache and its targets among them, to its loss and the model's outputs.
 ComputeLoss = Callable[[dict], tuple[torch.Tensor, dict]]
+
+
+# What the forward takes and a sequence has not: it says what to do with one call.
+OF_A_CALL = ("past_key_values", "cache", "num_items_in_batch", "logits_to_keep", "context_parallel", "tokens_last")
 
 
 def infini_module(model: nn.Module) -> Any:
@@ -46,13 +51,19 @@ def infini_module(model: nn.Module) -> Any:
     return found
 
 
-def refuse_prompts(model: nn.Module) -> None:
-    """Refuses prompt learning of PEFT, whose tokens stand before each call: between chunks, and within documents."""
+def refuse_adapters_of_calls(model: nn.Module) -> None:
+    """Refuses methods of PEFT that look at where a call starts, of which a sequence in chunks or steps has several."""
     for module in model.modules():
-        if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        adapter = getattr(module, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
             raise ValueError(
                 "Prompt learning adds tokens to each call of the model, so that those of a sequence read in chunks or "
                 "over several steps would stand inside of it. Use another method of PEFT, or the stock Trainer."
+            )
+        if getattr(adapter, "alora_invocation_tokens", None) is not None:
+            raise ValueError(
+                "An activated LoRA looks for its invocation tokens in each call of the model, and adapts nothing of a "
+                "chunk or step without them. Use a LoRA without alora_invocation_tokens, or the stock Trainer."
             )
 
 
@@ -67,6 +78,11 @@ def refuse_unread_inputs(module: nn.Module, inputs: Inputs) -> None:
                 f"The model does not read {name}. What says where to learn belongs into labels, as -100 where nothing "
                 "is to be learned; for a loss of your own, pass or override compute_loss."
             )
+
+
+def has_own_loss(module: nn.Module) -> bool:
+    """Whether the loss of `module` is another one than the sum over tokens that predict the next."""
+    return module.loss_function is not ForCausalLMLoss
 
 
 def chunk_lengths(
@@ -100,6 +116,12 @@ def chunk_lengths(
 def prepared_inputs(inputs: Inputs) -> Inputs:
     """`inputs` with targets as `shift_labels`: the target of a chunk's last token is in the next chunk."""
     inputs = {name: states for name, states in inputs.items() if states is not None}
+    of_call = [name for name in inputs if name in OF_A_CALL]
+    if of_call:
+        raise ValueError(
+            f"{', '.join(of_call)} describes a call, not a sequence. Leave it out of the inputs; past_key_values and "
+            "num_items_in_batch are arguments of their own."
+        )
     if "labels" not in inputs and "shift_labels" not in inputs:
         raise ValueError("Training needs labels (or shift_labels, already moved one column to the left).")
     if "shift_labels" not in inputs:
@@ -108,6 +130,11 @@ def prepared_inputs(inputs: Inputs) -> Inputs:
         raise ValueError(
             "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left. "
             "Leave one of them out."
+        )
+    shape = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    if inputs["shift_labels"].shape != shape:
+        raise ValueError(
+            f"labels are of shape {tuple(inputs['shift_labels'].shape)}, but the inputs of {tuple(shape)}."
         )
     # What is not known of labels is the first, which nothing predicts.
     return {"labels": F.pad(inputs["shift_labels"][:, :-1], (1, 0), value=-100), **inputs}
@@ -149,22 +176,25 @@ def backpropagate(
 
     Raises:
         ValueError: if there are no labels, or they contradict `shift_labels`; if a number of segments is less than 1;
-            if `model` learns prompts; without `compute_loss`, if an input is one that the model does not read.
+            if `model` learns prompts; without `compute_loss`, if an input is one that the model does not read or the
+            model's loss is not that of the next token; if rows go on with what `past_key_values` have not read.
     """
     for name, count in (("chunk_segments", chunk_segments), ("detach_every_num_segments", detach_every_num_segments)):
         if count is not None and count < 1:
             raise ValueError(f"{name}={count} must be at least 1.")
-    refuse_prompts(model)
-    inputs = prepared_inputs(inputs)
-    if compute_loss is None:
-        refuse_unread_inputs(infini_module(model), inputs)
-        compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
+    inputs, cache, compute_loss = _start(model, inputs, past_key_values, num_items_in_batch, compute_loss)
     module = infini_module(model)
-    cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     segment_length, length = module.config.segment_length, inputs["shift_labels"].shape[1]
     part = partial(_part_of_row, module.get_input_embeddings(), length)
     windows = chunk_lengths(length, chunk_segments, detach_every_num_segments, segment_length, cache)
-    chunks = iter(split_call(inputs, [chunk for window in windows for chunk in window], cache.tokens_read))
+    lengths = [chunk for window in windows for chunk in window]
+    need_gradients = [name for name, states in inputs.items() if torch.is_tensor(states) and states.requires_grad]
+    if need_gradients and len(lengths) > 1:
+        raise ValueError(
+            f"{', '.join(need_gradients)} need gradients, which each chunk would send through what made them. Pass "
+            "input_ids, detach them, or leave out chunk_segments and detach_every_num_segments."
+        )
+    chunks = iter(split_call(inputs, lengths, cache.tokens_read))
     losses = []
     for index, window in enumerate(windows):
         last_sync = nullcontext if index == len(windows) - 1 else no_sync
@@ -181,6 +211,32 @@ def backpropagate(
         )
         losses.append(loss)
     return torch.stack(losses).sum(), cache
+
+
+def _start(
+    model: nn.Module,
+    inputs: Inputs,
+    past_key_values: InfiniCache | None,
+    num_items_in_batch: torch.Tensor | int | None,
+    compute_loss: ComputeLoss | None,
+) -> tuple[Inputs, InfiniCache, ComputeLoss]:
+    """The inputs with their targets, the cache to start from, and how the loss of a chunk is computed."""
+    refuse_adapters_of_calls(model)
+    inputs = prepared_inputs(inputs)
+    module = infini_module(model)
+    if compute_loss is None:
+        if has_own_loss(module):
+            raise ValueError(
+                f"The loss of {type(module).__name__} is none of the next token, or one of your own, which need not "
+                "add up over chunks: pass compute_loss, which does."
+            )
+        refuse_unread_inputs(module, inputs)
+        compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
+    cache = module.new_cache() if past_key_values is None else past_key_values.detached()
+    if "position_ids" in inputs:
+        length = inputs["shift_labels"].shape[1]
+        refuse_lost_start(inputs["position_ids"], inputs.get("attention_mask"), length, cache.tokens_read)
+    return inputs, cache, compute_loss
 
 
 def _model_loss(model: nn.Module, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> ComputeLoss:
@@ -265,13 +321,8 @@ def loss_in_chunks(
     Yields:
         The share of each chunk in the loss, and the model's outputs for it.
     """
-    refuse_prompts(model)
-    inputs = prepared_inputs(inputs)
-    if compute_loss is None:
-        refuse_unread_inputs(infini_module(model), inputs)
-        compute_loss = _model_loss(model, inputs["shift_labels"], num_items_in_batch)
+    inputs, cache, compute_loss = _start(model, inputs, past_key_values, num_items_in_batch, compute_loss)
     module = infini_module(model)
-    cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     length = inputs["shift_labels"].shape[1]
     (lengths,) = chunk_lengths(length, chunk_segments, None, module.config.segment_length, cache)
     for chunk in split_call(inputs, lengths, cache.tokens_read):

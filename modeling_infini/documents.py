@@ -6,6 +6,7 @@ go on from step to step. Needs the package `datasets`.
 import os
 import random
 import warnings
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -219,6 +220,9 @@ class DocumentStreams(IterableDataset):
         step_length: tokens of a stream in a step.
         seed: shuffle the documents anew in each epoch; not for an iterable, which is read in its own order.
 
+    Attributes:
+        fingerprint: of the tokens and their order, by which a resumed run knows them again; `None` for an iterable.
+
     Raises:
         ValueError: if a document has other columns of numbers, masked tokens, or position ids that are not its own;
             as soon as it is read, which is at once unless `documents` is an iterable.
@@ -233,6 +237,7 @@ class DocumentStreams(IterableDataset):
             raise ValueError(f"Documents are a list of rows, not a mapping of {', '.join(map(str, documents))}.")
         self.documents, self.num_streams, self.step_length, self.seed = documents, num_streams, step_length, seed
         self.epoch = 0
+        self.fingerprint: int | None = None
         self._streams: list[list[int]] | None = None
         self._length = 0
         if isinstance(documents, Sized) and hasattr(documents, "__getitem__"):
@@ -245,7 +250,13 @@ class DocumentStreams(IterableDataset):
 
     def _balanced_streams(self) -> list[list[int]]:
         """Numbers of each stream's documents: the longest first, each to the stream that is the shortest so far."""
-        lengths = [len(_read(self.documents[index]).ids) for index in range(len(self.documents))]  # type: ignore[index, arg-type]
+        lengths = []
+        fingerprint = zlib.crc32(repr((self.num_streams, self.step_length, self.seed)).encode())
+        for index in range(len(self.documents)):  # type: ignore[arg-type]
+            ids = _read(self.documents[index]).ids  # type: ignore[index]
+            lengths.append(len(ids))
+            fingerprint = zlib.crc32(ids.cpu().numpy().tobytes(), zlib.crc32(b"document", fingerprint))
+        self.fingerprint = fingerprint
         if not any(lengths):
             raise ValueError("The documents hold no tokens.")
         streams: list[list[int]] = [[] for _ in range(self.num_streams)]

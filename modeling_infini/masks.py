@@ -196,6 +196,32 @@ def _columns_of_call(states: torch.Tensor, name: str, length: int, tokens_read: 
     return states[:, columns - length :]
 
 
+@torch.compiler.disable
+def refuse_lost_start(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    length: int,
+    tokens_read: torch.Tensor | None,
+) -> None:
+    """
+    Refuses to learn from rows that go on with a document whose start nobody has read: their position ids start above
+    the number of columns before, which may be padding. Arguments as those of [`streams_of_call`].
+    """
+    position_ids = position_ids[:, -length:]
+    tokens = torch.ones_like(position_ids) if attention_mask is None else last_tokens(attention_mask, length)
+    column = tokens.byte().argmax(1, keepdim=True)
+    start = position_ids.expand(len(tokens), -1).gather(1, column)
+    is_lost = tokens.any(1, keepdim=True) & (start > column)
+    if tokens_read is not None:
+        is_lost = is_lost & (tokens_read == 0).unsqueeze(1)
+    refuse_unless(
+        ~is_lost.any(),
+        f"Rows start at position ids {start.flatten().tolist()}, but nothing was read before: the starts of their "
+        "documents are lost. Train on DocumentStreams with InfiniTrainer, which carries the memory, and do not wrap "
+        "them; elsewhere leave position_ids out, or let them start at 0.",
+    )
+
+
 def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:
     """
     Cuts the inputs of one call into those of several calls that read the same.

@@ -1,6 +1,7 @@
 """What the stock `Trainer` lacks for a memory: sequences of any length, streams over steps, gates and their logs."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -18,12 +19,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, get_reporting_integration_callbacks
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
-from .backpropagation import backpropagate, infini_module, loss_in_chunks, prepared_inputs, refuse_unread_inputs
+from .backpropagation import (
+    backpropagate,
+    has_own_loss,
+    infini_module,
+    loss_in_chunks,
+    prepared_inputs,
+    refuse_unread_inputs,
+)
 from .cache import CACHE_NAME, InfiniCache
 from .configuration_infini import copy_whole
 from .documents import DocumentStreams, collate_documents, refuse_unread
@@ -32,6 +39,9 @@ from .masks import has_columns, targets
 
 # In the output folder, what is being written or removed; by its first letter, the Trainer does not publish it.
 UNFINISHED = "_unfinished"
+
+# Beside the memory of streams: which streams it has read.
+STREAMS_NAME = "streams.json"
 
 
 @dataclass
@@ -67,6 +77,10 @@ class InfiniTrainingArguments(TrainingArguments):
         for name in ("chunk_segments", "detach_every_num_segments"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name}={count} must be at least 1.")
+        for name in ("gate_learning_rate", "gate_weight_decay"):
+            rate = getattr(self, name)
+            if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
+                raise ValueError(f"{name}={rate!r} must be a number from 0 on; YAML reads 5e-3 as a text, 5.0e-3 not.")
         if self.gate_frozen_steps < 0:
             raise ValueError(f"gate_frozen_steps={self.gate_frozen_steps} must not be negative.")
 
@@ -101,6 +115,7 @@ class InfiniTrainer(Trainer):
         if not isinstance(args, InfiniTrainingArguments):
             raise TypeError(f"InfiniTrainer takes InfiniTrainingArguments, got {type(args).__name__}.")
         super().__init__(model, args, data_collator, *positional, **kwargs)
+        self._has_own_optimizer = self.optimizer is not None
         self._is_causal_lm = self._loss_shifts_labels and hasattr(infini_module(self.model), "lm_head")
         if data_collator is None and self._is_causal_lm:
             self.data_collator = collate_documents
@@ -110,28 +125,60 @@ class InfiniTrainer(Trainer):
         self._tokens_since_log = 0
         self._logged_at = 0.0
         self._check_arguments()
-
-    def _check_arguments(self) -> None:
-        in_chunks = self.args.chunk_segments is not None or self.args.detach_every_num_segments is not None
+        self._check_dataset(self.train_dataset, self._train_batch_size)
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        has_streams = any(isinstance(dataset, DocumentStreams) for dataset in [self.train_dataset, *evaluated])
-        if (in_chunks or has_streams) and not self._is_causal_lm:
-            raise ValueError("Chunks and streams over steps are for causal language models, whose loss is a sum.")
-        if (in_chunks or has_streams) and self.is_deepspeed_enabled:
+        for dataset in evaluated:
+            self._check_dataset(dataset, self.args.eval_batch_size)
+
+    def _check_dataset(self, dataset, batch_size: int) -> None:
+        """Whether `dataset` can be read as it is meant to be. Much can be set after the Trainer was made."""
+        in_chunks = self.args.chunk_segments is not None or self.args.detach_every_num_segments is not None
+        has_streams = isinstance(dataset, DocumentStreams)
+        if not (in_chunks or has_streams):
+            return
+        if not self._is_causal_lm:
+            raise ValueError(
+                "Chunks and streams over steps are for causal language models, whose loss is a sum: nothing else "
+                "carries a memory from one to the next."
+            )
+        if self.is_deepspeed_enabled:
             raise ValueError(
                 "DeepSpeed counts each backward, of which chunks and streams over steps have several, as a batch. Use "
                 "FSDP2 or DDP, or leave out chunk_segments, detach_every_num_segments and DocumentStreams."
             )
-        if (in_chunks or has_streams) and not self._loss_is_a_sum:
+        if not self._loss_is_a_sum:
             raise ValueError(
-                "compute_loss_func, a loss_function of the model's own and a loss that is a mean "
-                "(loss_is_scaled_for_ga=False) need the logits of whole sequences, which chunks never make."
+                "compute_loss_func, a loss_function of the model's own, an overridden compute_loss and a loss that is "
+                "a mean need the logits of whole sequences, which chunks and streams never make. If your "
+                "loss_function or compute_loss is a sum over the tokens that predict shift_labels, divided by "
+                "num_items_in_batch, set the Trainer's loss_is_scaled_for_ga=True."
             )
-        if has_streams and (self.args.auto_find_batch_size or self.accelerator.split_batches):
+        if not has_streams:
+            return
+        if self.args.auto_find_batch_size or self.accelerator.split_batches:
             raise ValueError(
                 "auto_find_batch_size and split_batches change how many streams a process reads, each of which has a "
                 "memory of its own. Turn them off with DocumentStreams."
             )
+        if self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0:
+            raise ValueError(
+                "dataloader_persistent_workers keep the order that DocumentStreams had in their first epoch: turn "
+                "them off."
+            )
+        if self.get_tp_size() > 1:
+            raise ValueError(
+                "DocumentStreams do not go with tensor parallelism: accelerate takes processes that read the same "
+                "rows of an iterable dataset for readers of other rows, and ends epochs too early. Use FSDP2 or DDP, "
+                "or whole documents."
+            )
+        rows = self.args.world_size * batch_size
+        if dataset.num_streams != rows:
+            raise ValueError(
+                f"DocumentStreams(num_streams={dataset.num_streams}) do not fit: {self.args.world_size} processes "
+                f"with batches of {batch_size} read {rows} streams."
+            )
+
+    def _check_arguments(self) -> None:
         if self.args.n_gpu > 1 and self._is_causal_lm:
             raise ValueError(
                 f"DataParallel on {self.args.n_gpu} GPUs cannot carry memories. Start a process for each by torchrun "
@@ -143,7 +190,7 @@ class InfiniTrainer(Trainer):
             name for name in ("gate_learning_rate", "gate_weight_decay", "gate_frozen_steps") if self._is_set(name)
         ]
         of_groups = [name for name in of_gates if name != "gate_frozen_steps"]
-        if of_groups and self.optimizer is not None:
+        if of_groups and self._has_own_optimizer:
             raise ValueError(
                 f"{' and '.join(of_groups)} are for the optimizer that the Trainer makes; set it in your own."
             )
@@ -160,17 +207,6 @@ class InfiniTrainer(Trainer):
             )
         if self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel has no effect: Liger has no kernels for this model.")
-        if has_streams and self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0:
-            raise ValueError(
-                "dataloader_persistent_workers keep the order that DocumentStreams had in their first epoch: turn "
-                "them off."
-            )
-        if has_streams and self.get_tp_size() > 1:
-            raise ValueError(
-                "DocumentStreams do not go with tensor parallelism: accelerate takes processes that read the same "
-                "rows of an iterable dataset for readers of other rows, and ends epochs too early. Use FSDP2 or DDP, "
-                "or whole documents."
-            )
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError(
                 "The context and sequence parallelism of accelerate exchange keys and values and no memory, and are "
@@ -181,26 +217,20 @@ class InfiniTrainer(Trainer):
         fields = InfiniTrainingArguments.__dataclass_fields__
         return getattr(self.args, name) != fields[name].default
 
-    def _check_streams(self, dataset, batch_size: int) -> None:
-        rows = self.args.world_size * batch_size
-        if not isinstance(dataset, DocumentStreams):
-            return
-        if not self._runs_in_chunks:
-            raise ValueError(
-                "DocumentStreams are for causal language models whose loss is a sum, and not for DeepSpeed: nothing "
-                "else carries a memory from step to step."
-            )
-        if dataset.num_streams != rows:
-            raise ValueError(
-                f"DocumentStreams(num_streams={dataset.num_streams}) do not fit: {self.args.world_size} processes "
-                f"with batches of {batch_size} read {rows} streams."
-            )
-
     @property
     def _loss_is_a_sum(self) -> bool:
         """Whether the loss is a sum over tokens divided by `num_items_in_batch`, and so that of chunks adds up."""
-        is_models_own = infini_module(self.model).loss_function is ForCausalLMLoss
-        return is_models_own and self.compute_loss_func is None and self.loss_is_scaled_for_ga is not False
+        # Who computes a loss of one's own says so by this attribute of transformers' Trainer.
+        says_so, is_stock = self.loss_is_scaled_for_ga, not self._overrides_loss and not has_own_loss(self._module)
+        return self.compute_loss_func is None and (says_so is True or (is_stock and says_so is None))
+
+    @property
+    def _overrides_loss(self) -> bool:
+        return getattr(self.compute_loss, "__func__", None) is not InfiniTrainer.compute_loss
+
+    @property
+    def _module(self):
+        return infini_module(self.model)
 
     @property
     def _runs_in_chunks(self) -> bool:
@@ -244,11 +274,10 @@ class InfiniTrainer(Trainer):
             of_gates = {id(gate) for gate in gates}
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_gates]
-            learning_rate = self.args.gate_learning_rate
-            learning_rate = self.args.learning_rate if learning_rate is None else learning_rate
-            optimizer.add_param_group(
-                {"params": gates, "lr": learning_rate, "weight_decay": self.args.gate_weight_decay}
-            )
+            options = {"weight_decay": self.args.gate_weight_decay}
+            if self.args.gate_learning_rate is not None:
+                options["lr"] = self.args.gate_learning_rate
+            optimizer.add_param_group({"params": gates, **options})
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -294,6 +323,11 @@ class InfiniTrainer(Trainer):
         if is_stream:
             self._memory_of_streams = memory
         self._state_norms = state_norms(memory)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()}: training has diverged, and a step would write it into all weights. Lower "
+                "the learning rate, or clip gradients (max_grad_norm)."
+            )
         return loss
 
     def _loss_and_outputs(self, model, num_items_in_batch, inputs):
@@ -302,8 +336,8 @@ class InfiniTrainer(Trainer):
     def _ready(self, inputs: dict) -> dict:
         """The inputs of a step on this process's device, with `shift_labels`."""
         inputs = prepared_inputs(self._prepare_inputs(inputs))
-        if type(self).compute_loss is InfiniTrainer.compute_loss:
-            refuse_unread_inputs(infini_module(self.model), inputs)
+        if not self._overrides_loss:
+            refuse_unread_inputs(self._module, inputs)
         return self._equally_long(inputs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -350,7 +384,7 @@ class InfiniTrainer(Trainer):
         dataset = dataloader.dataset
         while isinstance(dataset, IterableDatasetShard):
             dataset = dataset.dataset
-        self._check_streams(dataset, self.args.eval_batch_size)
+        self._check_dataset(dataset, self.args.eval_batch_size)
         self._evaluation = _Evaluation(is_stream=isinstance(dataset, DocumentStreams))
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, targets = self._evaluation.loss, self._evaluation.targets
@@ -359,6 +393,9 @@ class InfiniTrainer(Trainer):
             loss, targets = self.accelerator.reduce(totals, "sum").tolist()
         if targets > 0:
             output.metrics[f"{metric_key_prefix}_loss"] = loss / targets
+        elif self._runs_in_chunks:
+            # The mean over nothing, which load_best_model_at_end would take for the best.
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
         self._evaluation = _Evaluation(is_stream=False)
         return output
 
@@ -376,7 +413,7 @@ class InfiniTrainer(Trainer):
             for loss, outputs in loss_in_chunks(
                 model,
                 inputs,
-                chunk_segments=self.args.chunk_segments,
+                chunk_segments=self.args.chunk_segments or self.args.detach_every_num_segments,
                 past_key_values=memory,
                 compute_loss=partial(self._sum_and_outputs, model),
             ):
@@ -428,9 +465,11 @@ class InfiniTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if self._memory_of_streams is not None:
+            memory_folder = self._memory_folder(str(unfinished))
             # Made by all the weights that there were on the way here.
             self._memory_of_streams.allow_other_weights = True
-            self._memory_of_streams.save_pretrained(self._memory_folder(str(unfinished)))
+            self._memory_of_streams.save_pretrained(memory_folder)
+            (memory_folder / STREAMS_NAME).write_text(json.dumps({"fingerprint": self.train_dataset.fingerprint}))
         self.accelerator.wait_for_everyone()
         # One process where all share a disk; one on each machine that has its own.
         for names_it in (self.is_world_process_zero(), self.is_local_process_zero()):
@@ -491,14 +530,27 @@ class InfiniTrainer(Trainer):
         return super()._finalize_training(trial, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"The optimizer of {checkpoint} was not written by an InfiniTrainer that trains the same parameters. "
+                "Resume as it was trained, or load its weights and train anew."
+            ) from error
         if checkpoint is not None and isinstance(self.train_dataset, DocumentStreams):
-            module = infini_module(self.model)
+            module = self._module
             folder = self._memory_folder(checkpoint)
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"{checkpoint} has no {folder.name}: it was written without DocumentStreams, or by fewer "
                     "processes. Resume as it was trained, or load its weights and train anew."
+                )
+            streams = folder / STREAMS_NAME
+            written = json.loads(streams.read_text())["fingerprint"] if streams.is_file() else None
+            if None not in (written, self.train_dataset.fingerprint) and written != self.train_dataset.fingerprint:
+                raise ValueError(
+                    f"The DocumentStreams of {checkpoint} had other documents, or in another order, so that their "
+                    "memory is that of other texts. Resume with the same documents, seed, step_length and num_streams."
                 )
             # Made by all the weights that there were on the way to the checkpoint's.
             self._memory_of_streams = type(module.new_cache()).from_pretrained(
@@ -510,7 +562,8 @@ class InfiniTrainer(Trainer):
         As [`Trainer.train`]; streams start with an empty memory, or that of the checkpoint. With
         `resume_from_checkpoint=True`, training goes on from the last checkpoint that is whole.
         """
-        self._check_streams(self.train_dataset, self._train_batch_size)
+        self._check_arguments()
+        self._check_dataset(self.train_dataset, self._train_batch_size)
         self._memory_of_streams = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
@@ -523,7 +576,7 @@ class InfiniTrainer(Trainer):
 
     def _memory_logs(self, start_time: float) -> dict[str, float]:
         """A summary for every log; what each layer does goes to the trackers that the Trainer reports to."""
-        shares = infini_module(self.model).local_shares().detach().float()
+        shares = self._module.local_shares().detach().float()
         layers: dict[str, float] = {}
         for index, share in enumerate(shares):
             layers |= {f"local_share_{name}/layer_{index}": v for name, v in _spread(share).items()}
@@ -590,7 +643,8 @@ def check_continuity(inputs: dict, memory: InfiniCache | None) -> None:
             return
     raise ValueError(
         f"The memory of the streams has read {read.tolist()} tokens of their documents, but they go on at "
-        f"{starts.tolist()}. Resume with the same documents, seed, step_length, batch size and number of processes."
+        f"{starts.tolist()}. Resume with the same documents, seed, step_length, batch size, gradient accumulation and "
+        "number of processes."
     )
 
 

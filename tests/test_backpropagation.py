@@ -12,6 +12,7 @@ from tiny import (
     float64_weights,
     hurting_lengths,
     random_ids,
+    randomize,
     relative_error,
     tiny_config,
     tiny_model,
@@ -19,7 +20,14 @@ from tiny import (
 from torch.nn.functional import cross_entropy
 from transformers.integrations.neftune import activate_neftune
 
-from modeling_infini import InfiniForCausalLM, backpropagate, backpropagation, loss_in_chunks, modeling_infini
+from modeling_infini import (
+    InfiniForCausalLM,
+    InfiniForTokenClassification,
+    backpropagate,
+    backpropagation,
+    loss_in_chunks,
+    modeling_infini,
+)
 from modeling_infini.backpropagation import chunk_lengths, infini_module
 from modeling_infini.masks import targets
 
@@ -456,11 +464,51 @@ def test_bad_arguments_are_refused():
     for run in (backpropagate, lambda *arguments: next(loss_in_chunks(*arguments))):
         with pytest.raises(ValueError, match="Prompt learning adds tokens to each call"):
             run(prompted, {**inputs, "labels": inputs["input_ids"]})
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
+    with pytest.raises(ValueError, match="activated LoRA looks for its invocation"):
+        backpropagate(get_peft_model(tiny_model(), lora), {**inputs, "labels": inputs["input_ids"]})
     with pytest.raises(TypeError, match="Linear is no Infini-attention model"):
         infini_module(torch.nn.Linear(2, 2))
     model.train().activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant"):
         backpropagate(model, {**inputs, "labels": inputs["input_ids"]})
+
+
+@pytest.mark.parametrize(
+    "run", [backpropagate, lambda *arguments, **kwargs: next(loss_in_chunks(*arguments, **kwargs))]
+)
+def test_inputs_that_are_none_of_a_sequence_are_refused(run):
+    model, ids = tiny_model(), random_ids(2, 8)
+    inputs = {"input_ids": ids, "labels": ids}
+    for name, value in (("past_key_values", model.new_cache()), ("num_items_in_batch", 3), ("logits_to_keep", 1)):
+        with pytest.raises(ValueError, match=f"{name} describes a call, not a sequence"):
+            run(model, {**inputs, name: value})
+    with pytest.raises(ValueError, match=r"labels are of shape \(2, 9\), but the inputs of \(2, 8\)"):
+        run(model, {**inputs, "labels": random_ids(2, 9)})
+    with pytest.raises(ValueError, match=r"start at position ids \[8, 8\], but nothing was read before"):
+        run(model, {**inputs, "position_ids": torch.arange(8, 16).expand(2, -1)}, chunk_segments=1)
+
+
+def test_a_loss_that_is_not_known_to_be_a_sum_over_the_next_tokens_is_refused():
+    ids = random_ids(2, 8)
+    own_loss = tiny_model()
+    own_loss.loss_function = lambda **kwargs: kwargs["logits"].mean()
+    other_head = randomize(InfiniForTokenClassification(tiny_config(num_labels=31)))
+    for model in (own_loss, other_head):
+        with pytest.raises(ValueError, match="pass compute_loss"):
+            backpropagate(model, {"input_ids": ids, "labels": ids})
+        with pytest.raises(ValueError, match="pass compute_loss"):
+            next(loss_in_chunks(model, {"input_ids": ids, "labels": ids}))
+
+
+def test_embeddings_that_need_gradients_are_not_cut_into_chunks():
+    model, ids = tiny_model(), random_ids(2, 8)
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "labels": ids}
+    with pytest.raises(ValueError, match="inputs_embeds need gradients"):
+        backpropagate(model, inputs, chunk_segments=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    backpropagate(model, inputs)
+    assert model.get_input_embeddings().weight.grad.any()
 
 
 @pytest.mark.parametrize("length", [1, 5, 6])

@@ -483,11 +483,117 @@ def test_options_of_gates_that_are_not_trained_are_refused(tmp_path):
             infini_trainer(model, tmp_path, **{name: value})
 
 
-def test_a_loss_of_the_models_own_is_not_cut_into_chunks(tmp_path):
+class LossThatIsAMean(InfiniTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = mean_loss(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class LossThatIsASum(InfiniTrainer):
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        targets = inputs.pop("shift_labels")
+        outputs = model(**{name: states for name, states in inputs.items() if name != "labels"})
+        loss = cross_entropy(outputs.logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_of_ones_own_is_not_cut_into_chunks_unless_it_is_a_sum(tmp_path):
+    own = tiny_model()
+    own.loss_function = lambda logits, labels, vocab_size, **kwargs: mean_loss(SimpleNamespace(logits=logits), labels)
+    for trainer_class, model in ((LossThatIsAMean, tiny_model()), (InfiniTrainer, own)):
+        arguments = InfiniTrainingArguments(str(tmp_path), **COMMON, chunk_segments=1)
+        with pytest.raises(ValueError, match="loss_is_scaled_for_ga=True"):
+            trainer_class(model, arguments)
+        arguments = InfiniTrainingArguments(str(tmp_path), **COMMON)
+        trainer = trainer_class(model, arguments, eval_dataset=documents(20, 11))
+        batch = collate_documents(documents(20, 11))
+        expected = mean_loss(model(batch["input_ids"], attention_mask=batch["attention_mask"]), batch["labels"])
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item())
+        with pytest.raises(ValueError, match="chunks and streams never make"):
+            trainer.evaluate(DocumentStreams(documents(20, 20), 2, 5))
+    dataset = documents(20, 11, 17, 20)
+    models = [tiny_model(), tiny_model()]
+    for trainer_class, model in zip((InfiniTrainer, LossThatIsASum), models):
+        arguments = InfiniTrainingArguments(str(tmp_path), **COMMON, chunk_segments=1)
+        trainer = trainer_class(model, arguments, train_dataset=dataset, eval_dataset=dataset)
+        trainer.train()
+        model.loss = trainer.evaluate()["eval_loss"]
+    assert_same_weights(models[1], models[0])
+    assert models[1].loss == pytest.approx(models[0].loss)
+
+
+def test_what_is_set_after_the_trainer_was_made_is_checked_too(tmp_path):
+    streams = DocumentStreams(documents(20, 20), 2, 5)
+    trainer = infini_trainer(tiny_model(), tmp_path, documents(20, 20), max_steps=1)
+    trainer.train_dataset, trainer.args.use_liger_kernel = streams, True
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        trainer.train()
+    trainer = infini_trainer(tiny_model(), tmp_path, documents(20, 20), chunk_segments=1, max_steps=1)
+    trainer.compute_loss_func = mean_loss
+    for run in (trainer.train, lambda: trainer.evaluate(documents(20, 20))):
+        with pytest.raises(ValueError, match="which chunks and streams never make"):
+            run()
+    trainer = infini_trainer(tiny_model(), tmp_path, gate_learning_rate=0.1, max_steps=1, dataloader_num_workers=1)
+    trainer.train_dataset = documents(20, 20)
+    trainer.train()
+    trainer.train()
+    trainer.args.dataloader_persistent_workers = True
+    with pytest.raises(ValueError, match="in their first epoch"):
+        trainer.evaluate(streams)
+
+
+@pytest.mark.parametrize("name", ["gate_learning_rate", "gate_weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, "5e-3"])
+def test_rates_that_are_no_rates_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a number"):
+        InfiniTrainingArguments(str(tmp_path), **{name: value})
+
+
+def test_gates_learn_at_the_rate_of_everything_else_unless_told(tmp_path):
     model = tiny_model()
-    model.loss_function = lambda **kwargs: 0
-    with pytest.raises(ValueError, match="a loss_function of the model's own"):
-        infini_trainer(model, tmp_path, chunk_segments=1)
+    trainer = InfiniTrainer(
+        model,
+        InfiniTrainingArguments(str(tmp_path), **COMMON, max_steps=1),
+        train_dataset=documents(20, 20),
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.5}),
+    )
+    trainer.train()
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.5}
+
+
+def test_nan_in_the_loss_stops_training_before_it_reaches_the_weights(tmp_path):
+    model = tiny_model()
+    model.lm_head.weight.data[0, 0] = math.nan
+    before = weights_of(model)
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        infini_trainer(model, tmp_path, documents(23, 20), max_steps=1).train()
+    for name, weight in weights_of(model).items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_evaluation_without_a_target_has_no_loss(tmp_path):
+    masked = [{**row, "labels": [-100] * 20} for row in documents(20, 20)]
+    assert "eval_loss" not in infini_trainer(tiny_model(), tmp_path).evaluate(masked)
+    assert infini_trainer(tiny_model(), tmp_path).predict(masked).predictions.shape[:2] == (2, 20)
+
+
+def test_evaluation_goes_in_the_chunks_of_training(tmp_path):
+    model, lengths = tiny_model(), []
+    model.register_forward_pre_hook(lambda _, __, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    infini_trainer(model, tmp_path, detach_every_num_segments=2).evaluate(documents(40, 40))
+    assert max(lengths) == 10
+
+
+def test_the_optimizer_of_another_trainer_is_refused_in_a_sentence(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), **{**COMMON, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    )
+    Trainer(tiny_model(), arguments, train_dataset=documents(20, 20), data_collator=collate_documents).train()
+    with pytest.raises(ValueError, match="checkpoint-1 was not written by an InfiniTrainer that trains the same"):
+        infini_trainer(tiny_model(), tmp_path, documents(20, 20), max_steps=2).train(str(tmp_path / "checkpoint-1"))
 
 
 def test_columns_of_numbers_that_nothing_reads_are_refused(tmp_path):
@@ -556,10 +662,20 @@ def test_streams_that_do_not_go_on_where_the_memory_stopped_are_refused(tmp_path
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
     resume(DocumentStreams(documents(60, 45), 2, 8))
+    for streams in (
+        DocumentStreams(documents(45, 60), 2, 8),
+        DocumentStreams(documents(60, 45), 2, 8, seed=1),
+        DocumentStreams(documents(60, 45), 2, 5),
+    ):
+        with pytest.raises(ValueError, match="other documents, or in another order"):
+            resume(streams)
+    with pytest.raises(ValueError, match=r"has read \[24, 24\] tokens .* go on at \[48, 0\]"):
+        resume(DocumentStreams(documents(60, 45), 2, 8), gradient_accumulation_steps=2)
+    # Documents that are read as training goes are known by their places alone.
     with pytest.raises(ValueError, match=r"has read \[24, 24\] tokens .* go on at \[15, 15\]"):
-        resume(DocumentStreams(documents(60, 45), 2, 5))
+        resume(DocumentStreams(iter(documents(60, 45)), 2, 5))
     with pytest.raises(ValueError, match=r"has read \[24, 24\] tokens .* go on at \[24, 24, 24, 24\]"):
-        resume(DocumentStreams(documents(60, 45, 60, 45), 4, 8), per_device_train_batch_size=4)
+        resume(DocumentStreams(iter(documents(60, 45, 60, 45)), 4, 8), per_device_train_batch_size=4)
     shutil.rmtree(tmp_path / "checkpoint-3" / "memory-of-streams-0")
     with pytest.raises(FileNotFoundError, match="checkpoint-3 has no memory-of-streams-0"):
         resume(DocumentStreams(documents(60, 45), 2, 8))
@@ -577,6 +693,16 @@ def test_streams_are_refused_where_nothing_carries_their_memory(tmp_path):
     trainer = InfiniTrainer(InfiniForSequenceClassification(config), InfiniTrainingArguments(str(tmp_path), **COMMON))
     with pytest.raises(ValueError, match="nothing else carries a memory"):
         trainer.evaluate(DocumentStreams(documents(20, 20), 2, 5))
+
+    streams = DocumentStreams(documents(20, 20), 2, 5)
+    wrapped = infini_trainer(tiny_model(), tmp_path, torch.utils.data.ChainDataset([streams]), max_steps=3)
+    arguments = TrainingArguments(str(tmp_path), **COMMON, max_steps=3)
+    stock = Trainer(tiny_model(), arguments, train_dataset=streams, data_collator=collate_documents)
+    for trainer in (wrapped, stock):
+        with pytest.raises(ValueError, match=r"start at position ids \[5, 5\], but nothing was read before"):
+            trainer.train()
+        with pytest.raises(ValueError, match="nothing was read before"):
+            trainer.evaluate(torch.utils.data.ChainDataset([streams]))
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
