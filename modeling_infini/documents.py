@@ -7,6 +7,7 @@ import os
 import random
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,10 @@ BUILDERS = {
 }
 
 
+# What `datasets` writes beside the files of a dataset.
+ABOUT_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
 def load_documents(
     source: str | os.PathLike | Sequence[str | os.PathLike], *, split: str = "train", streaming: bool = False
 ) -> "datasets.Dataset | datasets.IterableDataset":
@@ -44,11 +49,12 @@ def load_documents(
 
     Raises:
         FileNotFoundError: if `source` is neither files, nor a folder with some, nor looks like an id of the Hub.
-        ValueError: if the files are of several kinds, or of one that is not read; if another split of files is asked
-            for than "train".
+        ValueError: if the files are of several kinds, or of one that is not read, or one is named twice; if another
+            split of files is asked for than "train".
 
     Warns:
-        UserWarning: if a folder holds files of other kinds, which are not read; the message names them.
+        UserWarning: if a folder holds files of other kinds, or about a dataset, which are not read; the message names
+            them.
     """
     import datasets
 
@@ -57,12 +63,13 @@ def load_documents(
     others: list[Path] = []
     for path in map(Path, sources):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-            files += [file for file in found if file.suffix in BUILDERS]
-            others += [file for file in found if file.suffix not in BUILDERS]
+            found = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
+            read = [file for file in found if file.suffix.lower() in BUILDERS and file.name not in ABOUT_DATASETS]
+            files += read
+            others += [file for file in found if file not in read]
         elif path.is_file():
             files.append(path)
-        elif len(sources) > 1 or path.suffix in BUILDERS or path.is_absolute():
+        elif len(sources) > 1 or path.suffix.lower() in BUILDERS or path.is_absolute():
             raise FileNotFoundError(f"There is no file or folder {path}.")
     if not files:
         if len(sources) > 1 or Path(sources[0]).is_dir():
@@ -71,17 +78,24 @@ def load_documents(
 
     if others:
         warnings.warn(f"These files are not read: {', '.join(map(str, others))}.", stacklevel=2)
+    twice = [str(file) for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    if twice:
+        raise ValueError(f"These files are named twice: {', '.join(twice)}. Name a folder or its files.")
     if split != "train":
         raise ValueError(f'Files are one split, "train"; there is no "{split}". Name the files that it is made of.')
-    kinds = {BUILDERS.get(file.suffix, file.suffix) for file in files}
+    kinds = {BUILDERS.get(file.suffix.lower(), file.suffix) for file in files}
     if len(kinds) > 1 or not kinds <= set(BUILDERS.values()):
         raise ValueError(
             f"The files are {', '.join(sorted(kinds))}. Give files of one kind, of {', '.join(BUILDERS)}."
         )
     (builder,) = kinds
-    options = {"sample_by": "document"} if builder == "text" else {}
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
     names = [str(file) for file in files]
     return datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def tokenize_documents(
@@ -102,8 +116,13 @@ def tokenize_documents(
 
     Raises:
         KeyError: if there is no column `text_column`; the message names those that there are.
-        ValueError: if a row has no text.
+        ValueError: if a row has no text, or several; if `window_length` is less than 1; if `num_proc` is given for a
+            stream.
     """
+    if window_length is not None and window_length < 1:
+        raise ValueError(f"window_length={window_length} must be at least 1.")
+    if num_proc is not None and not isinstance(documents, Sized):
+        raise ValueError(f"num_proc={num_proc} is for documents that are not streamed: leave it out.")
     columns = documents.column_names
     if columns is None:
         columns = list(next(iter(documents)))
@@ -113,6 +132,8 @@ def tokenize_documents(
     def tokenize(batch: dict) -> dict:
         if None in batch[text_column]:
             raise ValueError(f'The column "{text_column}" has rows without a text. Leave them out by `filter`.')
+        if not all(isinstance(text, str) for text in batch[text_column]):
+            raise ValueError(f'The column "{text_column}" must hold one text in each row; some are lists or others.')
         # A text longer than the tokenizer's model_max_length is what this model is for.
         ids = tokenizer(batch[text_column], verbose=False)["input_ids"]
         eos = tokenizer.eos_token_id
@@ -161,7 +182,7 @@ def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
     A batch of whole documents, padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each
     `(batch, longest)`, and `position_ids` and `shift_labels` where the documents have them. Labels are those of the
     documents, or else their unmasked ids: an EOS token at a document's end is a target, whatever the tokenizer pads
-    with.
+    with, and the first token of a packed document is none.
 
     Raises:
         ValueError: if a document has other columns of numbers, or columns of unequal lengths, or if only some of them
@@ -176,7 +197,7 @@ def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
             lengths = ", ".join(f"{name} {len(values)}" for name, values in row.items())
             raise ValueError(f"The columns of a document must be of one length; it has {lengths}.")
         mask = row.setdefault("attention_mask", torch.ones_like(ids))
-        row.setdefault("labels", ids)
+        row.setdefault("labels", ids.masked_fill(_starts_of_documents(row), -100))
         row["labels"] = row["labels"].masked_fill(mask == 0, -100)
         rows.append(row)
     if any("position_ids" in row for row in rows):
@@ -189,6 +210,13 @@ def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
         for name, padding in PADDING.items()
         if name in rows[0]
     }
+
+
+def _starts_of_documents(row: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where a packed document starts: what stands before does not predict its first token."""
+    newest = row["attention_mask"].cummax(0).values
+    starts = (newest > newest.roll(1)) & (newest > 1)
+    return starts | (row["position_ids"] == 0) if "position_ids" in row else starts
 
 
 def _column(document: Mapping[str, Any], name: str) -> torch.Tensor:
@@ -265,6 +293,12 @@ class DocumentStreams(IterableDataset):
             shortest = totals.index(min(totals))
             streams[shortest].append(index)
             totals[shortest] += lengths[index]
+        if 0 in totals:
+            warnings.warn(
+                f"{totals.count(0)} of {self.num_streams} streams have no document, so that as many rows of each step "
+                "are padding.",
+                stacklevel=3,
+            )
         self._length = -(-max(totals) // self.step_length) * self.num_streams
         return streams
 

@@ -70,7 +70,10 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
 
     Raises:
         TypeError: if the model has no write gates.
+        ValueError: if `weight` or `margin` is negative.
     """
+    if not (weight >= 0 and margin >= 0):
+        raise ValueError(f"weight={weight} and margin={margin} must not be negative: nothing is to be written more.")
     layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
     # What wraps them included, as PEFT does.
     gates = [layer.memory_write_gate for layer in layers if layer.config.memory_write_gate]
@@ -86,6 +89,8 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
         share = _share_of_row * share_of_heads
         return _AddLoss.apply(logits, share * weight * write_penalty(log_gates, margin))
 
+    # Code that is compiled already does not look for hooks; it is compiled anew.
+    torch.compiler.reset()
     with ExitStack() as hooks:
         for gate in gates:
             hooks.callback(gate.register_forward_hook(add_penalty).remove)

@@ -86,7 +86,7 @@ def test_batches_of_documents_keep_the_last_token_as_a_target():
     batch = collate_documents([padded, {**padded, "input_ids": [7, 8, 9]}])
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 0]]
     assert batch["position_ids"].tolist() == [[0, 0, 1], [0, 0, 1]]
-    assert batch["labels"].tolist() == [[5, 6, -100], [7, 8, -100]]
+    assert batch["labels"].tolist() == [[-100, -100, -100], [-100, -100, -100]]
     rows = list(DocumentStreams([[5, 6, 0]], 2, 2))
     batch = collate_documents(rows[:2])
     assert batch["shift_labels"].tolist() == [[6, 0], [-100, -100]]
@@ -261,6 +261,70 @@ def test_epochs_shuffle_documents_and_keep_their_number_of_steps():
         epochs.append([row["input_ids"].tolist() for row in streams])
     assert epochs[0] == epochs[2] != epochs[1]
     assert len(epochs[0]) == len(epochs[1]) == len(streams)
+
+
+def test_the_first_token_of_a_packed_document_is_no_target():
+    batch = collate_documents(
+        [
+            {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]},
+            {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 2, 2]},
+            {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1], "labels": [5, 6, 7, 8]},
+        ]
+    )
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8], [5, 6, -100, 8], [5, 6, 7, 8]]
+
+
+def test_streams_without_a_document_are_named():
+    with pytest.warns(UserWarning, match="2 of 3 streams have no document"):
+        DocumentStreams(numbered([5]), 3, 4)
+
+
+def test_streams_are_known_by_their_tokens_and_order():
+    def fingerprint(documents, num_streams=1, step_length=4, seed=None):
+        return DocumentStreams(documents, num_streams, step_length, seed).fingerprint
+
+    same = fingerprint(numbered([3, 5]))
+    assert fingerprint([{**document, "labels": document["input_ids"]} for document in numbered([3, 5])]) == same
+    others = [
+        fingerprint(numbered([5, 3])),
+        fingerprint([[0, 1, 2, 100], [101, 102, 103, 104]]),
+        fingerprint(numbered([3, 5]), seed=0),
+        fingerprint(numbered([3, 5]), step_length=3),
+        fingerprint(numbered([3, 5]), num_streams=2),
+    ]
+    assert len({same, *others}) == 6
+    assert fingerprint(iter(numbered([3, 5]))) is None
+
+
+def test_files_of_a_folder_are_read_once_and_whatever_their_endings_case(tmp_path):
+    (tmp_path / "A.TXT").write_bytes("\ufeffone".encode())
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "A-checkpoint.txt").write_text("hidden")
+    assert load_documents(tmp_path)["text"] == ["one"]
+    with pytest.raises(ValueError, match=r"named twice: \S*A\.TXT\."):
+        load_documents([tmp_path, tmp_path / "A.TXT"])
+
+
+def test_what_datasets_writes_about_files_is_no_document(tmp_path):
+    write_jsonl(tmp_path)
+    (tmp_path / "dataset_info.json").write_text('{"text": "about"}')
+    with pytest.warns(UserWarning, match=r"not read: \S*dataset_info\.json"):
+        assert len(load_documents(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([["one", "two"]], {}, "one text in each row"),
+        (["one"], {"window_length": 0}, "window_length=0 must be at least 1"),
+        (["one"], {"num_proc": 2}, "num_proc=2 is for documents that are not streamed"),
+    ],
+)
+def test_what_tokenize_documents_cannot_do_is_refused(tokenizer, texts, options, message):
+    documents = datasets.Dataset.from_dict({"text": texts})
+    documents = documents.to_iterable_dataset() if "num_proc" in options else documents
+    with pytest.raises(ValueError, match=message):
+        list(tokenize_documents(documents, tokenizer, **options))
 
 
 def test_streams_are_balanced():

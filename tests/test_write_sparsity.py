@@ -106,3 +106,23 @@ def test_what_is_not_training_is_left_alone():
 def test_a_model_without_write_gates_is_refused():
     with pytest.raises(TypeError, match="memory_write_gate=True"), sparse_writes(tiny_model(), WEIGHT):
         pass
+
+
+def test_a_model_that_was_compiled_before_has_it_too():
+    model, ids = gated_model(), random_ids(1, 9)
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids, labels=ids, use_cache=False).loss.backward()
+    gradients(model)
+    with sparse_writes(model, WEIGHT):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        expected = gradients(model)
+        compiled(ids, labels=ids, use_cache=False).loss.backward()
+        found = gradients(model)
+    name = "model.layers.0.self_attn.memory_write_gate.bias"
+    torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("arguments", [(-1.0, 20.0), (1.0, -1.0), (float("nan"), 20.0)])
+def test_a_pressure_to_write_more_is_refused(arguments):
+    with pytest.raises(ValueError, match="must not be negative"), sparse_writes(gated_model(), *arguments):
+        pass
