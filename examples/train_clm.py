@@ -1,7 +1,7 @@
 """
 Trains a causal language model with Infini-attention on whole documents of any length.
 
-Fine-tune a converted checkpoint, with LoRA on the projections and the head gates in full:
+Fine-tune a converted checkpoint, with LoRA on the projections and the memory's own weights in full:
 
     python -m conversion to-infini path/to/llama converted --segment-length 512
     python examples/train_clm.py --model converted --train_files books/ --eval_files held-out.txt \
@@ -25,6 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
 
+from conversion.from_infini import MEMORY_WEIGHTS
 from evaluation.loading import config_fields
 from modeling_infini import (
     DocumentStreams,
@@ -53,7 +54,10 @@ class ModelArguments:
         default=None, metadata={"help": "Of the tokenizer of a model from scratch. Default: 8192."}
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Rank of LoRA adapters; the gates are trained in full. 0: train all weights."}
+        default=0,
+        metadata={
+            "help": "Rank of LoRA adapters; gates and other weights of the memory are trained in full. 0: train all."
+        },
     )
     lora_targets: str | None = field(
         default=None, metadata={"help": "What LoRA adapts. Default: q_proj,k_proj,v_proj,o_proj."}
@@ -123,11 +127,13 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
         arguments.model, dtype="auto" if arguments.lora_rank else torch.float32
     )
     if arguments.lora_rank:
+        of_memory = {name.rpartition(".")[0] for name in MEMORY_WEIGHTS}
+        parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         lora = LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=2 * arguments.lora_rank,
             target_modules=(arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(","),
-            modules_to_save=["head_gates"],
+            modules_to_save=sorted(of_memory & parts),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
@@ -174,7 +180,8 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
-    if arguments.do_eval and not arguments.do_train:
+    # To evaluate while it trains sets do_eval as well.
+    if arguments.do_eval and not arguments.do_train and arguments.eval_strategy == "no":
         trainer.log_metrics("eval", trainer.evaluate())
         return
     trainer.train(resume_from_checkpoint=checkpoint)

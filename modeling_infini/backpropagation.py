@@ -28,7 +28,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
-from .masks import PACKING_ARGUMENTS, refuse_lost_start, split_call, targets
+from .masks import PACKING_ARGUMENTS, checked_targets, refuse_lost_start, split_call
 from .write_sparsity import part_of_row
 
 
@@ -124,18 +124,10 @@ def prepared_inputs(inputs: Inputs) -> Inputs:
         )
     if "labels" not in inputs and "shift_labels" not in inputs:
         raise ValueError("Training needs labels (or shift_labels, already moved one column to the left).")
-    if "shift_labels" not in inputs:
-        inputs["shift_labels"] = targets(inputs["labels"], inputs.get("attention_mask"))
-    elif "labels" in inputs and not torch.equal(inputs["labels"][:, 1:], inputs["shift_labels"][:, :-1]):
-        raise ValueError(
-            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left. "
-            "Leave one of them out."
-        )
     shape = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
-    if inputs["shift_labels"].shape != shape:
-        raise ValueError(
-            f"labels are of shape {tuple(inputs['shift_labels'].shape)}, but the inputs of {tuple(shape)}."
-        )
+    inputs["shift_labels"] = checked_targets(
+        inputs.get("labels"), inputs.get("shift_labels"), inputs.get("attention_mask"), shape
+    )
     # What is not known of labels is the first, which nothing predicts.
     return {"labels": F.pad(inputs["shift_labels"][:, :-1], (1, 0), value=-100), **inputs}
 

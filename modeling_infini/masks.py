@@ -266,6 +266,31 @@ def targets(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.
     return torch.where((numbers != 0) & (numbers == number), label, -100)
 
 
+def checked_targets(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """
+    `shift_labels`, or else the [`targets`] of `labels`, for inputs of `shape` `(B, T)`; one of the two is given.
+
+    Raises:
+        ValueError: if a shape is another one, or if both are given and contradict each other.
+    """
+    for states in (labels, shift_labels):
+        if states is not None and states.shape != shape:
+            raise ValueError(f"labels are of shape {tuple(states.shape)}, but the inputs of {tuple(shape)}.")
+    if shift_labels is None:
+        return targets(labels, attention_mask)
+    if labels is not None and not torch.equal(labels[:, 1:], shift_labels[:, :-1]):
+        raise ValueError(
+            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left. "
+            "Leave one of them out."
+        )
+    return shift_labels
+
+
 def has_columns(states, batch_size: int, length: int) -> bool:
     """Whether `states` is a tensor `(B, T, ...)`."""
     return isinstance(states, torch.Tensor) and states.shape[:2] == (batch_size, length)

@@ -214,3 +214,17 @@ def test_without_a_process_group_it_says_what_to_do():
 def test_targets_may_be_shifted_by_the_caller():
     model, ids = tiny_model(), random_ids(2, 12)
     assert torch.equal(model(ids, shift_labels=next_of(ids)).loss, model(ids, labels=ids).loss)
+
+
+def test_targets_that_do_not_fit_the_inputs_are_refused(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        context_parallel, model, ids = ContextParallel(), tiny_model(), random_ids(1, 12)
+        with pytest.raises(ValueError, match=r"labels are of shape \(1, 24\), but the inputs of \(1, 12\)"):
+            context_parallel.shard(model.config, input_ids=ids, labels=random_ids(1, 24))
+        with pytest.raises(ValueError, match="labels and shift_labels contradict each other"):
+            context_parallel.shard(model.config, input_ids=ids, labels=ids, shift_labels=ids)
+        nothing = context_parallel.shard(model.config, input_ids=ids, labels=torch.full_like(ids, -100))
+        assert model(**nothing, context_parallel=context_parallel, use_cache=False).loss == 0
+    finally:
+        distributed.destroy_process_group()

@@ -9,8 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_clm
+from tiny import tiny_model
+from words import save_word_tokenizer
 
-from modeling_infini import InfiniConfig
+from modeling_infini import InfiniConfig, InfiniTrainer
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,32 @@ def test_trains_from_files_that_are_read_as_training_goes(tmp_path, monkeypatch)
     run(monkeypatch, "--train_files", tmp_path / "book.txt", "--output_dir", tmp_path / "out", *options)
     config = InfiniConfig.from_pretrained(tmp_path / "out")
     assert (config.memory_norm_init_scale, config.memory_write_gate, config.num_key_value_heads) == (3.0, True, 1)
+
+
+def test_evaluation_while_it_trains_does_not_stand_in_for_training(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 20)
+    trained = []
+    monkeypatch.setattr(InfiniTrainer, "train", lambda self, **kwargs: trained.append(self))
+    overrides = "hidden_size=16,intermediate_size=16,num_hidden_layers=1,num_attention_heads=1,segment_length=8"
+    options = ["--vocab_size", 300, "--config_overrides", overrides, "--report_to", "none", "--max_steps", 1]
+    files = ["--train_files", tmp_path / "book.txt", "--eval_files", tmp_path / "book.txt"]
+    run(monkeypatch, *options, *files, "--output_dir", tmp_path / "out", "--eval_strategy", "steps", "--eval_steps", 1)
+    assert len(trained) == 1
+    run(monkeypatch, *options, *files, "--output_dir", tmp_path / "evaluated", "--do_eval")
+    assert len(trained) == 1
+
+
+def test_lora_trains_every_part_of_the_memory(tmp_path):
+    fields = {"memory_write_gate": True, "memory_norm_init_scale": 1.5, "use_mem_delta_rule": True}
+    fields |= {"learned_delta_update": True}
+    tiny_model(**fields).save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
+    model, _ = train_clm.load_model(train_clm.ModelArguments(model=str(tmp_path), lora_rank=2), [], "text")
+    base = {name for name, _ in tiny_model().named_parameters()}
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    for part in ("head_gates", "memory_write_gate", "memory_query_norm", "memory_key_norm", "write_strength"):
+        assert any(f"{part}.modules_to_save" in name for name in trained), part
+    of_memory = [name for name, _ in tiny_model(**fields).named_parameters() if name not in base]
+    assert len(of_memory) == len([name for name in trained if "modules_to_save" in name and "head_gates" not in name])
+    merged = model.merge_and_unload()
+    assert {name for name, _ in merged.named_parameters()} == {*base, *of_memory}
