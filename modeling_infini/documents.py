@@ -78,7 +78,7 @@ def load_documents(
 
     if others:
         warnings.warn(f"These files are not read: {', '.join(map(str, others))}.", stacklevel=2)
-    twice = [str(file) for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    twice = [file for file, count in Counter(map(os.path.abspath, files)).items() if count > 1]
     if twice:
         raise ValueError(f"These files are named twice: {', '.join(twice)}. Name a folder or its files.")
     if split != "train":
@@ -220,7 +220,10 @@ def _starts_of_documents(row: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _column(document: Mapping[str, Any], name: str) -> torch.Tensor:
-    values = torch.as_tensor(document[name])
+    try:
+        values = torch.as_tensor(document[name])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} of a document must be a list of whole numbers; {error}.") from error
     if values.dim() != 1 or (values.is_floating_point() and len(values) > 0):
         raise ValueError(
             f"{name} of a document must be a list of whole numbers; got {values.dtype} of shape {tuple(values.shape)}."

@@ -94,9 +94,10 @@ class InfiniTrainer(Trainer):
     - [`DocumentStreams`] as datasets: the memory is carried from step to step, and saved in checkpoints.
     - Checkpoints that are whole or not there, whatever stops the run.
     - Gates with their own learning rate, without decay, and frozen at first.
-    - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory stops training.
+    - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory or the loss stops
+      training.
     - `eval_loss` is the mean over all tokens, not over batches. (Documents that several processes read twice to fill
-      their last batches count twice.)
+      their last batches count twice.) Data without any target have none.
 
     Documents are batched by [`collate_documents`] unless `data_collator` is given. Columns of numbers that nothing
     reads are refused, where the stock Trainer drops them.
@@ -323,7 +324,8 @@ class InfiniTrainer(Trainer):
         if is_stream:
             self._memory_of_streams = memory
         self._state_norms = state_norms(memory)
-        if not loss.isfinite():
+        # A gradient scaler leaves out the steps whose gradients are not finite.
+        if scaler is None and not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is {loss.item()}: training has diverged, and a step would write it into all weights. Lower "
                 "the learning rate, or clip gradients (max_grad_norm)."
@@ -464,7 +466,7 @@ class InfiniTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-        if self._memory_of_streams is not None:
+        if self._memory_of_streams is not None and isinstance(self.train_dataset, DocumentStreams):
             memory_folder = self._memory_folder(str(unfinished))
             # Made by all the weights that there were on the way here.
             self._memory_of_streams.allow_other_weights = True

@@ -229,6 +229,8 @@ def test_batches_refuse_documents_whose_columns_do_not_fit():
 def test_documents_that_are_not_rows_of_ids_are_refused(tokenizer):
     with pytest.raises(ValueError, match="not a mapping of input_ids, "):
         DocumentStreams(tokenizer(["one", "two"]), 1, 4)
+    with pytest.raises(ValueError, match="must be a list of whole numbers"):
+        DocumentStreams(["one", "two"], 1, 4)
     with pytest.raises(ValueError, match=r"need input_ids; there are text\. Make them with tokenize_documents"):
         DocumentStreams([{"text": "one"}], 1, 4)
 
