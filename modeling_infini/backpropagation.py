@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
-from .masks import PACKING_ARGUMENTS, checked_targets, refuse_lost_start, split_call
+from .masks import PACKING_ARGUMENTS, checked_targets, labels_of, refuse_lost_start, split_call
 from .write_sparsity import part_of_row
 
 
@@ -128,8 +127,7 @@ def prepared_inputs(inputs: Inputs) -> Inputs:
     inputs["shift_labels"] = checked_targets(
         inputs.get("labels"), inputs.get("shift_labels"), inputs.get("attention_mask"), shape
     )
-    # What is not known of labels is the first, which nothing predicts.
-    return {"labels": F.pad(inputs["shift_labels"][:, :-1], (1, 0), value=-100), **inputs}
+    return {"labels": labels_of(inputs["shift_labels"], inputs.get("attention_mask")), **inputs}
 
 
 def backpropagate(

@@ -268,6 +268,15 @@ def targets(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.
     return torch.where((numbers != 0) & (numbers == number), label, -100)
 
 
+def labels_of(targets: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The labels `(B, T)` whose [`targets`] these are; -100 for each row's first token, which nothing predicts."""
+    if attention_mask is None:
+        return F.pad(targets[:, :-1], (1, 0), value=-100)
+    columns = columns_tokens_last(attention_mask, targets.shape[1])
+    of_tokens = F.pad(targets.gather(1, columns)[:, :-1], (1, 0), value=-100)
+    return torch.full_like(targets, -100).scatter(1, columns, of_tokens)
+
+
 def checked_targets(
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
@@ -283,12 +292,16 @@ def checked_targets(
     for states in (labels, shift_labels):
         if states is not None and states.shape != shape:
             raise ValueError(f"labels are of shape {tuple(states.shape)}, but the inputs of {tuple(shape)}.")
+    if labels is None:
+        return shift_labels
+    expected = targets(labels, attention_mask)
     if shift_labels is None:
-        return targets(labels, attention_mask)
-    if labels is not None and not torch.equal(labels[:, 1:], shift_labels[:, :-1]):
+        return expected
+    # The label after the last column is known to shift_labels alone.
+    if not torch.equal(expected[:, :-1], shift_labels[:, :-1]):
         raise ValueError(
-            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left. "
-            "Leave one of them out."
+            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left, "
+            "or further over padding, which predicts nothing. Leave one of them out."
         )
     return shift_labels
 

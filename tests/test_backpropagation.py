@@ -28,7 +28,7 @@ from modeling_infini import (
     loss_in_chunks,
     modeling_infini,
 )
-from modeling_infini.backpropagation import chunk_lengths, infini_module
+from modeling_infini.backpropagation import chunk_lengths, infini_module, prepared_inputs
 from modeling_infini.masks import targets
 
 
@@ -499,6 +499,19 @@ def test_a_loss_that_is_not_known_to_be_a_sum_over_the_next_tokens_is_refused():
             backpropagate(model, {"input_ids": ids, "labels": ids})
         with pytest.raises(ValueError, match="pass compute_loss"):
             next(loss_in_chunks(model, {"input_ids": ids, "labels": ids}))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_targets_alone_are_prepared_as_with_their_labels(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids, mask = random_ids(3, 9, seed=seed), (torch.rand(3, 9, generator=generator) < 0.6).long()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    whole = prepared_inputs({**inputs, "labels": ids})
+    alone = prepared_inputs({**inputs, "shift_labels": whole["shift_labels"]})
+    assert torch.equal(prepared_inputs(alone)["shift_labels"], whole["shift_labels"])
+    is_target = alone["labels"] != -100
+    assert torch.equal(alone["labels"][is_target], ids[is_target])
+    assert is_target.sum() == (whole["shift_labels"] != -100).sum()
 
 
 def test_embeddings_that_need_gradients_are_not_cut_into_chunks():

@@ -653,6 +653,29 @@ def test_targets_that_come_shifted_alone_count_over_all_batches_of_a_step(tmp_pa
     assert models[1].loss == pytest.approx(models[0].loss)
 
 
+@pytest.mark.parametrize("chunk_segments", [None, 1])
+def test_padding_on_the_left_trains_as_on_the_right(tmp_path, chunk_segments):
+    def pad_left(features):
+        batch = collate_documents(features)
+        counts = batch["attention_mask"].sum(1)
+        return {
+            name: torch.stack([row.roll(int(len(row) - count)) for row, count in zip(states, counts)])
+            for name, states in batch.items()
+        }
+
+    models = []
+    for collate in (collate_documents, pad_left):
+        models.append(tiny_model())
+        trainer = infini_trainer(
+            models[-1], tmp_path, documents(20, 9), documents(13, 4), chunk_segments=chunk_segments, max_steps=1
+        )
+        trainer.data_collator = collate
+        trainer.train()
+        models[-1].loss = trainer.evaluate()["eval_loss"]
+    assert_same_weights(models[1], models[0], 1e-3)
+    assert models[1].loss == pytest.approx(models[0].loss, rel=1e-4)
+
+
 def test_streams_that_do_not_go_on_where_the_memory_stopped_are_refused(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3}
     infini_trainer(tiny_model(), tmp_path, DocumentStreams(documents(60, 45), 2, 8), max_steps=3, **options).train()
