@@ -212,7 +212,7 @@ class TestTensorParallel:
         trainer = InfiniTrainer(tiny_model(), arguments, train_dataset=DocumentStreams([[1, 2, 3]], 2, 2))
         monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
         with pytest.raises(ValueError, match="DocumentStreams do not go with tensor parallelism"):
-            trainer._check_arguments()
+            trainer.train()
 
     @pytest.mark.parametrize(("kv_heads", "tp_size"), [(1, 2), (2, 4), (3, 2), (6, 4)])
     def test_refuses_kv_heads_that_it_cannot_split(self, kv_heads, tp_size):
