@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .cache_layer import KeyStates, MemoryState, Window, keep, local_window, segment_writes
 from .configuration_infini import InfiniConfig
-from .masks import streams_of_call
+from .masks import checked_targets, streams_of_call
 from .memory import affine_prefixes, affine_scan, apply_correction, delta_correction, exclusive_cumsum
 from .streams import AlignedLayout, SegmentLayout
 
@@ -98,7 +98,7 @@ class ContextParallel:
             `num_items_in_batch`.
 
         Raises:
-            ValueError: padding, packed documents, or fewer segments than ranks.
+            ValueError: padding, packed documents, fewer segments than ranks, or targets that do not fit the inputs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("ContextParallel.shard needs exactly one of input_ids or inputs_embeds.")
@@ -110,12 +110,11 @@ class ContextParallel:
             has_restarts=restarts is not None and bool(restarts.any()),
         )
 
-        if labels is not None and shift_labels is None:
-            shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        if shift_labels is not None:
+        if labels is not None or shift_labels is not None:
+            shift_labels = checked_targets(labels, shift_labels, None, (batch_size, length))
             inputs["shift_labels"] = shift_labels
             if num_items_in_batch is None:
-                num_items_in_batch = (shift_labels != IGNORED_LABEL).sum()
+                num_items_in_batch = (shift_labels != IGNORED_LABEL).sum().clamp(min=1)
         start, end = (self._first_column(rank, length, config.segment_length) for rank in (self.rank, self.rank + 1))
         sharded: dict[str, torch.Tensor | int] = {
             name: states[:, start:end].contiguous() for name, states in inputs.items()

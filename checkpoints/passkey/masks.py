@@ -196,6 +196,34 @@ def _columns_of_call(states: torch.Tensor, name: str, length: int, tokens_read: 
     return states[:, columns - length :]
 
 
+@torch.compiler.disable
+def refuse_lost_start(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    length: int,
+    tokens_read: torch.Tensor | None,
+) -> None:
+    """
+    Refuses to learn from rows that go on with a document whose start nobody has read: their position ids start above
+    the number of columns before, which may be padding. Arguments as those of [`streams_of_call`].
+    """
+    if any(states is not None and states.dim() != 2 for states in (position_ids, attention_mask)):
+        return  # Refused where it is read.
+    position_ids = position_ids[:, -length:]
+    tokens = torch.ones_like(position_ids) if attention_mask is None else last_tokens(attention_mask, length)
+    column = tokens.byte().argmax(1, keepdim=True)
+    start = position_ids.expand(len(tokens), -1).gather(1, column)
+    is_lost = tokens.any(1, keepdim=True) & (start > column)
+    if tokens_read is not None:
+        is_lost = is_lost & (tokens_read == 0).unsqueeze(1)
+    refuse_unless(
+        ~is_lost.any(),
+        f"Rows start at position ids {start.flatten().tolist()}, but nothing was read before: the starts of their "
+        "documents are lost. Train on DocumentStreams with InfiniTrainer, which carries the memory, and do not wrap "
+        "them; elsewhere leave position_ids out, or let them start at 0.",
+    )
+
+
 def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:
     """
     Cuts the inputs of one call into those of several calls that read the same.
@@ -238,6 +266,44 @@ def targets(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.
     column_after = F.pad(column_after[:, 1:], (0, 1), value=length)
     label, number = (F.pad(of, (0, 1), value=-100).gather(1, column_after) for of in (labels, numbers))
     return torch.where((numbers != 0) & (numbers == number), label, -100)
+
+
+def labels_of(targets: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The labels `(B, T)` whose [`targets`] these are; -100 for each row's first token, which nothing predicts."""
+    if attention_mask is None:
+        return F.pad(targets[:, :-1], (1, 0), value=-100)
+    columns = columns_tokens_last(attention_mask, targets.shape[1])
+    of_tokens = F.pad(targets.gather(1, columns)[:, :-1], (1, 0), value=-100)
+    return torch.full_like(targets, -100).scatter(1, columns, of_tokens)
+
+
+def checked_targets(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """
+    `shift_labels`, or else the [`targets`] of `labels`, for inputs of `shape` `(B, T)`; one of the two is given.
+
+    Raises:
+        ValueError: if a shape is another one, or if both are given and contradict each other.
+    """
+    for states in (labels, shift_labels):
+        if states is not None and states.shape != shape:
+            raise ValueError(f"labels are of shape {tuple(states.shape)}, but the inputs of {tuple(shape)}.")
+    if labels is None:
+        return shift_labels
+    expected = targets(labels, attention_mask)
+    if shift_labels is None:
+        return expected
+    # The label after the last column is known to shift_labels alone.
+    if not torch.equal(expected[:, :-1], shift_labels[:, :-1]):
+        raise ValueError(
+            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left, "
+            "or further over padding, which predicts nothing. Leave one of them out."
+        )
+    return shift_labels
 
 
 def has_columns(states, batch_size: int, length: int) -> bool:
