@@ -27,7 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import TransformersKwargs
 
 from .cache import InfiniCache
-from .masks import PACKING_ARGUMENTS, checked_targets, labels_of, refuse_lost_start, split_call
+from .masks import PACKING_ARGUMENTS, checked_targets, labels_of, split_call, warn_of_lost_start
 from .write_sparsity import part_of_row
 
 
@@ -225,7 +225,7 @@ def _start(
     cache = module.new_cache() if past_key_values is None else past_key_values.detached()
     if "position_ids" in inputs:
         length = inputs["shift_labels"].shape[1]
-        refuse_lost_start(inputs["position_ids"], inputs.get("attention_mask"), length, cache.tokens_read)
+        warn_of_lost_start(inputs["position_ids"], inputs.get("attention_mask"), length, cache.tokens_read)
     return inputs, cache, compute_loss
 
 

@@ -5,6 +5,7 @@ go on from step to step. Needs the package `datasets`.
 
 import os
 import random
+import re
 import warnings
 import zlib
 from collections import Counter
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
+from transformers.utils import logging
 
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+
+logger = logging.get_logger(__name__)
 
 # The builder of `datasets` that reads files of each ending.
 BUILDERS = {
@@ -152,19 +156,36 @@ def tokenize_documents(
 
 def refuse_unread(document: Mapping[str, Any], read: Collection[str], advice: str = "") -> None:
     """
-    Refuses columns of numbers beside those that are `read`: masks and weights would change what is learned. Columns of
-    texts are for people, and the token types of a single text are 0.
+    Refuses columns beside those that are `read` which would change what is learned: a number for each token, or a name
+    that says so. Other numbers, such as ids and years, are named in a warning; texts are for people.
     """
+    length = _length(document.get("input_ids"))
+    others = {
+        name: value
+        for name, value in document.items()
+        if name not in (*read, *OF_TOKENIZERS) and _holds_numbers(value)
+    }
+    # The token types of a single text are 0.
+    if "token_type_ids" in others and not any(others["token_type_ids"]):
+        del others["token_type_ids"]
     unread = [
         name
-        for name, value in document.items()
-        if name not in read and _holds_numbers(value) and not (name == "token_type_ids" and not any(value))
+        for name, value in others.items()
+        if LEARNS.search(name) or (length is not None and _length(value) == length)
     ]
     if unread:
         raise ValueError(
             f"Nothing reads these columns of the documents: {', '.join(unread)}. What says where to learn belongs "
             f"into labels, as -100 where nothing is to be learned; remove the others, e.g. by remove_columns.{advice}"
         )
+    if others:
+        logger.warning_once(f"Nothing reads these columns of the documents: {', '.join(others)}.")
+
+
+def _length(value: Any) -> int | None:
+    """The number of elements of a list or tensor; `None` of anything else."""
+    is_list = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+    return len(value) if is_list else None
 
 
 def _holds_numbers(value: Any) -> bool:
@@ -172,6 +193,12 @@ def _holds_numbers(value: Any) -> bool:
         return any(map(_holds_numbers, value[:1]))
     return value is not None and not isinstance(value, (str, bytes, Mapping))
 
+
+# What tokenizers give beside the ids, and what says nothing of what to learn.
+OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
+
+# Names of columns that would change what is learned.
+LEARNS = re.compile(r"mask|weight|loss|label|target|token_type")
 
 # The columns of a batch, and what pads each of them on the right.
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": -100, "shift_labels": -100}

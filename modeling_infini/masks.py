@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_infini import InfiniConfig
 from .streams import DecodeLayout, SegmentLayout, canonical_position_ids, find_restarts, plan_segments, refuse_unless
 
+
+logger = logging.get_logger(__name__)
 
 # Of packed sequences, for the attention backend: they describe columns, and the backend gets segments.
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -196,19 +199,16 @@ def _columns_of_call(states: torch.Tensor, name: str, length: int, tokens_read: 
     return states[:, columns - length :]
 
 
-@torch.compiler.disable
-def refuse_lost_start(
+def warn_of_lost_start(
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     length: int,
     tokens_read: torch.Tensor | None,
 ) -> None:
     """
-    Refuses to learn from rows that go on with a document whose start nobody has read: their position ids start above
+    Warns of learning from rows that go on with a document whose start nobody has read: their position ids start above
     the number of columns before, which may be padding. Arguments as those of [`streams_of_call`].
     """
-    if any(states is not None and states.dim() != 2 for states in (position_ids, attention_mask)):
-        return  # Refused where it is read.
     position_ids = position_ids[:, -length:]
     tokens = torch.ones_like(position_ids) if attention_mask is None else last_tokens(attention_mask, length)
     column = tokens.byte().argmax(1, keepdim=True)
@@ -216,12 +216,12 @@ def refuse_lost_start(
     is_lost = tokens.any(1, keepdim=True) & (start > column)
     if tokens_read is not None:
         is_lost = is_lost & (tokens_read == 0).unsqueeze(1)
-    refuse_unless(
-        ~is_lost.any(),
-        f"Rows start at position ids {start.flatten().tolist()}, but nothing was read before: the starts of their "
-        "documents are lost. Train on DocumentStreams with InfiniTrainer, which carries the memory, and do not wrap "
-        "them; elsewhere leave position_ids out, or let them start at 0.",
-    )
+    if is_lost.any():
+        logger.warning_once(
+            "Rows that are learned from start at position ids above 0, but nothing was read before: if they go on "
+            "with documents, as DocumentStreams do, the starts of these are lost. Only InfiniTrainer carries the "
+            "memory from step to step, and it must get the DocumentStreams as they are, not wrapped."
+        )
 
 
 def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -133,6 +134,10 @@ class InfiniTrainer(Trainer):
 
     def _check_dataset(self, dataset, batch_size: int) -> None:
         """Whether `dataset` can be read as it is meant to be. Much can be set after the Trainer was made."""
+        has_rows = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+        is_list = has_rows and hasattr(dataset, "__len__") and len(dataset) > 0
+        if is_list and self._is_causal_lm and self.args.remove_unused_columns and isinstance(dataset[0], Mapping):
+            self._refuse_unread(dataset[0])
         in_chunks = self.args.chunk_segments is not None or self.args.detach_every_num_segments is not None
         has_streams = isinstance(dataset, DocumentStreams)
         if not (in_chunks or has_streams):

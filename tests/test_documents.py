@@ -346,3 +346,13 @@ def test_streams_refuse_what_would_break_them():
         DocumentStreams(iter(numbered([3])), 1, 4, seed=0)
     with pytest.raises(ValueError, match="dataloader_num_workers=2"):
         list(DataLoader(DocumentStreams(numbered([3, 3]), 1, 4), num_workers=2))
+
+
+def test_numbers_that_say_nothing_of_what_to_learn_are_named_in_a_warning(monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_infini.documents.logger.warning_once", said.append)
+    document = {"input_ids": [1, 2, 3], "id": 7, "embedding": [0.1, 0.2], "special_tokens_mask": [1, 0, 0]}
+    for read in (lambda: next(iter(DocumentStreams([document], 1, 3))), lambda: collate_documents([document])):
+        said.clear()
+        assert read()["input_ids"].flatten().tolist() == [1, 2, 3]
+        assert set(said) == {"Nothing reads these columns of the documents: id, embedding."}

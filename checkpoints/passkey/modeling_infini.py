@@ -62,11 +62,11 @@ from .masks import (
     last_tokens,
     local_attention_mask,
     plan_call,
-    refuse_lost_start,
     split_call,
     streams_of_call,
     taken_packing,
     targets,
+    warn_of_lost_start,
 )
 from .memory import feature_map, read_memory
 from .model_card_infini import is_placeholder, model_card
@@ -736,8 +736,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         loss = None
         if has_targets:
             starts_empty = past_key_values is None and context_parallel is None
-            if position_ids is not None and starts_empty and not torch.compiler.is_exporting():
-                refuse_lost_start(position_ids, attention_mask, outputs.last_hidden_state.shape[1], None)
+            if position_ids is not None and starts_empty and not torch.compiler.is_compiling():
+                warn_of_lost_start(position_ids, attention_mask, outputs.last_hidden_state.shape[1], None)
             if attention_mask is not None and kwargs.get("shift_labels") is None:
                 kwargs["shift_labels"] = targets(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
