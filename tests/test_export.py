@@ -160,6 +160,17 @@ def test_calls_with_mask_into_a_new_or_a_used_cache_are_exported(fields, length,
                 torch.testing.assert_close(found_state[name], tensor, atol=1e-4, rtol=1e-4)
 
 
+def test_default_arguments_export_a_prompt_with_the_cache_that_it_leaves():
+    model, ids = tiny_model(num_hidden_layers=1, **MODES[2]), random_ids(2, 12)
+    inputs = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(12).expand(2, -1).contiguous()}
+    with torch.no_grad():
+        for kwargs in ({}, inputs):
+            found, expected = torch.export.export(model, (ids,), kwargs).module()(ids, **kwargs), model(ids)
+            assert relative_error(found.logits, expected.logits) < 1e-5
+            more = [model(ids[:, :3], past_key_values=outputs.past_key_values).logits for outputs in (found, expected)]
+            assert relative_error(*more) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_exporter_of_transformers_takes_default_arguments_and_caches():
     exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")
