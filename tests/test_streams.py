@@ -193,6 +193,8 @@ def test_masks_that_do_not_fit_are_refused():
         model(ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="position_ids has 5 columns"):
         model(ids, position_ids=torch.arange(5).unsqueeze(0))
+    with pytest.raises(ValueError, match=r"position_ids must be whole numbers, got torch.float32"):
+        model(ids, position_ids=torch.arange(6.0).unsqueeze(0))
     with pytest.raises(ValueError, match="nothing to read"):
         model(ids[:, :0])
     with pytest.raises(ValueError, match="attention_mask has 7 columns, but the inputs have 6, and nothing was read"):

@@ -61,8 +61,10 @@ def streams_of_call(
             raise ValueError(
                 f"position_ids must be of shape (batch={batch_size}, columns); got {tuple(position_ids.shape)}."
             )
-        positions = _columns_of_call(position_ids, "position_ids", length, tokens_read).expand(batch_size, -1).long()
-        restarts = find_restarts(positions, tokens, tokens_read)
+        positions = _columns_of_call(position_ids, "position_ids", length, tokens_read).expand(batch_size, -1)
+        if positions.is_floating_point():
+            raise ValueError(f"position_ids must be whole numbers, got {positions.dtype}.")
+        restarts = find_restarts(positions.long(), tokens, tokens_read)
     if tokens is not None and _numbers_documents(attention_mask, length):
         if not _is_compiled_step(length):
             _check_documents(attention_mask, length, None if restarts is not None else tokens_read)
