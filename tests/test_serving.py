@@ -200,7 +200,7 @@ def test_a_saved_memory_is_gone_on_from_in_another_server(engine, folder):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "message"), [(2, torch.float32, "of 2 texts"), (1, torch.float64, "of torch.float64")]
+    ("rows", "dtype", "message"), [(2, torch.float32, "of 2 texts"), (1, torch.float64, "holds torch.float64 keys")]
 )
 def test_a_memory_that_no_session_can_go_on_from_is_refused(client, engine, rows, dtype, message):
     model = tiny_model(dtype, **MODEL)
