@@ -211,6 +211,8 @@ def warn_of_lost_start(
     Warns of learning from rows that go on with a document whose start nobody has read: their position ids start above
     the number of columns before, which may be padding. Arguments as those of [`streams_of_call`].
     """
+    if any(states is not None and states.dim() != 2 for states in (position_ids, attention_mask)):
+        return  # Refused where it is read.
     position_ids = position_ids[:, -length:]
     tokens = torch.ones_like(position_ids) if attention_mask is None else last_tokens(attention_mask, length)
     column = tokens.byte().argmax(1, keepdim=True)

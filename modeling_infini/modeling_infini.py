@@ -412,6 +412,11 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            # An exported program may return it, so torch has to know what it is made of.
+            from transformers.exporters.exporter_dynamo import register_pytree_node
+
+            register_pytree_node(InfiniCache)
         return InfiniCache(self.config)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
@@ -495,12 +500,7 @@ class InfiniModel(InfiniPreTrainedModel):
         if context_parallel is not None:
             context_parallel.check_call(past_key_values is not None or use_cache, wants_attentions)
         if use_cache and past_key_values is None:
-            past_key_values = InfiniCache(self.config)
-            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-                # An exported program returns it, so torch has to know what it is made of.
-                from transformers.exporters.exporter_dynamo import register_pytree_node
-
-                register_pytree_node(InfiniCache)
+            past_key_values = self.new_cache()
         self._check_cache(past_key_values, inputs_embeds)
         if writes_only and past_key_values is None:
             raise ValueError("writes_only=True needs past_key_values or use_cache=True: there is nothing to write to.")

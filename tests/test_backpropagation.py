@@ -483,6 +483,8 @@ def test_inputs_that_are_none_of_a_sequence_are_refused(run):
     for name, value in (("past_key_values", model.new_cache()), ("num_items_in_batch", 3), ("logits_to_keep", 1)):
         with pytest.raises(ValueError, match=f"{name} describes a call, not a sequence"):
             run(model, {**inputs, name: value})
+    with pytest.raises(ValueError, match=r"position_ids must be of shape \(batch=2, columns\)"):
+        run(model, {**inputs, "position_ids": torch.arange(8)})
     with pytest.raises(ValueError, match=r"labels are of shape \(2, 9\), but the inputs of \(2, 8\)"):
         run(model, {**inputs, "labels": random_ids(2, 9)})
 

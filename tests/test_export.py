@@ -164,7 +164,7 @@ def test_default_arguments_export_a_prompt_with_the_cache_that_it_leaves():
     model, ids = tiny_model(num_hidden_layers=1, **MODES[2]), random_ids(2, 12)
     inputs = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(12).expand(2, -1).contiguous()}
     with torch.no_grad():
-        for kwargs in ({}, inputs):
+        for kwargs in ({}, inputs, {"use_cache": True}):
             found, expected = torch.export.export(model, (ids,), kwargs).module()(ids, **kwargs), model(ids)
             assert relative_error(found.logits, expected.logits) < 1e-5
             more = [model(ids[:, :3], past_key_values=outputs.past_key_values).logits for outputs in (found, expected)]

@@ -205,12 +205,8 @@ class InfiniCache(Cache):
         Raises:
             ValueError: if the weights are others, or it is not known which the cache had.
         """
-        if self.weights is None or (
-            current.fingerprint is not None and current.fingerprint == self.weights.fingerprint
-        ):
-            self.weights = current
-            return
-        if self.allow_other_weights:
+        is_unbound = self.weights is None or self.allow_other_weights
+        if is_unbound or (current.fingerprint is not None and current.fingerprint == self.weights.fingerprint):
             self.weights = current
             return
         if self.weights.model == current.model and (is_training or self.weights.fingerprint is None):
