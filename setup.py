@@ -12,7 +12,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["modeling_infini", "conversion", "evaluation"],
+    packages=["modeling_infini", "modeling_infini.training", "conversion", "evaluation"],
     package_data={"evaluation": ["lm_eval_tasks/*"]},
     install_requires=[
         "accelerate>=1.15",

@@ -15,7 +15,8 @@ from statistics import median
 
 import torch
 
-from modeling_infini import InfiniConfig, InfiniForCausalLM, backpropagate
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.training import backpropagate
 
 from .peak_memory import peak_nbytes
 from .sizes import SEGMENT_LENGTH, SIZE

@@ -21,7 +21,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, backpropagate, use_cpu_kernels
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, use_cpu_kernels
+from modeling_infini.training import backpropagate
 
 
 SAMPLING = {"do_sample": True, "top_p": 0.9, "top_k": 0}

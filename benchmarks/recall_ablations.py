@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from modeling_infini import InfiniConfig, InfiniForCausalLM, backpropagate, sparse_writes
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.training import backpropagate, sparse_writes
 
 
 NUM_PAIRS = 8

@@ -28,9 +28,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import logging
 
-from modeling_infini.backpropagation import infini_module
 from modeling_infini.cache_layer import InfiniCacheLayer, MemoryState
 from modeling_infini.memory import apply_correction, delta_correction, feature_map, read_memory, segment_write
+from modeling_infini.training.backpropagation import infini_module
 
 from .by_position import describe
 from .loading import first_tokens, load_model, load_tokenizer, read_texts

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_infini.backpropagation import infini_module
 from modeling_infini.memory import feature_map
 from modeling_infini.modeling_infini import log_write_gates
+from modeling_infini.training.backpropagation import infini_module
 
 from .haystacks import encode, find_filler
 from .loading import load_model, load_tokenizer

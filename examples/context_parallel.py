@@ -11,7 +11,8 @@ import argparse
 import torch
 from torch import distributed
 
-from modeling_infini import ContextParallel, InfiniConfig, InfiniForCausalLM
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.training import ContextParallel
 
 
 def main() -> None:

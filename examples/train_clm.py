@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from conversion.from_infini import MEMORY_WEIGHTS
 from evaluation.loading import config_fields
-from modeling_infini import (
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.training import (
     DocumentStreams,
-    InfiniConfig,
-    InfiniForCausalLM,
     InfiniTrainer,
     InfiniTrainingArguments,
     last_whole_checkpoint,

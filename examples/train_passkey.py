@@ -38,14 +38,8 @@ from transformers import (
 from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence, text_filler
 from evaluation.loading import config_fields, load_tokenizer
 from evaluation.passkey import DECOYS, TRAINING_WORDINGS, passkey_example
-from modeling_infini import (
-    InfiniConfig,
-    InfiniForCausalLM,
-    InfiniTrainer,
-    InfiniTrainingArguments,
-    load_documents,
-    sparse_writes,
-)
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments, load_documents, sparse_writes
 
 
 END_OF_TEXT = "<|endoftext|>"

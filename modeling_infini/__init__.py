@@ -9,12 +9,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .backpropagation import backpropagate, loss_in_chunks
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
-from .context_parallel import ContextParallel
 from .cpu_kernels import use_cpu_kernels
-from .documents import DocumentStreams, collate_documents, load_documents, tokenize_documents
 from .model_card_infini import model_card
 from .modeling_infini import (
     InfiniForCausalLM,
@@ -24,7 +21,6 @@ from .modeling_infini import (
     InfiniModel,
     InfiniPreTrainedModel,
 )
-from .write_sparsity import sparse_writes
 
 
 AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
@@ -36,17 +32,15 @@ AutoModelForQuestionAnswering.register(InfiniConfig, InfiniForQuestionAnswering,
 
 
 def __getattr__(name: str):
-    # The Trainer is imported when it is asked for: it is slow to import, and of no use to who only reads.
-    if name in ("InfiniTrainer", "InfiniTrainingArguments", "last_whole_checkpoint"):
-        from . import trainer_infini
+    # Training is imported when it is asked for: the Trainer is slow to import, and of no use to who only reads.
+    if name == "InfiniTrainer":
+        from .training import InfiniTrainer
 
-        return getattr(trainer_infini, name)
+        return InfiniTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
-    "ContextParallel",
-    "DocumentStreams",
     "InfiniCache",
     "InfiniConfig",
     "InfiniForCausalLM",
@@ -56,15 +50,7 @@ __all__ = [
     "InfiniModel",
     "InfiniPreTrainedModel",
     "InfiniTrainer",
-    "InfiniTrainingArguments",
-    "backpropagate",
-    "collate_documents",
-    "last_whole_checkpoint",
-    "load_documents",
-    "loss_in_chunks",
     "model_card",
-    "sparse_writes",
     "state_nbytes",
-    "tokenize_documents",
     "use_cpu_kernels",
 ]

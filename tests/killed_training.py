@@ -15,7 +15,7 @@ from tiny import random_ids, tiny_model
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_infini import (
+from modeling_infini.training import (
     DocumentStreams,
     InfiniTrainer,
     InfiniTrainingArguments,

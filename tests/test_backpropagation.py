@@ -20,16 +20,10 @@ from tiny import (
 from torch.nn.functional import cross_entropy
 from transformers.integrations.neftune import activate_neftune
 
-from modeling_infini import (
-    InfiniForCausalLM,
-    InfiniForTokenClassification,
-    backpropagate,
-    backpropagation,
-    loss_in_chunks,
-    modeling_infini,
-)
-from modeling_infini.backpropagation import chunk_lengths, infini_module, prepared_inputs
+from modeling_infini import InfiniForCausalLM, InfiniForTokenClassification, modeling_infini
 from modeling_infini.masks import targets
+from modeling_infini.training import backpropagate, backpropagation, loss_in_chunks
+from modeling_infini.training.backpropagation import chunk_lengths, infini_module, prepared_inputs
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -23,13 +23,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from modeling_infini import (
-    DocumentStreams,
-    InfiniForCausalLM,
-    InfiniTrainer,
-    InfiniTrainingArguments,
-    collate_documents,
-)
+from modeling_infini import InfiniForCausalLM
+from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments, collate_documents
 
 
 all_modes = pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
@@ -290,7 +285,7 @@ def test_infini_trainer_carries_memories_through_a_streamed_dataset(tmp_path, st
 TRACK = """
 import json, sys
 from tiny import random_ids, tiny_model
-from modeling_infini import InfiniTrainer, InfiniTrainingArguments
+from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments
 rows = [{"input_ids": random_ids(23, seed=seed).tolist()} for seed in range(2)]
 options = {"report_to": "trackio", "project": "tiny", "run_name": "run", "trackio_space_id": None, "logging_steps": 1}
 options |= {"max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}

@@ -18,7 +18,8 @@ from tiny import (
 from torch import distributed
 from torch.nn import functional as F
 
-from modeling_infini import ContextParallel, InfiniForSequenceClassification
+from modeling_infini import InfiniForSequenceClassification
+from modeling_infini.training import ContextParallel
 
 
 SEGMENT_LENGTH = 5

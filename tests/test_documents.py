@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from modeling_infini import DocumentStreams, collate_documents, load_documents, tokenize_documents
+from modeling_infini.training import DocumentStreams, collate_documents, load_documents, tokenize_documents
 
 
 TEXTS = ["one two\n\nthree four", "five", "six seven eight"]
@@ -350,7 +350,7 @@ def test_streams_refuse_what_would_break_them():
 
 def test_numbers_that_say_nothing_of_what_to_learn_are_named_in_a_warning(monkeypatch):
     said = []
-    monkeypatch.setattr("modeling_infini.documents.logger.warning_once", said.append)
+    monkeypatch.setattr("modeling_infini.training.documents.logger.warning_once", said.append)
     document = {"input_ids": [1, 2, 3], "id": 7, "embedding": [0.1, 0.2], "special_tokens_mask": [1, 0, 0]}
     for read in (lambda: next(iter(DocumentStreams([document], 1, 3))), lambda: collate_documents([document])):
         said.clear()

@@ -18,17 +18,15 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_infini import (
+from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, masks
+from modeling_infini.training import (
     DocumentStreams,
-    InfiniForCausalLM,
-    InfiniForSequenceClassification,
     InfiniTrainer,
     InfiniTrainingArguments,
     collate_documents,
     last_whole_checkpoint,
-    masks,
 )
-from modeling_infini.trainer_infini import state_norms
+from modeling_infini.training.trainer import state_norms
 
 
 COMMON = {
@@ -429,7 +427,7 @@ def test_other_heads_train_as_by_the_stock_trainer(tmp_path):
 
 def test_context_parallelism_without_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(InfiniTrainer, "get_cp_size", lambda self: 2)
-    with pytest.raises(ValueError, match=r"wrong for this model. Use modeling_infini\.ContextParallel"):
+    with pytest.raises(ValueError, match=r"wrong for this model. Use modeling_infini\.training\.ContextParallel"):
         infini_trainer(tiny_model(), tmp_path, documents(20, 20))
 
 

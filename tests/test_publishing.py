@@ -20,8 +20,8 @@ from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, 
 
 
 ROOT = Path(__file__).parent.parent
-# What a model needs to be loaded and run; training and CPU kernels are for those who have the package.
-PACKAGE_FILES = {"backpropagation.py", "cpu_kernels.py", "documents.py", "trainer_infini.py", "write_sparsity.py"}
+# What a model needs to be loaded and run; CPU kernels are for those who have the package.
+PACKAGE_FILES = {"cpu_kernels.py"}
 CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")}
 CODE_FILES -= {"__init__.py", *PACKAGE_FILES}
 AUTO_CLASSES = {

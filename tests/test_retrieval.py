@@ -25,7 +25,7 @@ from evaluation.retrieval import (
     score,
     weights_digest,
 )
-from modeling_infini import InfiniTrainer, InfiniTrainingArguments
+from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments
 
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "passkey"

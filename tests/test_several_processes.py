@@ -18,13 +18,8 @@ from tiny import EVERY_OPTION, relative_error, tiny_model
 from transformers import LlamaConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from modeling_infini import (
-    DocumentStreams,
-    InfiniConfig,
-    InfiniForCausalLM,
-    InfiniTrainer,
-    InfiniTrainingArguments,
-)
+from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments
 
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import train_clm
 from tiny import tiny_model
 from words import save_word_tokenizer
 
-from modeling_infini import InfiniConfig, InfiniTrainer
+from modeling_infini import InfiniConfig
+from modeling_infini.training import InfiniTrainer
 
 
 @pytest.mark.parametrize(

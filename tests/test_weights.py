@@ -13,14 +13,9 @@ from test_several_processes import SCRIPTS, torchrun
 from tiny import MODES, random_ids, tiny_config, tiny_model
 from torch import nn
 
-from modeling_infini import (
-    InfiniCache,
-    InfiniForCausalLM,
-    InfiniForSequenceClassification,
-    backpropagate,
-    use_cpu_kernels,
-)
+from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification, use_cpu_kernels
 from modeling_infini.fingerprint import WHOLE, weights_fingerprint
+from modeling_infini.training import backpropagate
 
 
 OTHER_WEIGHTS = "(may belong|belongs) to other weights"

@@ -5,8 +5,8 @@ import torch
 from tiny import random_ids, tiny_model
 from torch.nn.functional import logsigmoid
 
-from modeling_infini import backpropagate, sparse_writes, write_sparsity
-from modeling_infini.write_sparsity import write_penalty
+from modeling_infini.training import backpropagate, sparse_writes, write_sparsity
+from modeling_infini.training.write_sparsity import write_penalty
 
 
 WEIGHT, MARGIN = 0.7, 1.5

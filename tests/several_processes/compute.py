@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from modeling_infini import InfiniForCausalLM, backpropagate, modeling_infini, sparse_writes
+from modeling_infini import InfiniForCausalLM, modeling_infini
+from modeling_infini.training import backpropagate, sparse_writes
 
 
 def batch(*lengths: int, columns: int | None = None) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from several_processes.cpu_as_accelerator import use_cpu_as_accelerator
 from tiny import EVERY_OPTION, random_ids, tiny_model
 from transformers import PreTrainedModel, Trainer
 
-from modeling_infini import DocumentStreams, InfiniTrainer, InfiniTrainingArguments, collate_documents
+from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments, collate_documents
 
 
 BATCH_SIZE = 4

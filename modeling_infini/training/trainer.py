@@ -24,6 +24,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
+from ..cache import CACHE_NAME, InfiniCache
+from ..configuration_infini import copy_whole
+from ..masks import has_columns, targets
 from .backpropagation import (
     backpropagate,
     has_own_loss,
@@ -32,10 +35,7 @@ from .backpropagation import (
     prepared_inputs,
     refuse_unread_inputs,
 )
-from .cache import CACHE_NAME, InfiniCache
-from .configuration_infini import copy_whole
 from .documents import DocumentStreams, collate_documents, refuse_unread
-from .masks import has_columns, targets
 
 
 # In the output folder, what is being written or removed; by its first letter, the Trainer does not publish it.
@@ -216,7 +216,7 @@ class InfiniTrainer(Trainer):
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError(
                 "The context and sequence parallelism of accelerate exchange keys and values and no memory, and are "
-                "wrong for this model. Use modeling_infini.ContextParallel in a loop of your own."
+                "wrong for this model. Use modeling_infini.training.ContextParallel in a loop of your own."
             )
 
     def _is_set(self, name: str) -> bool:

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import TransformersKwargs
 
-from .cache import InfiniCache
-from .masks import PACKING_ARGUMENTS, checked_targets, labels_of, split_call, warn_of_lost_start
+from ..cache import InfiniCache
+from ..masks import PACKING_ARGUMENTS, checked_targets, labels_of, split_call, warn_of_lost_start
 from .write_sparsity import part_of_row
 
 

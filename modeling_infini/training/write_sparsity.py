@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modeling_infini import InfiniAttention, log_write_gates
+from ..modeling_infini import InfiniAttention, log_write_gates
 
 
 class _AddLoss(torch.autograd.Function):
