@@ -13,12 +13,11 @@ import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
-from modeling_infini import model_card
-
 from .checkpoints import new_folder, require_free
 from .from_infini import convert_from_infini
 from .from_lucidrains import load_lucidrains
 from .inspection import inspect_checkpoint
+from .model_card import model_card
 from .to_infini import convert_to_infini
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 from yaml import YAMLError
 
-from modeling_infini import InfiniConfig, InfiniForCausalLM, model_card
+from modeling_infini import InfiniConfig, InfiniForCausalLM
 
 from .architectures import infini_config, require_supported
 from .checkpoints import (
@@ -27,6 +27,7 @@ from .checkpoints import (
     shard_size,
     write_weights,
 )
+from .model_card import model_card
 from .small_files import (
     CARD,
     convert_gguf_tokenizer,

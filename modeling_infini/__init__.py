@@ -12,7 +12,6 @@ from transformers import (
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
 from .cpu_kernels import use_cpu_kernels
-from .model_card_infini import model_card
 from .modeling_infini import (
     InfiniForCausalLM,
     InfiniForQuestionAnswering,
@@ -50,7 +49,6 @@ __all__ = [
     "InfiniModel",
     "InfiniPreTrainedModel",
     "InfiniTrainer",
-    "model_card",
     "state_nbytes",
     "use_cpu_kernels",
 ]

@@ -9,11 +9,9 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from einops import rearrange
-from huggingface_hub import ModelCard
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
@@ -69,7 +67,6 @@ from .masks import (
     warn_of_lost_start,
 )
 from .memory import feature_map, read_memory
-from .model_card_infini import is_placeholder, model_card
 from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
 from .streams import DecodeLayout, SegmentLayout, take
 from .tensor_parallel import check_heads
@@ -420,14 +417,13 @@ class InfiniPreTrainedModel(PreTrainedModel):
         return InfiniCache(self.config)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        # What transformers writes where the repository has no card yet says nothing about the model.
-        card_file = Path(working_dir) / "README.md"
-        found = ModelCard.load(card_file) if card_file.is_file() else None
-        if found is None or is_placeholder(found.content):
-            card = model_card(self.config, self.local_shares().detach(), repo_id=repo_id)
-            tags = [] if found is None else found.data.to_dict().get("tags", [])
-            card.data["tags"] = [*card.data["tags"], *(tag for tag in tags if tag not in card.data["tags"])]
-            card.save(card_file)
+        try:
+            from conversion.model_card import write_missing_card
+        except ImportError:
+            # Published code runs without this package. The card is then the one that transformers makes up.
+            pass
+        else:
+            write_missing_card(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ from tiny import MODES, random_ids, tiny_config, tiny_model
 from transformers.pipelines import SUPPORTED_TASKS
 
 import modeling_infini
-from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, model_card, state_nbytes
+from conversion.model_card import model_card
+from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, state_nbytes
 
 
 ROOT = Path(__file__).parent.parent
@@ -247,6 +248,30 @@ def test_published_and_loaded_by_name_at_a_pinned_revision(tmp_path, monkeypatch
         # A pinned revision needs no Hub once it was read.
         hub.repositories.clear()
         assert load_elsewhere(reader, repository, python=python, options=options[:1]) == answers[:1]
+
+
+PUSH_BY_ITS_CODE = """
+import sys
+if sys.argv[2] == "alone":
+    sys.modules["conversion"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+print(model.push_to_hub(sys.argv[2]).oid)
+"""
+
+
+@pytest.mark.parametrize("name", ["alone", "with-the-package"])
+def test_what_was_loaded_by_its_code_is_pushed_with_a_card(tmp_path, monkeypatch, name):
+    tiny_model().save_pretrained(tmp_path / "saved")
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        push = [sys.executable, "-c", PUSH_BY_ITS_CODE, str(tmp_path / "saved"), name]
+        commit = run(tmp_path / "author", push, HF_TOKEN=TOKEN).strip()
+        files = hub.repositories[f"{USER}/{name}"].commits[commit]
+    assert set(files) >= CODE_FILES
+    text = ModelCard(files["README.md"].decode()).text
+    assert ("share of local attention in the gates" in text) == (name == "with-the-package")
 
 
 CONVERT = """

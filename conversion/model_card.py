@@ -1,15 +1,19 @@
 """The model card: what a model of the Hub is, how to use it, and where its limits are."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from .cache import state_nbytes
-from .configuration_infini import InfiniConfig
+from modeling_infini import InfiniConfig, InfiniPreTrainedModel, state_nbytes
 
 
 PAPER = "https://arxiv.org/abs/2404.07143"
+
+# What transformers writes where a repository has no card yet.
+TRANSFORMERS_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 PIPELINE_TAGS = {
     "InfiniForCausalLM": "text-generation",
@@ -109,9 +113,21 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def is_placeholder(card: str) -> bool:
-    """Whether a card is the one that transformers uploads for a model that has none."""
-    return "This is the model card of a 🤗 transformers model that has been pushed on the Hub." in card
+def write_missing_card(model: InfiniPreTrainedModel, folder: str | os.PathLike, repo_id: str) -> None:
+    """
+    Writes a card into a folder that is about to be pushed, unless it has one that says something about the model.
+
+    Args:
+        model: also one of a class that came with a checkpoint, `trust_remote_code=True`.
+    """
+    file = Path(folder) / "README.md"
+    found = ModelCard.load(file) if file.is_file() else None
+    if found is not None and TRANSFORMERS_CARD not in found.content:
+        return
+    card = model_card(model.config, model.local_shares().detach(), repo_id=repo_id)
+    tags = [] if found is None else found.data.to_dict().get("tags", [])
+    card.data["tags"] = [*card.data["tags"], *(tag for tag in tags if tag not in card.data["tags"])]
+    card.save(file)
 
 
 def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | None, training: str | None) -> str:
@@ -160,4 +176,4 @@ def _limits(config: InfiniConfig, training: str | None) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "write_missing_card"]
