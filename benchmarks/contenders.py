@@ -21,7 +21,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM, use_cpu_kernels
+from examples.cpu_kernels import use_cpu_kernels
+from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import backpropagate
 
 

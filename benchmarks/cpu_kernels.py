@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 from conversion import convert_to_infini
 from evaluation.resources import smollm2_file
-from modeling_infini import use_cpu_kernels
+from examples.cpu_kernels import use_cpu_kernels
 
 from .timing import interleaved_seconds, ratio
 

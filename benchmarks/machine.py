@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from modeling_infini.cpu_kernels import onednn_product
+from examples.cpu_kernels import onednn_product
 
 
 class Limits(NamedTuple):

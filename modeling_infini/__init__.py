@@ -11,7 +11,6 @@ from transformers import (
 
 from .cache import InfiniCache, state_nbytes
 from .configuration_infini import InfiniConfig
-from .cpu_kernels import use_cpu_kernels
 from .modeling_infini import (
     InfiniForCausalLM,
     InfiniForQuestionAnswering,
@@ -50,5 +49,4 @@ __all__ = [
     "InfiniPreTrainedModel",
     "InfiniTrainer",
     "state_nbytes",
-    "use_cpu_kernels",
 ]

@@ -21,10 +21,7 @@ from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, 
 
 
 ROOT = Path(__file__).parent.parent
-# What a model needs to be loaded and run; CPU kernels are for those who have the package.
-PACKAGE_FILES = {"cpu_kernels.py"}
-CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")}
-CODE_FILES -= {"__init__.py", *PACKAGE_FILES}
+CODE_FILES = {file.name for file in Path(modeling_infini.__file__).parent.glob("*.py")} - {"__init__.py"}
 AUTO_CLASSES = {
     "AutoConfig",
     "AutoModel",

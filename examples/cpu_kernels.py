@@ -3,6 +3,9 @@ Faster linear layers on a CPU, out of PyTorch's own parts.
 
 For products in float32 PyTorch takes MKL, which has no AVX-512 kernels for processors that are not Intel's, and reads
 the weights of a single row on one core. oneDNN, which is in PyTorch as well, has both.
+
+`python -m benchmarks.cpu_kernels` measures what they give a model. They are for any model: this file needs torch and
+transformers alone. The operator that they call is not public API of PyTorch.
 """
 
 from typing import Any, TypeVar
