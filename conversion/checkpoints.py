@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from modeling_infini import InfiniConfig
 
 from .architectures import DEQUANTIZE
-from .gguf_files import GGUFFile
+from .gguf_files import GGUFFile, is_gguf
 from .wrong_sources import require_no_adapter, what_file_it_is, what_it_holds
 
 
@@ -38,8 +38,6 @@ WEIGHT_FILES = [
 # A single file, or the index of several: in this order, which is that of transformers.
 SAFE_LAYOUT = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 BIN_LAYOUT = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-
-GGUF_SUFFIX = ".gguf"
 
 # What stands in the place of a large file that git alone has fetched, and the most bytes that it has.
 LFS_POINTER = b"version https://git-lfs"
@@ -67,7 +65,6 @@ class Checkpoint:
 
     Attributes:
         folder: where configuration, tokenizer and README stand.
-        options: what `from_pretrained` takes with `folder`.
         name, revision: id and commit on the Hub; `None` for a folder or file.
         gguf: the `.gguf` file; `None` for a folder.
         sizes: bytes of each file in the folder and its sub-folders, by its name there; also of those on the Hub that
@@ -89,13 +86,15 @@ class Checkpoint:
         self.name = None if Path(source).exists() else str(source)
         if self.name is None and revision is not None:
             raise ValueError(f'revision="{revision}" is for a model on the Hub, but {source} is on this machine.')
-        self.folder, self.options = _locate(source, revision)
+        self.folder, gguf_file = _locate(source, revision)
         # A snapshot's folder is named by its commit.
         self.revision = None if self.name is None else self.folder.name
         self._allow_bin = allow_bin
         self.sizes: dict[str, int] = {}
-        if self.options:
-            _require_no_pointers(self.folder, list(self.options.values()))
+        self.gguf: GGUFFile | None = None
+        if gguf_file is not None:
+            _require_no_pointers(self.folder, [gguf_file.name])
+            self.gguf = GGUFFile(gguf_file)
         else:
             listed = {} if self.name is None else _hub_sizes(self.name, self.revision)
             self.sizes = {**listed, **_sizes(self.folder)}
@@ -107,7 +106,6 @@ class Checkpoint:
             small = [name for name, size in self.sizes.items() if size < LARGEST_POINTER]
             used = [name for name in small if name in self.weight_files or not is_weight_file(name)]
             _require_no_pointers(self.folder, used)
-        self.gguf = GGUFFile(self.folder / self.options["gguf_file"]) if self.options else None
 
     @cached_property
     def config(self) -> Any:
@@ -179,7 +177,7 @@ class Checkpoint:
     @cached_property
     def weight_files(self) -> set[str]:
         """Names of the files that hold the weights, and of their index; none of a GGUF file's neighbours."""
-        if self.options:
+        if self.gguf is not None:
             return set()
         return {*(self._files_of(SAFE_LAYOUT) or self._files_of(BIN_LAYOUT)), SAFE_LAYOUT[1], BIN_LAYOUT[1]}
 
@@ -188,23 +186,20 @@ class Checkpoint:
         return self._weights[1](name)
 
 
-def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, dict[str, str]]:
+def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, Path | None]:
+    """The folder of a source, and its GGUF file if it is one."""
     path = Path(source)
     if path.is_dir():
-        files = [file.name for file in path.iterdir() if _is_gguf(file)]
+        files = [file for file in path.iterdir() if is_gguf(file) and file.is_file()]
         alone = len(files) == 1 and not (path / "config.json").is_file()
-        return path, {"gguf_file": files[0]} if alone else {}
-    if _is_gguf(path):
-        return path.parent, {"gguf_file": path.name}
+        return path, files[0] if alone else None
+    if is_gguf(path):
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no GGUF file {path}.")
+        return path.parent, path
     if path.is_file():
         raise FileNotFoundError(what_file_it_is(path))
-    if path.suffix.lower() == GGUF_SUFFIX:
-        raise FileNotFoundError(f"There is no GGUF file {path}.")
-    return _download(str(source), revision), {}
-
-
-def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
+    return _download(str(source), revision), None
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Container, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +110,11 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 # Quotients of the two edges between which Llama 3.1's scaling fades in, where the factors leave it open: its own, and
 # others.
 EDGE_RATIOS = (4.0, 2.0, 1.2, 1.02, 1.001)
+
+
+def is_gguf(source: str | os.PathLike) -> bool:
+    """Whether a source is a GGUF file by its name; it may not be there."""
+    return Path(source).suffix.lower() == ".gguf"
 
 
 class GGUFFile:

@@ -130,7 +130,7 @@ def _copy(source: Path, target: Path) -> None:
 def write_fields(checkpoint: Checkpoint, target: Path, fields: dict[str, Any]) -> None:
     """Writes a JSON file that a conversion translates; byte for byte the source's where nothing changes."""
     source = checkpoint.folder / target.name
-    if not checkpoint.options and source.is_file() and read_json(source) == fields:
+    if checkpoint.gguf is None and source.is_file() and read_json(source) == fields:
         shutil.copyfile(source, target)
     else:
         write_json(target, fields)
@@ -141,7 +141,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     The tokenizer that `AutoTokenizer` gives the source. `None`, with a warning that says why, if it has none, or none
     that can be loaded without running code of its own.
     """
-    if not checkpoint.options and not _has_tokenizer(checkpoint.folder):
+    if checkpoint.gguf is None and not _has_tokenizer(checkpoint.folder):
         logger.warning("The source has no tokenizer; the output has none.")
         return None
     if _has_own_code(_settings(checkpoint)):
@@ -157,7 +157,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     # `tokenizers` raises Exception itself.
     except Exception as error:
         reason = " ".join(str(error).split())
-        if checkpoint.options:
+        if checkpoint.gguf is not None:
             logger.warning("The GGUF file has no tokenizer that can be converted; the output has none. (%s)", reason)
         else:
             logger.warning("The tokenizer cannot be loaded: it is copied as it is, ids are not compared. (%s)", reason)
@@ -176,7 +176,7 @@ def _has_own_code(settings: dict[str, Any]) -> bool:
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of the tokenizer, as its file has them."""
     file = checkpoint.folder / TOKENIZER_CONFIG
-    return read_json(file) if file.is_file() and not checkpoint.options else {}
+    return read_json(file) if file.is_file() and checkpoint.gguf is None else {}
 
 
 def converted_settings(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def convert_gguf_tokenizer(
 
 def generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The source's generation configuration: its file, or else what its config.json says of generation."""
-    if checkpoint.options:
+    if checkpoint.gguf is not None:
         return GenerationConfig.from_model_config(checkpoint.config).to_diff_dict()
     file = checkpoint.folder / GENERATION_CONFIG_NAME
     if file.is_file():

@@ -135,7 +135,7 @@ def convert_to_infini(
 
     with new_folder(output) as folder:
         copy_files(checkpoint, folder)
-        if checkpoint.options:
+        if checkpoint.gguf is not None:
             convert_gguf_tokenizer(checkpoint, folder, tokenizer, config)
         else:
             config.converted_from["tokenizer_config"] = replaced_settings(checkpoint, settings)

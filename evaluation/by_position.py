@@ -26,6 +26,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from conversion.gguf_files import is_gguf
+
 from .loading import add_text_arguments, first_tokens, load_model, load_tokenizer, read_texts, segment_length_of
 from .losses import memory_off, token_losses, window_losses
 
@@ -188,7 +190,7 @@ def name_and_source(argument: str) -> tuple[str, str]:
     if separator and not Path(argument).exists():
         return name, source
     path = Path(argument).resolve()
-    return path.stem if path.suffix == ".gguf" else path.name, argument
+    return path.stem if is_gguf(path) else path.name, argument
 
 
 def describe(model: PreTrainedModel, source: str) -> dict[str, Any]:

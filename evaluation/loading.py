@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from conversion.gguf_files import GGUFFile
+from conversion.gguf_files import GGUFFile, is_gguf
 from modeling_infini import InfiniConfig  # also registers the model with the Auto classes
 
 from .resources import king_james_bible
@@ -28,7 +28,7 @@ from .resources import king_james_bible
 
 def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     """The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`."""
-    if Path(source).suffix != ".gguf":
+    if not is_gguf(source):
         return AutoModelForCausalLM.from_pretrained(source, **options)
     # As a conversion reads it: transformers' reader passes over scaled angles, windows and more.
     file = GGUFFile(Path(source))
@@ -39,7 +39,7 @@ def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, a `.gguf` file or on the Hub."""
-    if Path(source).suffix == ".gguf":
+    if is_gguf(source):
         return GGUFFile(Path(source)).tokenizer()
     return AutoTokenizer.from_pretrained(source)
 
@@ -51,7 +51,7 @@ def segment_length_of(source: str | Path) -> int:
     Raises:
         ValueError: if it is another model.
     """
-    config = GGUFFile(Path(source)).config if Path(source).suffix == ".gguf" else AutoConfig.from_pretrained(source)
+    config = GGUFFile(Path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
     if not hasattr(config, "segment_length"):
         raise ValueError(f"{source} holds a {config.model_type} model, not one with Infini-attention.")
     return config.segment_length

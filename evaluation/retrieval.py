@@ -251,7 +251,9 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """By which weights are known: hexadecimal, different where any weight or dtype is."""
+    """
+    By which files of trials know the weights of any causal model: hexadecimal, different where a weight or dtype is.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype}".encode())

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from conversion import convert_to_infini
+from conversion.gguf_files import is_gguf
 from evaluation.examples import opening_ids
 from evaluation.haystacks import encode
 from evaluation.loading import load_model, load_tokenizer
@@ -163,7 +164,7 @@ class Library:
 def _name(source: str) -> str:
     """How a source is called on the page."""
     path = Path(source)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return path.name.split(".")[0]
     return path.resolve().name if path.is_dir() else source
 
@@ -177,7 +178,7 @@ def open_reader(source: str, folder: Path, name: str | None = None) -> Reader:
     """
     name = name or _name(source)
     try:
-        if Path(source).suffix == ".gguf" or AutoConfig.from_pretrained(source).model_type != "infini":
+        if is_gguf(source) or AutoConfig.from_pretrained(source).model_type != "infini":
             digest = hashlib.sha256(source.encode()).hexdigest()[:8]
             converted = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{SEGMENT_LENGTH}-{digest}"
             if not converted.exists():
