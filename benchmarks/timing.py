@@ -17,15 +17,20 @@ class Ratio(NamedTuple):
         return f"{self.value:.3g} [{self.least:.3g}-{self.greatest:.3g}]"
 
 
-def interleaved_seconds(runs: Mapping[str, Callable], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
+def interleaved_seconds(
+    runs: Mapping[str, Callable],
+    repeats: int,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each run in each of `repeats` rounds, after one that is not counted unless all ran before."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for is_counted in [False] * warm_up + [True] * repeats:
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if is_counted:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import recall_ablations, scale
+from benchmarks import beside, recall_ablations, scale
 from benchmarks.__main__ import SHORT
 from benchmarks.contenders import (
     infini,
@@ -129,6 +129,27 @@ def test_command_measures_cpu_kernels_of_a_model(tmp_path):
         *(["generated", how] for how in (*steps, "CPU kernels, compiled")),
         *(["training step", how] for how in steps),
     ]
+
+
+@pytest.mark.slow
+def test_a_checkout_beside_itself_differs_in_nothing_but_time():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "benchmarks.beside", str(root), "--short"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in done.stdout.splitlines()[2:]]
+    counts, logits, times = rows[:6], rows[6:10], rows[10:]
+    assert all(before == after and share == "1" for _, before, after, share in counts)
+    assert all(after == "0.0e+00" for _, _, after, _ in logits)
+    assert len(times) == 12
+    assert all(after.endswith(" ms") for _, _, after, _ in times)
+
+
+@pytest.mark.parametrize("local_attention", ["segment", "sliding"])
+def test_state_of_a_cache_is_counted_whatever_its_layers_call_it(local_attention):
+    contender = infini(SIZE, segment_length=N, local_attention=local_attention)
+    with torch.no_grad():
+        cache = contender.prefill(contender.build(), random_ids(2 * N))
+    assert beside.state_nbytes(cache) == state_nbytes(cache)
 
 
 def test_published_figures_are_those_of_the_run():
