@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-min test-newest lint format docs notebooks notebooks-write benchmark checkpoint-code
+.PHONY: demo test test-core test-fast test-min test-newest lint format docs notebooks notebooks-write benchmark checkpoint-code
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -11,6 +11,10 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The promises, at small sizes: in the files that mark a test as core, so that no other is imported.
+test-core: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m core --hypothesis-profile core $$(grep -l "mark\.core" tests/test_*.py)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"

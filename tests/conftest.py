@@ -12,6 +12,8 @@ settings.register_profile(
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+# For `--hypothesis-profile core`.
+settings.register_profile("core", settings.get_profile("tests"), max_examples=10)
 settings.load_profile("tests")
 
 

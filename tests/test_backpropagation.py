@@ -70,6 +70,7 @@ def sequences(draw):
     return fields, {**inputs, "labels": labels}
 
 
+@pytest.mark.core
 @given(sequences(), st.integers(1, 3), st.booleans())
 def test_chunked_gradients_equal_those_of_one_pass(case, chunk_segments, is_checkpointed):
     fields, inputs = case

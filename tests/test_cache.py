@@ -56,6 +56,7 @@ def assert_same_state(found, expected, tolerance=1e-9):
     assert found.get_seq_length() == expected.get_seq_length()
 
 
+@pytest.mark.core
 @given(st.data())
 def test_cuts_change_neither_logits_nor_state(data):
     fields = data.draw(config_fields())
@@ -75,6 +76,7 @@ def test_cuts_change_neither_logits_nor_state(data):
     assert_same_state(cut, whole, tolerance=1e-5)
 
 
+@pytest.mark.core
 @given(st.data())
 def test_cuts_do_not_change_gradients(float64_norm_and_rope, data):
     fields = data.draw(config_fields())
@@ -95,6 +97,7 @@ def test_cuts_do_not_change_gradients(float64_norm_and_rope, data):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("fields", MODES)
 @pytest.mark.parametrize("delta", [False, True])
 def test_gradients_equal_autograd_of_the_reference(float64_norm_and_rope, fields, delta):
@@ -109,6 +112,7 @@ def test_gradients_equal_autograd_of_the_reference(float64_norm_and_rope, fields
         torch.testing.assert_close(mine, other, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("fields", MODES)
 def test_size_does_not_depend_on_what_was_read(fields):
     model, sizes = tiny_model(**fields), set()
@@ -124,6 +128,7 @@ def test_size_does_not_depend_on_what_was_read(fields):
     assert len(sizes) == 1
 
 
+@pytest.mark.core
 @given(st.data())
 def test_reordered_repeated_and_selected_rows_continue_as_their_own_streams(data):
     fields = data.draw(config_fields())
@@ -159,6 +164,7 @@ def test_reordered_repeated_and_selected_rows_continue_as_their_own_streams(data
     assert_same_state(before, feed(model, ids, attention_mask=mask)[1])
 
 
+@pytest.mark.core
 @given(st.data())
 def test_cropping_gives_the_stream_without_what_was_cropped(data):
     fields = data.draw(config_fields())
@@ -207,6 +213,7 @@ def test_cropping_goes_back_over_the_start_of_a_document():
     torch.testing.assert_close(found, expected[:, 12:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.core
 def test_what_was_not_recorded_cannot_be_cropped():
     model = tiny_model()
     with torch.no_grad():
@@ -237,6 +244,7 @@ def test_recording_is_bounded():
     assert max(sizes[40:]) <= max(sizes[:40])
 
 
+@pytest.mark.core
 def test_copies_are_independent():
     model = tiny_model(local_attention="sliding", num_sink_tokens=1)
     with torch.no_grad():

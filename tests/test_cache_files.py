@@ -1,6 +1,7 @@
 """P6: a memory is a file, which continues bit for bit in another process, and is refused where it does not fit."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -25,39 +26,49 @@ def read(model, *lengths):
     return cache
 
 
-CONTINUE = """
-import sys, torch
-from modeling_infini import InfiniCache, InfiniForCausalLM
-torch.set_num_threads(1)
-folder = sys.argv[1]
-model = InfiniForCausalLM.from_pretrained(folder + "/model", dtype=getattr(torch, sys.argv[2]))
-cache = InfiniCache.from_pretrained(folder + "/memory", model)
-ids = torch.load(folder + "/ids.pt")
-with torch.no_grad():
-    first = model(ids[:, :7], past_key_values=cache).logits
-    logits = [first] + [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(7, 12)]
-torch.save(torch.cat(logits, 1), folder + "/logits.pt")
-"""
-
-
-@pytest.mark.parametrize("fields", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_process_continues_bit_for_bit(tmp_path, fields, dtype):
-    tiny_model(**fields).save_pretrained(tmp_path / "model")
-    model = InfiniForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+def continuation(model, cache):
     ids = random_ids(2, 12, seed=5)
-    cache = read(model, 13, 1, 4)
-    cache.save_pretrained(tmp_path / "memory")
-    torch.save(ids, tmp_path / "ids.pt")
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", CONTINUE, str(tmp_path), str(dtype).removeprefix("torch.")]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
     with torch.no_grad():
         first = model(ids[:, :7], past_key_values=cache).logits
         steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(7, 12)]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), torch.cat([first, *steps], 1))
+    return torch.cat([first, *steps], 1)
 
 
+CONTINUE = """
+import sys
+from pathlib import Path
+import torch
+from test_cache_files import continuation
+from modeling_infini import InfiniCache, InfiniForCausalLM
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    model = InfiniForCausalLM.from_pretrained(folder / "model", dtype=torch.load(folder / "dtype.pt"))
+    cache = InfiniCache.from_pretrained(folder / "memory", model)
+    torch.save(continuation(model, cache), folder / "logits.pt")
+"""
+
+
+@pytest.mark.core
+def test_another_process_continues_bit_for_bit(tmp_path):
+    expected = {}
+    for index, (fields, dtype) in enumerate(itertools.product(MODES, (torch.float32, torch.bfloat16))):
+        folder = tmp_path / str(index)
+        tiny_model(**fields).save_pretrained(folder / "model")
+        model = InfiniForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+        cache = read(model, 13, 1, 4)
+        cache.save_pretrained(folder / "memory")
+        torch.save(dtype, folder / "dtype.pt")
+        expected[folder] = continuation(model, cache)
+    # One process for all: it takes seconds to start.
+    tests = Path(__file__).parent
+    path = os.pathsep.join((str(tests.parent), str(tests)))
+    command = [sys.executable, "-c", CONTINUE, *map(str, expected)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+    for folder, logits in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt"), logits), folder
+
+
+@pytest.mark.core
 def test_a_loaded_cache_can_be_forked_and_cropped(tmp_path):
     model = tiny_model(local_attention="sliding", num_sink_tokens=2)
     cache = read(model, 13)
@@ -103,6 +114,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("field", tiny_config().memory_fields())
 def test_a_cache_of_another_model_is_refused_in_memory_and_as_a_file(tmp_path, field):
     class OtherConfig(InfiniConfig):
@@ -139,6 +151,7 @@ def edit(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+@pytest.mark.core
 def test_what_is_damaged_is_refused(tmp_path):
     model = tiny_model()
     with pytest.raises(FileNotFoundError, match="holds no saved cache"):

@@ -64,6 +64,7 @@ def test_the_cache_changes_no_token(fields, delta, padded, options):
     assert torch.equal(*found)
 
 
+@pytest.mark.core
 @both_rules
 @all_modes
 def test_a_left_padded_row_generates_what_it_does_alone(fields, delta):
@@ -72,6 +73,7 @@ def test_a_left_padded_row_generates_what_it_does_alone(fields, delta):
     assert torch.equal(together[1, 4:], generate(model, ids[1:, 4:])[0])
 
 
+@pytest.mark.core
 @both_rules
 @all_modes
 def test_prompt_lookup_and_assisted_decoding_change_no_token(fields, delta):
@@ -88,6 +90,7 @@ def test_prompt_lookup_and_assisted_decoding_change_no_token(fields, delta):
     assert torch.equal(generate(model, ids, assistant_model=near), expected)
 
 
+@pytest.mark.core
 @both_rules
 @all_modes
 def test_turns_continue_the_memory(fields, delta):
@@ -142,6 +145,7 @@ def test_assisted_decoding_continues_the_memory(fields):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.core
 @all_modes
 def test_beams_continue_a_repeated_memory(fields):
     model, ids = generator(fields), random_ids(1, 13)

@@ -214,6 +214,7 @@ def test_guidance_goes_on_from_the_last_token(fields):
         assert torch.equal(*found)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_what_is_generated_belongs_to_the_last_document(fields, use_cache):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +42,7 @@ def test_reading_one_written_token_gives_its_value():
     torch.testing.assert_close(read_memory(feature_map(random(1, 4, seed=2)), memory, normaliser, 1e-10), value)
 
 
+@pytest.mark.core
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
 def test_the_affine_scan_equals_the_delta_rule_segment_by_segment(segments, length, seed):
     features = feature_map(random(2, segments, length, 3, seed=seed))

@@ -29,6 +29,7 @@ from transformers import (
 from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification, InfiniModel
 
 
+@pytest.mark.core
 @given(st.data())
 def test_eager_and_sdpa_agree(data):
     fields = data.draw(config_fields())
@@ -172,6 +173,7 @@ def test_gates_start_as_configured_and_stay_in_float32(tmp_path):
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.core
 def test_closed_gates_shut_the_memory_out_and_open_ones_let_it_in():
     model, ids = tiny_model(), random_ids(1, 10)
     other = torch.cat([(ids[:, :5] + 1) % 31, ids[:, 5:]], 1)
@@ -192,6 +194,7 @@ def test_every_gradient_is_finite_and_gates_have_one():
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.core
 def test_gradient_checkpointing_changes_no_gradient():
     model, ids = tiny_model(), random_ids(2, 17)
     expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))

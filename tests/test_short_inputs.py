@@ -26,6 +26,7 @@ def llama_and_ours(dtype=torch.float32, rope_parameters=None, **fields):
     return llama, ours
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(data=st.data())
 def test_short_inputs_give_the_base_models_logits(data, dtype):
@@ -38,6 +39,7 @@ def test_short_inputs_give_the_base_models_logits(data, dtype):
         assert torch.equal(ours(ids).logits, expected)
 
 
+@pytest.mark.core
 @given(data=st.data())
 def test_left_padded_short_inputs_give_the_base_models_logits(data):
     fields = data.draw(config_fields(min_segment_length=2)) | LLAMA

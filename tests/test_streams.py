@@ -93,6 +93,7 @@ def check_against_reference(model, drawn, tolerance, use_position_ids=False, num
     assert cache.get_seq_length() == sum(len(grid[0]) for grid in drawn)
 
 
+@pytest.mark.core
 @given(st.data())
 def test_streams_equal_the_reference(float64_norm_and_rope, data):
     fields = data.draw(config_fields())
@@ -101,6 +102,7 @@ def test_streams_equal_the_reference(float64_norm_and_rope, data):
     check_against_reference(model, drawn, tolerance=1e-10, use_position_ids=True)
 
 
+@pytest.mark.core
 @given(st.data())
 def test_documents_numbered_in_the_mask_equal_the_reference(float64_norm_and_rope, data):
     fields = data.draw(config_fields())
@@ -110,6 +112,7 @@ def test_documents_numbered_in_the_mask_equal_the_reference(float64_norm_and_rop
     check_against_reference(model, drawn, 1e-10, use_position_ids, numbers_documents=True)
 
 
+@pytest.mark.core
 @given(st.data())
 def test_streams_without_position_ids_do_not_restart(float64_norm_and_rope, data):
     fields = data.draw(config_fields())
@@ -118,6 +121,7 @@ def test_streams_without_position_ids_do_not_restart(float64_norm_and_rope, data
     check_against_reference(model, drawn, tolerance=1e-10)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
 @given(data=st.data())
 def test_streams_equal_the_reference_with_the_stock_norm_and_rope(data, dtype, tolerance):
@@ -145,6 +149,7 @@ def test_bfloat16_stays_near_float32(fields, delta):
     assert relative_error(stepped.float(), expected) < 0.1
 
 
+@pytest.mark.core
 @given(st.data())
 def test_a_call_without_a_cache_equals_calls_with_one(data):
     fields = data.draw(config_fields())
@@ -236,6 +241,7 @@ def test_a_long_call_numbers_its_documents_as_its_chunks_would():
     assert found.past_key_values.tokens_read.tolist() == [2000]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("positions", "is_meant"),
     [
