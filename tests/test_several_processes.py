@@ -25,8 +25,6 @@ from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrain
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "several_processes"
 CONFIGS = ROOT / "examples" / "launch"
-# Launches serve many tests: all of them in one worker.
-pytestmark = pytest.mark.xdist_group("several_processes")
 FSDP_CASES = ("whole", "stock", "chunks", "truncated", "streams", "resumed")
 DDP_CASES = tuple(name for name in CASES if name != "resumed")
 
