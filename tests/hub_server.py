@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
@@ -48,6 +49,15 @@ class Hub:
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, name: str, files: Mapping[str, bytes] | Path) -> str:
+        """Makes a model of these files, or of those in a folder, and returns the commit."""
+        if isinstance(files, Path):
+            files = {
+                path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()
+            }
+        self.repositories[name] = Repository()
+        return self.repositories[name].commit("main", dict(files))
 
     def repository(self, name: str) -> Repository:
         if name not in self.repositories:

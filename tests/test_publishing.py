@@ -203,13 +203,6 @@ def test_the_state_on_the_card_is_what_a_cache_holds(fields):
     assert state_nbytes(model.config) == sum(tensor.nbytes for tensor in tensors)
 
 
-def push_folder(folder, author, name):
-    """Uploads a folder to the local Hub as it is, and returns the commit."""
-    push = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1]);"
-    push += f"print(api.upload_folder(repo_id='{USER}/' + sys.argv[1], folder_path=sys.argv[2]).oid)"
-    return run(author, [sys.executable, "-c", push, name, str(folder)], HF_TOKEN=TOKEN).strip()
-
-
 PUSH = """
 import sys
 from modeling_infini import InfiniForCausalLM
@@ -292,7 +285,7 @@ def test_a_model_of_the_hub_is_converted_with_its_provenance(tmp_path, monkeypat
     (tmp_path / "base" / "LICENSE").write_text("A licence.")
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        commit = push_folder(tmp_path / "base", tmp_path / "author", "base")
+        commit = hub.add(f"{USER}/base", tmp_path / "base")
         convert = [sys.executable, "-c", CONVERT, f"{USER}/base", str(tmp_path / "ours"), commit]
         run(tmp_path / "reader", convert)
         fetched = {file.name for file in (tmp_path / "reader").glob("cache/hub/models--*/snapshots/*/**/*")}
@@ -331,7 +324,7 @@ def test_pickles_of_the_hub_are_read_where_there_is_nothing_else(tmp_path, monke
         torch.save(base.state_dict(), tmp_path / "base" / "pytorch_model.bin")
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        commit = push_folder(tmp_path / "base", tmp_path / "author", "base")
+        commit = hub.add(f"{USER}/base", tmp_path / "base")
         options = [f"{USER}/base", str(tmp_path / "ours"), "--segment-length", "9", "--revision", commit]
         run(tmp_path / "reader", [sys.executable, "-c", INSPECT, "to-infini", *options, "--allow-bin"])
     with torch.no_grad():
@@ -352,6 +345,6 @@ def test_a_configuration_loaded_alone_still_knows_its_models(tmp_path, monkeypat
     tiny_model().save_pretrained(tmp_path / "ours")
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        push_folder(tmp_path / "ours", tmp_path / "author", "infini-tiny")
+        hub.add(f"{USER}/infini-tiny", tmp_path / "ours")
         done = run(tmp_path / "reader", [sys.executable, "-c", CONFIG_ALONE, f"{USER}/infini-tiny"])
     assert done.strip() == "InfiniForSequenceClassification"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from hub_server import USER, local_hub
-from test_publishing import push_folder, run
+from test_publishing import run
 from tiny import random_ids
 from tokenizers_of_bases import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -161,13 +161,13 @@ def test_the_hub_gives_what_a_folder_gives(tmp_path, base, monkeypatch):
     add_files(base, {**LEFT_OUT, "corpus.txt": bytes(2**20 + 1)})
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        push_folder(base, tmp_path / "author", "base")
+        hub.add(f"{USER}/base", base)
         small = "from conversion import checkpoints, small_files; "
         small += "checkpoints.LARGEST_SIDE_FILE = small_files.LARGEST_SIDE_FILE = 2**20; "
         convert = [sys.executable, "-c", small + CONVERT, f"{USER}/base", str(tmp_path / "ours")]
         run(tmp_path / "reader", convert)
         fetched = files_of(next((tmp_path / "reader").glob("cache/hub/models--*/snapshots/*")))
-        push_folder(tmp_path / "ours", tmp_path / "author", "ours")
+        hub.add(f"{USER}/ours", tmp_path / "ours")
         run(tmp_path / "reader", [sys.executable, "-c", BACK, f"{USER}/ours", str(tmp_path / "again")])
     assert not fetched & (LEFT_OUT.keys() - {"original/params.json", "custom_generate/generate.py"} | {"corpus.txt"})
     (base / "corpus.txt").unlink()
@@ -181,7 +181,7 @@ def test_the_cache_of_the_hub_is_enough(tmp_path, base, monkeypatch):
     convert = [sys.executable, "-c", CONVERT, f"{USER}/base"]
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        push_folder(base, tmp_path / "author", "base")
+        hub.add(f"{USER}/base", base)
         run(tmp_path / "reader", [*convert, str(tmp_path / "ours")])
     run(tmp_path / "reader", [*convert, str(tmp_path / "again")], HF_HUB_OFFLINE="1")
     assert files_of(tmp_path / "again") >= KEPT.keys()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from base_models import base_model
-from hub_server import Repository, local_hub
+from hub_server import local_hub
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
@@ -82,21 +82,6 @@ def test_a_configuration_without_weights_says_what_is_there(tmp_path, files, mes
     base_model().config.save_pretrained(source)
     with pytest.raises(FileNotFoundError, match=f"neither model.safetensors nor.*{message}"):
         convert_to_infini(source, tmp_path / "out", segment_length=N)
-
-
-def test_an_adapter_on_the_hub_is_refused(tmp_path, monkeypatch):
-    with local_hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        hub.repositories["me/adapter"] = Repository()
-        hub.repositories["me/adapter"].commit("main", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
-        done = subprocess.run(
-            [sys.executable, "-m", "conversion", "inspect", "me/adapter"],
-            env={**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)},
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 1
-    assert "Error: me/adapter holds a PEFT adapter, not a model. Merge it" in done.stderr
 
 
 def test_an_adapter_beside_weights_is_not_lost(tmp_path):
@@ -193,12 +178,12 @@ def test_the_hub_is_read_as_a_folder_is(tmp_path, monkeypatch):
         "gguf": {"m.Q4.gguf": b"x", "README.md": b"# A model"},
         "bin": {"config.json": config, "pytorch_model.bin": b"x"},
         "onnx": {"config.json": config, "onnx/model.onnx": b"x"},
+        "adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b""},
     }
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         for name, content in contents.items():
-            hub.repositories[f"me/{name}"] = Repository()
-            hub.repositories[f"me/{name}"].commit("main", content)
+            hub.add(f"me/{name}", content)
         done = subprocess.run(
             [sys.executable, "-c", CONVERT, str(tmp_path), *(f"me/{name}" for name in contents), "me/none"],
             env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(Path(__file__).parent.parent)},
@@ -206,13 +191,14 @@ def test_the_hub_is_read_as_a_folder_is(tmp_path, monkeypatch):
             text=True,
             check=True,
         )
-    both, other, gguf, pickle, onnx, none = done.stdout.splitlines()
+    both, other, gguf, pickle, onnx, adapter, none = done.stdout.splitlines()
     assert torch.equal(load_file(f"{both}/model.safetensors")["lm_head.weight"], single["lm_head.weight"])
     assert 'of type "gpt2"' in other
     # A model that is refused is not downloaded.
     assert not list(tmp_path.glob("hf/hub/models--me--other/snapshots/*/*.safetensors"))
     assert "me/gguf holds no checkpoint: there is no config.json. There is m.Q4.gguf: it holds GGUF files" in gguf
     assert "PyTorch .bin weights only" in pickle
+    assert "me/adapter holds a PEFT adapter, not a model. Merge it" in adapter
     assert "--allow-bin" in pickle
     assert "exported to ONNX" in onnx
     assert "me/none is no folder with a checkpoint, no .gguf file and no id of the Hub that can be read" in none
