@@ -149,8 +149,10 @@ def test_folders_made_for_what_fails_are_removed(tmp_path, base_folder, monkeypa
 
 
 HANG = """
-import sys, time, runpy
+import signal, sys, time, runpy
 import conversion.to_infini
+# Under nohup it is ignored, in what runs the tests and so here.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 conversion.to_infini.write_weights = lambda *arguments: (print("writes", flush=True), time.sleep(60))
 sys.argv = ["conversion", "to-infini", sys.argv[1], sys.argv[2], "--segment-length", "9"]
 runpy.run_module("conversion", run_name="__main__")
