@@ -194,7 +194,8 @@ def work(rank: int, size: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+# Of three ranks, one is the first, one the last and one neither.
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_together_are_one_process(size, tmp_path):
     torch.multiprocessing.spawn(work, (size, str(tmp_path)), size)
     for rank in range(size):

@@ -114,7 +114,10 @@ def test_without_max_length_a_document_is_cut_at_the_positions_of_the_base_model
     assert cut != log_likelihoods(10_000)
 
 
-@pytest.mark.parametrize(("task", "length", "new_tokens"), [("niah_single_1", 700, 128), ("ruler_vt", 900, 30)])
+@pytest.mark.parametrize(
+    ("task", "length", "new_tokens"),
+    [pytest.param("niah_single_1", 700, 128, marks=pytest.mark.slow), ("ruler_vt", 900, 30)],
+)
 def test_generations_are_those_of_generate(evaluate, model_and_tokenizer, task, length, new_tokens):
     model, tokenizer = model_and_tokenizer
     samples = evaluate(task, 4, max_length=2048, max_seq_lengths=[length])["samples"][task]
