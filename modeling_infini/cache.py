@@ -343,8 +343,8 @@ class InfiniCache(Cache):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Saves the cache to a folder: `infini_cache.json`, and the tensors in safetensors beside it. An interrupted
-        save leaves the cache that the folder held before. What was recorded for [`~InfiniCache.crop`] is not saved.
+        Saves the cache to a folder, as one file: `infini_cache.safetensors`. An interrupted save leaves the cache that
+        the folder held before. What was recorded for [`~InfiniCache.crop`] is not saved.
 
         Args:
             save_directory: the folder; made if it does not exist.
@@ -363,8 +363,8 @@ class InfiniCache(Cache):
                 "mode, or compiled. To load it, from_pretrained will ask for allow_other_weights=True. Call "
                 "model.eval() before the model reads."
             )
-        columns, tokens_read = int(self.counters.columns), self.counters.tokens_read.tolist()
-        write_cache(Path(save_directory), self.state_dict(), self.config, fingerprint, columns, tokens_read)
+        tensors = self.state_dict() | {"columns": self.counters.columns}
+        write_cache(Path(save_directory), tensors, self.config, fingerprint)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors of the cache by name, without what is recorded for [`~InfiniCache.crop`]."""
@@ -412,38 +412,34 @@ class InfiniCache(Cache):
         if device is None:
             device = "cpu" if model is None else model.device
         folder, cache = Path(save_directory), cls(own)
-        metadata, tensors = read_cache(folder, own, partial(_meta_tensors, own))
-        cache.weights, cache.allow_other_weights = Weights(metadata["weights"], None), allow_other_weights
+        fingerprint, tensors = read_cache(folder, own, partial(_meta_tensors, own))
+        cache.weights, cache.allow_other_weights = Weights(fingerprint, None), allow_other_weights
         if model is not None and not allow_other_weights:
             current = Weights(model.weights_fingerprint(), None)
-            if metadata["weights"] is None or metadata["weights"] != current.fingerprint:
-                if f"torch.{metadata['dtype']}" != str(model.dtype):
+            if fingerprint is None or fingerprint != current.fingerprint:
+                if (dtype := tensors["layers.0.keys"].dtype) != model.dtype:
                     raise ValueError(
-                        f"The cache in {folder} holds torch.{metadata['dtype']} keys, and the model is of "
-                        f'{model.dtype}. Load the model that made it with dtype="{metadata["dtype"]}", or read the '
-                        "text again."
+                        f"The cache in {folder} holds {dtype} keys, and the model is of {model.dtype}. Load the model "
+                        f'that made it with dtype="{str(dtype).removeprefix("torch.")}", or read the text again.'
                     )
                 raise ValueError(cache.weights.refusal(current, f"The cache in {folder}"))
-        cache.counters = StreamCounters(len(metadata["tokens_read"]), own, torch.device(device))
-        cache.counters.columns.fill_(metadata["columns"])
-        for name in list(tensors):
-            # One by one, lest all exist twice.
-            state = tensors.pop(name).to(device, copy=True)
+        cache.counters = StreamCounters(len(tensors["tokens_read"]), own, torch.device(device))
+        for name, tensor in tensors.items():
+            holder: Any = cache.counters
             if name.startswith("layers."):
-                _, index, attribute = name.split(".")
-                setattr(cache.layers[int(index)], attribute, state)
-            else:
-                setattr(cache.counters, name, state)
+                _, index, name = name.split(".")
+                holder = cache.layers[int(index)]
+            setattr(holder, name, tensor.to(device))
         for layer in cache.layers:
             layer.device, layer.is_initialized = layer.keys.device, True
         return cache
 
 
 def _meta_tensors(config: InfiniConfig, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What [`~InfiniCache.state_dict`] is of a cache of `rows` rows, on the meta device."""
+    """What the file of a cache of `rows` rows holds, on the meta device."""
     cache = InfiniCache(config)
     cache.early_initialization(rows, config.num_key_value_heads, config.head_dim, dtype, "meta")
-    return cache.state_dict()
+    return cache.state_dict() | {"columns": cache.counters.columns}
 
 
 def one_cache(past_key_values, cache) -> InfiniCache | None:

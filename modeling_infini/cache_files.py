@@ -1,101 +1,67 @@
 """
-Caches as files: safetensors, with what they are in JSON beside it.
+Caches as files: the tensors in safetensors, and in its header what they are of.
 
-A file may come from anybody. What is read of it is a closed set of fields, each of a known kind and in a known range,
-and no more room is made than the file itself takes.
+A file may come from anybody. What is read of it is a closed set of fields and tensors, each of a known kind, and no
+more room is made than twice what the file itself takes.
 """
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from .configuration_infini import InfiniConfig
 
 
-METADATA_FILE = "infini_cache.json"
-FILE_FORMAT = "infini_cache"
-FILE_VERSION = 2
-
-# Sizes in bytes that no cache needs: of the metadata, and of the safetensors header for each tensor. Python's objects
-# take many times the room of the JSON that they are read from.
-MAX_METADATA = 1_000_000
-MAX_HEADER = 1_000
-
-# The kinds of the fields of the metadata. More columns than that do not fit the sums of two such numbers.
-FIELDS = {
-    "format": str,
-    "format_version": int,
-    "model": dict,
-    "weights": str | None,
-    "dtype": str,
-    "columns": int,
-    "tokens_read": list,
-    "tensor_file": str,
-}
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+CACHE_FILE = "infini_cache.safetensors"
+FORMAT = "infini_cache"
+FORMAT_VERSION = 3
+FIELDS = {"format_version": (int,), "model": (dict,), "weights": (str, type(None))}
+REMEDY = f"This code reads version {FORMAT_VERSION}: read the text again with the model, and save the cache anew."
+# Bytes of a header that no cache needs: Python's objects take many times the room of the JSON that they are read from.
+MAX_HEADER = 1_000_000
+# More columns than that do not fit the sums of two such numbers.
 MAX_COLUMNS = 2**60
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def describe(tensor: torch.Tensor | None) -> str:
-    """Dtype and shape, for error messages."""
-    return "missing" if tensor is None else f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
-
-
-def write_cache(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    config: InfiniConfig,
-    fingerprint: str | None,
-    columns: int,
-    tokens_read: list[int],
-) -> None:
+def write_cache(folder: Path, tensors: dict[str, torch.Tensor], config: InfiniConfig, fingerprint: str | None) -> None:
     """
     Writes a cache into `folder`: at every moment, the folder holds the old cache or the new one.
 
     Args:
         tensors: the states of the layers and the counters, by name.
         fingerprint: of the weights that made the cache; `None`: not known.
-        columns: number of columns fed.
-        tokens_read: number of tokens that each row's stream has read.
     """
-    payload = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
-    tensor_file = f"infini_cache-{_digest(payload)}.safetensors"
-    metadata = {
-        "format": FILE_FORMAT,
-        "format_version": FILE_VERSION,
-        "model": config.memory_fields(),
-        "weights": fingerprint,
-        "dtype": _dtype_name(tensors["layers.0.keys"]),
-        "columns": columns,
-        "tokens_read": tokens_read,
-        "tensor_file": tensor_file,
-    }
-    text = json.dumps(metadata, indent=2).encode()
-    if len(text) > MAX_METADATA:
-        raise ValueError(f"A cache of {len(tokens_read):,} rows is too large for a file: save fewer rows at a time.")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format_version": FORMAT_VERSION, "model": config.memory_fields(), "weights": fingerprint})
     folder.mkdir(parents=True, exist_ok=True)
-    # The JSON file names the tensors by their digest, so that replacing it switches to the new cache at once.
-    _write_atomically(folder / tensor_file, payload)
-    _write_atomically(folder / METADATA_FILE, text)
-    for file in folder.glob("infini_cache-*.safetensors"):
-        if file.name != tensor_file:
-            file.unlink()
+    # Not by the process's number: two machines that share a disk may have the same.
+    temporary = folder / f".{CACHE_FILE}.{uuid4().hex}.tmp"
+    try:
+        # Not by save_file, whose files nobody else may read.
+        with temporary.open("wb") as stream:
+            stream.write(save(tensors, {FORMAT: text, "sha256": digest_of(text, tensors)}))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(folder / CACHE_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for file in _files_of_earlier_formats(folder):
+        file.unlink(missing_ok=True)
 
 
 def read_cache(
     folder: Path, config: InfiniConfig, expected: Callable[[int, torch.dtype], dict[str, torch.Tensor]]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> tuple[str | None, dict[str, torch.Tensor]]:
     """
-    The metadata and tensors of a cache that [`write_cache`] wrote.
+    The fingerprint and tensors of a cache that [`write_cache`] wrote.
 
     Args:
         config: of the model that will use it.
@@ -105,129 +71,60 @@ def read_cache(
         FileNotFoundError: if the folder holds no saved cache.
         ValueError: if it is damaged, or was made by another model or version.
     """
-    metadata = _read_metadata(folder)
-    config.require_same_memory(metadata["model"], f"The cache in {folder}")
-    wanted = expected(len(metadata["tokens_read"]), getattr(torch, metadata["dtype"]))
-    tensor_file = folder / metadata["tensor_file"]
-    if not tensor_file.is_file():
-        raise ValueError(f"The cache in {folder} is incomplete: {tensor_file.name} is missing.")
-    tensors = _read_tensors(folder, tensor_file, MAX_HEADER * len(wanted))
-    # First what says how many rows there are.
-    for name in ("tokens_read", *sorted(wanted.keys() | tensors.keys())):
-        if (found := describe(tensors.get(name))) != (fit := describe(wanted.get(name))):
-            raise ValueError(
-                f"The cache in {folder} does not fit this model and its metadata: {name} is {found}, not {fit}."
-            )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"The cache in {folder} is damaged: {name} holds NaN or infinity.")
-    if not _counts_are_possible(metadata, tensors, config):
-        raise ValueError(f"The cache in {folder} is damaged: what it says to have read where cannot be.")
-    return metadata, tensors
-
-
-def _read_tensors(folder: Path, tensor_file: Path, max_header: int) -> dict[str, torch.Tensor]:
-    payload = tensor_file.read_bytes()
-    if tensor_file.name != f"infini_cache-{_digest(payload)}.safetensors":
-        raise ValueError(f"The cache in {folder} is damaged: {tensor_file.name} is not what was saved.")
-    if int.from_bytes(payload[:8], "little") > max_header:
-        raise ValueError(f"The cache in {folder} is damaged: {tensor_file.name} says too much about its tensors.")
-    try:
-        return load(payload)
-    # Of dtypes that safetensors knows and PyTorch or its loader does not, there is no error of one kind.
-    except (SafetensorError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"The cache in {folder} is damaged: {tensor_file.name} cannot be read ({error}).") from error
-
-
-def _counts_are_possible(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], config: InfiniConfig) -> bool:
-    """
-    Whether the columns of the tokens that can still be seen grow with their positions, from those read before on to
-    those that follow.
-    """
-    read, slot_columns, columns = tensors["tokens_read"].unsqueeze(1), tensors["slot_columns"], metadata["columns"]
-    if metadata["tokens_read"] != read.squeeze(1).tolist() or not ((read >= 0) & (read <= columns)).all():
-        return False
-    if not ((slot_columns >= 0) & (slot_columns < max(columns, 1))).all():
-        return False
-    length, sinks = config.segment_length, torch.arange(config.num_sink_tokens)
-    slots = torch.arange(length)
-    of_ring = (read - 1 - slots).div(length, rounding_mode="floor") * length + slots
-    is_seen = of_ring >= 0 if config.is_sliding else slots < read % length
-    positions = torch.cat([sinks.expand(len(read), -1), of_ring], 1)
-    is_seen = torch.cat([sinks < read, is_seen], 1)
-    # The columns before a token that are not of its stream, of which there are ever more.
-    others = torch.where(is_seen, slot_columns - positions, columns - read)
-    others = others.gather(1, positions.masked_fill(~is_seen, MAX_COLUMNS).argsort(dim=1, stable=True))
-    others = torch.cat([torch.zeros_like(read), others, columns - read], 1)
-    return bool((others.diff(dim=1) >= 0).all())
-
-
-def _digest(payload: bytes) -> str:
-    return hashlib.sha256(payload).hexdigest()[:16]
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    file = folder / METADATA_FILE
+    file = folder / CACHE_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no saved cache: there is no {METADATA_FILE}.")
-    damage = f"The cache in {folder} is damaged: {METADATA_FILE}"
+        if _files_of_earlier_formats(folder):
+            raise ValueError(f"The cache in {folder} has an earlier format, of several files. {REMEDY}")
+        raise FileNotFoundError(f"{folder} holds no saved cache: there is no {CACHE_FILE}.")
+    damage = f"The cache in {folder} is damaged:"
     with file.open("rb") as stream:
-        text = stream.read(MAX_METADATA + 1)
-    if len(text) > MAX_METADATA:
-        raise ValueError(f"{damage} is longer than {MAX_METADATA:,} bytes.")
+        if int.from_bytes(stream.read(8), "little") > MAX_HEADER:
+            raise ValueError(f"{damage} the header of {CACHE_FILE} is longer than {MAX_HEADER:,} bytes.")
     try:
-        metadata = json.loads(text.decode(), object_pairs_hook=_fields_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{damage} is not JSON that can be read ({error}).") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FILE_FORMAT:
+        with safe_open(file, "pt") as content:
+            texts = content.metadata() or {}
+            names = content.keys()
+            # Clones: what is read is a view of the file.
+            tensors = {name: content.get_tensor(name).clone() for name in names}
+        text = texts.get(FORMAT, "{}")
+        digest, fields = digest_of(text, tensors), json.loads(text)
+    # Of dtypes that safetensors knows and PyTorch does not, there is no error of one kind.
+    except (SafetensorError, AttributeError, OSError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{damage} {CACHE_FILE} cannot be read ({error}).") from error
+    if not isinstance(fields, dict) or "format_version" not in fields:
         raise ValueError(f"{file} does not describe a cache of an Infini-attention model.")
-    if (version := metadata.get("format_version")) != FILE_VERSION or type(version) is not int:
-        raise ValueError(
-            f"The cache in {folder} has format version {version!r:.20}; this code reads version {FILE_VERSION}. Read "
-            "the text again with the model, and save the cache anew."
+    if (version := fields["format_version"]) != FORMAT_VERSION:
+        raise ValueError(f"The cache in {folder} has format version {version!r:.20}. {REMEDY}")
+    if texts.get("sha256") != digest:
+        raise ValueError(f"{damage} {CACHE_FILE} is not what was saved.")
+    if fields.keys() != FIELDS.keys() or any(type(fields[name]) not in FIELDS[name] for name in FIELDS):
+        raise ValueError(f"{damage} its metadata must have the fields {', '.join(FIELDS)}, each of its kind.")
+    config.require_same_memory(fields["model"], f"The cache in {folder}")
+    absent = torch.empty(1)
+    rows, dtype = tensors.get("tokens_read", absent).numel(), tensors.get("layers.0.keys", absent).dtype
+    wanted = expected(max(rows, 1), dtype if dtype in DTYPES else absent.dtype)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        here, fit = (
+            f"{of[name].dtype} {tuple(of[name].shape)}" if name in of else "missing" for of in (tensors, wanted)
         )
-    for name in metadata.keys() - FIELDS.keys():
-        raise ValueError(f"{damage} has a field that is not known: {name!r:.50}.")
-    for name, kind in FIELDS.items():
-        if name not in metadata or not isinstance(metadata[name], kind) or isinstance(metadata[name], bool):
-            raise ValueError(f"{damage} has no valid {name}.")
-    counts = [metadata["columns"], *metadata["tokens_read"]]
-    if not all(type(count) is int and 0 <= count <= MAX_COLUMNS for count in counts):
-        raise ValueError(f"{damage} has no valid columns or tokens_read: they must be counts.")
-    if not metadata["tokens_read"]:
-        raise ValueError(f"{damage} has no rows.")
-    if metadata["dtype"] not in DTYPES:
-        raise ValueError(f"{damage} cannot be: dtype {metadata['dtype']:.20} is none of {DTYPES}.")
-    if not re.fullmatch(r"infini_cache-[0-9a-f]{16}\.safetensors", metadata["tensor_file"]):
-        raise ValueError(
-            f"{damage} has no valid tensor_file: it must be a file name as save_pretrained gives it, not a path."
-        )
-    return metadata
+        if here != fit:
+            raise ValueError(f"The cache in {folder} does not fit this model: {name:.50} is {here}, not {fit}.")
+        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
+            raise ValueError(f"{damage} {name} holds NaN or infinity.")
+    columns, read, slots = (tensors[name] for name in ("columns", "tokens_read", "slot_columns"))
+    limits = ((columns, MAX_COLUMNS), (read, columns + 1), (slots, max(columns, 1)))
+    if any(values.min() < 0 or values.max() >= limit for values, limit in limits):
+        raise ValueError(f"{damage} what it says to have read where cannot be.")
+    return fields["weights"], tensors
 
 
-def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field stands in it twice")
-    return fields
+def digest_of(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _write_atomically(file: Path, payload: bytes) -> None:
-    # Not by the process's number: two machines that share a disk may have the same.
-    temporary = file.with_name(f".{file.name}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _files_of_earlier_formats(folder: Path) -> list[Path]:
+    return [*folder.glob("infini_cache.json"), *folder.glob("infini_cache-*.safetensors")]

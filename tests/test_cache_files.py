@@ -1,6 +1,5 @@
 """P6: a memory is a file, which continues bit for bit in another process, and is refused where it does not fit."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors import safe_open
+from safetensors.torch import load, save, save_file
 from tiny import MODES, random_ids, tiny_config, tiny_model
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
+from modeling_infini.cache_files import digest_of
 
 
 def read(model, *lengths):
@@ -147,93 +148,147 @@ def test_a_cache_of_other_angles_or_biases_is_refused(tmp_path, fields):
         InfiniCache.from_pretrained(tmp_path, tiny_config())
 
 
-def edit(file, **fields):
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+def parts(file):
+    """The metadata and tensors of a file."""
+    with safe_open(file, "pt") as content:
+        return json.loads(content.metadata()["infini_cache"]), load(file.read_bytes())
 
 
-@pytest.mark.core
-def test_what_is_damaged_is_refused(tmp_path):
+def forge(file, fields, tensors):
+    """A file as its maker says that it was saved."""
+    text = fields if isinstance(fields, str) else json.dumps(fields)
+    file.write_bytes(save(tensors, {"infini_cache": text, "sha256": digest_of(text, tensors)}))
+
+
+def test_a_cache_is_one_file_that_says_what_it_is(tmp_path):
     model = tiny_model()
+    cache = read(model, 9)
+    cache.save_pretrained(tmp_path)
+    file = tmp_path / "infini_cache.safetensors"
+    assert list(tmp_path.iterdir()) == [file]
+    (tmp_path / "any").touch()
+    assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
+    fields, tensors = parts(file)
+    weights = model.weights_fingerprint()
+    assert fields == {"format_version": 3, "model": model.config.memory_fields(), "weights": weights}
+    assert tensors.keys() == {*cache.state_dict(), "columns"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"format_version": 99}, "format version 99. This code reads version 3: read the text again"),
+        ({"format_version": True}, "format version True"),
+        ({"format_version": 3.0}, "must have the fields format_version, model, weights"),
+        ({"weights": 1}, "must have the fields"),
+        ({"other": 1}, "must have the fields"),
+        ({"model": {}}, "belongs to another model"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path, edit, message):
+    model, file = tiny_model(), tmp_path / "infini_cache.safetensors"
+    read(model, 9).save_pretrained(tmp_path)
+    fields, tensors = parts(file)
+    forge(file, fields | edit, tensors)
+    with pytest.raises(ValueError, match=message):
+        InfiniCache.from_pretrained(tmp_path, model.config)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("layers.1.memory", lambda state: None, r"layers.1.memory is missing, not torch.float32 \(2, 2, 6, 6\)"),
+        (
+            "layers.0.keys",
+            lambda state: state[:, :1],
+            r"is torch.float32 \(2, 1, 5, 6\), not torch.float32 \(2, 2, 5, 6\)",
+        ),
+        ("layers.0.keys", lambda state: state.double(), "is torch.float32 .*, not torch.float64"),
+        ("layers.0.keys", lambda state: state.long(), "is torch.int64 .*, not torch.float32"),
+        ("layers.0.values", lambda state: state / 0, "layers.0.values holds NaN or infinity"),
+        ("tokens_read", lambda state: None, r"is torch.float32 \(2, 2, 5, 6\), not torch.float32 \(1, 2, 5, 6\)"),
+        ("tokens_read", lambda state: state[:1], r"is torch.float32 \(2, 2, 5, 6\), not torch.float32 \(1, 2, 5, 6\)"),
+        ("tokens_read", lambda state: state[:0], r"not torch.float32 \(1, 2, 5, 6\)"),
+        ("tokens_read", lambda state: state + 1, "what it says to have read where cannot be"),
+        ("tokens_read", lambda state: state - 10, "cannot be"),
+        ("columns", lambda state: state + 2**61, "cannot be"),
+        ("slot_columns", lambda state: state + 9, "cannot be"),
+        ("slot_columns", lambda state: state - 9, "cannot be"),
+        ("x", lambda state: torch.ones(1), r"x is torch.float32 \(1,\), not missing"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path, name, change, message):
+    model, file = tiny_model(), tmp_path / "infini_cache.safetensors"
+    read(model, 9).save_pretrained(tmp_path)
+    fields, tensors = parts(file)
+    changed = change(tensors.pop(name, None))
+    forge(file, fields, tensors if changed is None else tensors | {name: changed.contiguous()})
+    with pytest.raises(ValueError, match=message):
+        InfiniCache.from_pretrained(tmp_path, model.config)
+
+
+def test_what_is_damaged_or_foreign_is_refused(tmp_path):
+    model, file = tiny_model(), tmp_path / "infini_cache.safetensors"
     with pytest.raises(FileNotFoundError, match="holds no saved cache"):
         InfiniCache.from_pretrained(tmp_path, model.config)
     with pytest.raises(ValueError, match="The cache is empty"):
         InfiniCache(model.config).save_pretrained(tmp_path)
-
-    def saved():
-        read(model, 9).save_pretrained(tmp_path)
-        return tmp_path / "infini_cache.json", next(tmp_path.glob("*.safetensors"))
-
-    def refused(message):
-        with pytest.raises(ValueError, match=message):
-            InfiniCache.from_pretrained(tmp_path, model.config)
-
-    metadata, tensors = saved()
-    edit(metadata, format_version=99)
-    refused("format version 99; this code reads version 2")
-    metadata, tensors = saved()
-    edit(metadata, format="something")
-    refused("does not describe a cache")
-    metadata, tensors = saved()
-    metadata.write_text("{")
-    refused("is not JSON")
-    metadata, tensors = saved()
-    edit(metadata, tensor_file="../elsewhere.safetensors")
-    refused("must be a file name")
-    metadata, tensors = saved()
-    edit(metadata, tokens_read=None)
-    refused("has no valid tokens_read")
-    metadata, tensors = saved()
-    edit(metadata, tokens_read=[9])
-    refused(r"tokens_read is int64 \(2,\), not int64 \(1,\)")
-    metadata, tensors = saved()
-    edit(metadata, dtype="int64")
-    refused("dtype int64 is none of")
-    metadata, tensors = saved()
-    payload = bytearray(tensors.read_bytes())
-    payload[-1] ^= 1
-    tensors.write_bytes(payload)
-    refused("is not what was saved")
-    metadata, tensors = saved()
-    states = load_file(tensors)
-    del states["layers.1.memory"]
-    save_file(states, tensors)
-    refused("is not what was saved")
-    metadata, tensors = saved()
-    states = load_file(tensors)
-    states["layers.0.keys"] = states["layers.0.keys"][:, :1].contiguous()
-    payload = save(states)
-    other = tmp_path / f"infini_cache-{hashlib.sha256(payload).hexdigest()[:16]}.safetensors"
-    other.write_bytes(payload)
-    edit(metadata, tensor_file=other.name)
-    refused(r"layers.0.keys is float32 \(2, 1, 5, 6\), not float32 \(2, 2, 5, 6\)")
-    metadata, tensors = saved()
-    tensors.unlink()
-    refused("is missing")
-    saved()
+    read(model, 9).save_pretrained(tmp_path)
+    whole = file.read_bytes()
+    fields, tensors = parts(file)
+    sha256 = digest_of(json.dumps(fields), tensors)
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 29)]
+    cut = [whole[:length] for length in (0, 1, 8, 100, len(whole) - 1)]
+    foreign = [save(tensors), save(tensors, {"infini_cache": "[1]"}), save(tensors, {"infini_cache": "{}"})]
+    no_json = [save(tensors, {"infini_cache": "{"}), save(tensors, {"infini_cache": "[" * 100_000})]
+    swapped = tensors | {"layers.0.keys": tensors["layers.1.keys"], "layers.1.keys": tensors["layers.0.keys"]}
+    changed = [save(swapped, {"infini_cache": json.dumps(fields), "sha256": sha256})]
+    long = [whole + b"0", (10**7).to_bytes(8, "little") + whole[8:]]
+    for contents, message in (
+        (flipped, "is damaged|is not what was saved|does not describe|has format version|is None"),
+        (cut, "is damaged: infini_cache.safetensors cannot be read"),
+        (foreign, "does not describe a cache"),
+        (no_json, "is damaged: infini_cache.safetensors cannot be read"),
+        (changed, "is damaged: infini_cache.safetensors is not what was saved"),
+        (long, "cannot be read|is longer than 1,000,000 bytes"),
+    ):
+        for content in contents:
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                InfiniCache.from_pretrained(tmp_path, model.config)
+    file.write_bytes(whole)
     assert InfiniCache.from_pretrained(tmp_path, model.config).get_seq_length() == 9
 
 
 def test_an_interrupted_save_leaves_the_old_cache(tmp_path, monkeypatch):
     model = tiny_model()
     read(model, 9).save_pretrained(tmp_path)
-    replace = Path.replace
-    for survives in (0, 1):
-        calls = []
 
-        def fail(self, target, calls=calls, survives=survives):
-            calls.append(target)
-            if len(calls) > survives:
-                raise KeyboardInterrupt
-            return replace(self, target)
+    def fail(*args):
+        raise KeyboardInterrupt
 
-        monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(KeyboardInterrupt):
-            read(model, 11).save_pretrained(tmp_path)
-        monkeypatch.setattr(Path, "replace", replace)
+    for owner, name in ((os, "fsync"), (Path, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(KeyboardInterrupt):
+                read(model, 11).save_pretrained(tmp_path)
         assert InfiniCache.from_pretrained(tmp_path, model.config).get_seq_length() == 9
+        assert len(list(tmp_path.iterdir())) == 1
     read(model, 12).save_pretrained(tmp_path)
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".safetensors"]
     assert InfiniCache.from_pretrained(tmp_path, InfiniConfig.from_dict(model.config.to_dict())).get_seq_length() == 12
+
+
+def test_a_cache_of_an_earlier_format_is_refused_and_replaced(tmp_path):
+    model = tiny_model()
+    (tmp_path / "infini_cache.json").write_text('{"format": "infini_cache", "format_version": 2}')
+    save_file({"tokens_read": torch.ones(1)}, tmp_path / "infini_cache-0123456789abcdef.safetensors")
+    with pytest.raises(
+        ValueError, match=r"has an earlier format, of several files.*read the text again with the model"
+    ):
+        InfiniCache.from_pretrained(tmp_path, model.config)
+    read(model, 9).save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["infini_cache.safetensors"]
+    assert InfiniCache.from_pretrained(tmp_path, model.config).get_seq_length() == 9
 
 
 def test_two_processes_with_one_number_save_into_one_folder(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ crash, no more memory than twice the file's size, nothing written. `python tests
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 import random
@@ -17,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from tiny import MODES, random_ids, tiny_model
 
 from modeling_infini import InfiniCache
+from modeling_infini.cache_files import digest_of
 
 
 HOSTILE = [
@@ -29,7 +30,7 @@ HOSTILE = [
         "..",
         "../x",
         "/etc/passwd",
-        "infini_cache.json",
+        "infini_cache",
         "a\0b",
         "é" * 300,
         "float32",
@@ -78,26 +79,23 @@ class Folder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.metadata = json.loads((folder / "infini_cache.json").read_text())
-        payload = (folder / self.metadata["tensor_file"]).read_bytes()
+        payload = (folder / "infini_cache.safetensors").read_bytes()
         end = 8 + int.from_bytes(payload[:8], "little")
         self.header, self.data = json.loads(payload[8:end]), bytearray(payload[end:])
+        self.metadata = json.loads(self.header.pop("__metadata__")["infini_cache"])
 
     def write(self, rng: random.Random, edits: list[str]) -> None:
         """Writes the parts after such `edits`; unless one of them is of it, with the right digest."""
         metadata, header, data = copy.deepcopy(self.metadata), copy.deepcopy(self.header), bytearray(self.data)
-        length, tail, digest, text = None, b"", None, None
+        length, tail, digest, text, texts = None, b"", None, None, {}
         for edit in edits:
             places = [each for each in header.values() if isinstance(each, dict) and each.get("data_offsets")]
             if edit == "field":
                 target = rng.choice([metadata, metadata.get("model"), metadata.get("model")])
                 if isinstance(target, dict) and target:
-                    target[rng.choice([*target, "columns", "tokens_read", "new"])] = rng.choice(HOSTILE)
+                    target[rng.choice([*target, "columns", "new"])] = rng.choice(HOSTILE)
             elif edit == "no field":
                 metadata.pop(rng.choice([*metadata, "x"]), None)
-            elif edit == "counts":
-                metadata["columns"] = rng.choice(NUMBERS)
-                metadata["tokens_read"] = [rng.choice(NUMBERS) for _ in range(rng.choice([1, 2, 2, 3]))]
             elif edit == "json bytes":
                 text = bytearray(json.dumps(metadata).encode() if text is None else text)
                 for _ in range(rng.randint(1, 4)):
@@ -122,20 +120,20 @@ class Folder:
                 one, other = rng.sample(sorted(header), 2)
                 header[one], header[other] = header[other], header[one]
             elif edit == "rename":
-                header[rng.choice(["x", "", "layers.9.keys", "layers.0.__class__", "counters", "__metadata__"])] = (
+                header[rng.choice(["x", "", "layers.9.keys", "layers.0.__class__", "counters", "infini_cache"])] = (
                     header.pop(rng.choice(sorted(header)))
                 )
             elif edit == "header length":
                 length = rng.choice([0, 1, 7, 10**6, 2**31, 2**40, 2**63, 2**64 - 1])
             elif edit == "header bomb":
-                header["__metadata__"] = rng.choice([{"a": "b" * 100_000}, {str(i): "" for i in range(9999)}, [], 1])
+                texts = rng.choice([{"a": "b" * 100_000}, {str(i): "" for i in range(9999)}, {"a": []}, {"sha256": 1}])
             elif edit == "values" and data:
                 at = rng.randrange(len(data))
                 data[at : at + 8] = rng.choice(
                     [b"\xff" * 8, b"\x7f" * 8, b"\0" * 8, rng.randbytes(8), b"\x80\x7f" * 4]
                 )
             elif edit == "counters":
-                place = header.get(rng.choice(["tokens_read", "slot_columns"]))
+                place = header.get(rng.choice(["columns", "tokens_read", "slot_columns"]))
                 if isinstance(place, dict):
                     start, end = place["data_offsets"][:2]
                     if all(type(at) is int for at in (start, end)) and 0 <= start < end <= len(data):
@@ -147,17 +145,26 @@ class Folder:
                 tail = rng.randbytes(rng.choice([1, 8, 100_000]))
             elif edit == "digest":
                 digest = rng.choice(["0" * 16, "", "..", "a" * 64])
-        head = json.dumps(header).encode()
+        text = json.dumps(metadata) if text is None else bytes(text).decode(errors="replace")
+        digest = (
+            digest_of(text, {name: contents_of(place, data) for name, place in header.items()})
+            if digest is None
+            else digest
+        )
+        head = json.dumps({"__metadata__": {"infini_cache": text, "sha256": digest, **texts}, **header}).encode()
         payload = (len(head) if length is None else length).to_bytes(8, "little") + head + data + tail
         if rng.random() < 0.05:
             payload = payload[: rng.randrange(len(payload))]
-        digest = hashlib.sha256(payload).hexdigest()[:16] if digest is None else digest
-        if isinstance(metadata.get("tensor_file"), str) and metadata["tensor_file"] == self.metadata["tensor_file"]:
-            metadata["tensor_file"] = f"infini_cache-{digest}.safetensors"
-        for file in self.folder.iterdir():
-            file.unlink()
-        (self.folder / f"infini_cache-{digest}.safetensors").write_bytes(payload)
-        (self.folder / "infini_cache.json").write_bytes(json.dumps(metadata).encode() if text is None else bytes(text))
+        (self.folder / "infini_cache.safetensors").write_bytes(payload)
+
+
+def contents_of(place: dict, data: bytearray) -> torch.Tensor:
+    """What a reader takes for the bytes of a tensor, if it takes any."""
+    try:
+        start, end = place["data_offsets"]
+        return torch.frombuffer(data[start:end], dtype=torch.uint8)
+    except (TypeError, ValueError):
+        return torch.empty(0)
 
 
 EDITS = [
@@ -165,7 +172,6 @@ EDITS = [
         "field",
         "field",
         "no field",
-        "counts",
         "json bytes",
         "json bomb",
         "twice",
@@ -235,23 +241,22 @@ def test_links_pipes_and_devices_are_no_files(tmp_path):
     with torch.no_grad():
         cache = model(random_ids(1, 8), use_cache=True).past_key_values
     cache.save_pretrained(tmp_path / "m")
-    metadata, tensors = sorted((tmp_path / "m").iterdir(), reverse=True)
-    outside = tmp_path / "outside"
-    tensors.replace(outside)
+    file, outside = tmp_path / "m" / "infini_cache.safetensors", tmp_path / "outside"
+    file.replace(outside)
     # As the Hub's cache has its files.
-    tensors.symlink_to(outside)
+    file.symlink_to(outside)
     InfiniCache.from_pretrained(tmp_path / "m", model)
-    for target in ("/etc/passwd", "/dev/zero", tensors, "/nowhere", tmp_path):
-        tensors.unlink()
-        tensors.symlink_to(target)
-        with pytest.raises(ValueError, match=r"is missing|is not what was saved"):
-            InfiniCache.from_pretrained(tmp_path / "m", model)
-    tensors.unlink()
-    os.mkfifo(tensors)
-    with pytest.raises(ValueError, match="is missing"):
+    file.unlink()
+    file.symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="is damaged"):
         InfiniCache.from_pretrained(tmp_path / "m", model)
-    metadata.unlink()
-    os.mkfifo(metadata)
+    for target in ("/dev/zero", file, "/nowhere", tmp_path):
+        file.unlink()
+        file.symlink_to(target)
+        with pytest.raises(FileNotFoundError, match="holds no saved cache"):
+            InfiniCache.from_pretrained(tmp_path / "m", model)
+    file.unlink()
+    os.mkfifo(file)
     for folder in (tmp_path / "m", tmp_path / "nowhere", outside):
         with pytest.raises(FileNotFoundError, match="holds no saved cache"):
             InfiniCache.from_pretrained(folder, model)
@@ -288,34 +293,38 @@ def test_no_file_takes_more_than_twice_its_size(tmp_path):
     with torch.no_grad():
         cache = model(random_ids(1, 3), use_cache=True).past_key_values
     cache.save_pretrained(tmp_path / "whole")
-    metadata = json.loads((tmp_path / "whole" / "infini_cache.json").read_text())
-    payload = (tmp_path / "whole" / metadata["tensor_file"]).read_bytes()
+    payload = (tmp_path / "whole" / "infini_cache.safetensors").read_bytes()
     assert len(payload) > 20 * megabytes
 
-    def folder(name, text=None, payload=payload, **fields):
+    def folder(name, payload):
         (tmp_path / name).mkdir()
-        tensor_file = f"infini_cache-{hashlib.sha256(payload).hexdigest()[:16]}.safetensors"
-        text = json.dumps({**metadata, "tensor_file": tensor_file, **fields}) if text is None else text
-        (tmp_path / name / "infini_cache.json").write_text(text)
-        (tmp_path / name / tensor_file).write_bytes(payload)
+        (tmp_path / name / "infini_cache.safetensors").write_bytes(payload)
         return name
 
-    def bomb(count):
-        header = json.dumps({"__metadata__": {str(index): "" for index in range(count)}}).encode()
-        return len(header).to_bytes(8, "little") + header
+    def with_header(header):
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text
 
-    small = payload[:8] + b"{}"
-    declared = {"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
-    declared = json.dumps(declared).encode()
+    def with_text(text):
+        return save({"x": torch.ones(1)}, {"infini_cache": text})
+
+    def named(count):
+        return {str(index): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for index in range(count)}
+
+    version = '{"format_version": 3, "x": '
     expected = {
         "whole": "loaded",
-        folder("larger than declared", payload=payload + payload): "cannot be read",
-        folder("deep", "[" * 20 * megabytes): "longer than",
-        folder("wide", "[" + "[]," * 300_000 + "[]]"): "does not describe",
-        folder("long", json.dumps({"format": "x" * 40 * megabytes})): "longer than",
-        folder("rows", payload=small, tokens_read=[0] * 300_000): "says too much|cannot be read|does not fit",
-        folder("header", payload=bomb(500_000)): "says too much",
-        folder("shapes", payload=len(declared).to_bytes(8, "little") + declared): "cannot be read",
+        folder("larger than declared", payload + payload): "cannot be read",
+        folder("deep", with_text("[" * 900_000)): "cannot be read",
+        folder("wide", with_text("[" + "[]," * 300_000 + "[]]")): "does not describe",
+        folder("long", with_text("x" * 40 * megabytes)): "longer than",
+        folder("fields", with_text(version + "[" + "[]," * 300_000 + "[]]}")): "is not what was saved",
+        folder("texts", with_header({"__metadata__": {str(index): "" for index in range(500_000)}})): "longer than",
+        folder("tensors", with_header(named(200_000))): "longer than",
+        folder("fewer", with_header(named(15_000))): "does not describe",
+        folder(
+            "shapes", with_header({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}})
+        ): "cannot be read",
     }
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", MEASURE, str(length), *(str(tmp_path / name) for name in expected)]

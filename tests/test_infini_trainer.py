@@ -180,7 +180,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
     trainer(tmp_path / "whole", whole).train()
     for step in (3, 9):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        assert (checkpoint / "memory-of-streams-0" / "infini_cache.json").is_file()
+        assert (checkpoint / "memory-of-streams-0" / "infini_cache.safetensors").is_file()
         trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(checkpoint))
         assert_same_weights(resumed, whole, 0)
 
@@ -221,7 +221,7 @@ def test_everything_of_a_checkpoint_is_there_when_it_is_published(tmp_path, monk
     trainer.train()
     whole = {"config.json", "model.safetensors", *CODE}
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    state |= {"memory-of-streams-0/infini_cache.json"} if is_ours else set()
+    state |= {"memory-of-streams-0/infini_cache.safetensors"} if is_ours else set()
     folders = {
         "every_save": [],
         "checkpoint": ["last-checkpoint"] * 2,

@@ -212,10 +212,10 @@ def test_memory_of_another_model_is_refused(reader, tmp_path, fields, message):
 
 
 def changed_archive(file: Path, output: Path, **contents: bytes | None) -> Path:
-    """A copy of an archive with other contents, by the suffix of the file: `None` leaves it out."""
+    """A copy of an archive with other contents, by the name of the file: `None` leaves it out."""
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
-            content = contents.get(Path(name).stem.split("-")[0] + "_" + Path(name).suffix[1:], old.read(name))
+            content = contents.get(name.replace(".", "_"), old.read(name))
             if content is not None:
                 new.writestr(name, content)
     return output
@@ -228,8 +228,7 @@ def changed_archive(file: Path, output: Path, **contents: bytes | None) -> Path:
         ({"memory_json": b"[]"}, "is not a memory"),
         ({"memory_json": b"{"}, "is not a memory"),
         ({"memory_json": b" " * 200_000}, "is not a memory"),
-        ({"infini_cache_json": None}, "bad.zip holds no saved cache"),
-        ({"infini_cache_safetensors": None}, "bad.zip is incomplete"),
+        ({"infini_cache_safetensors": None}, "bad.zip holds no saved cache"),
         ({"infini_cache_safetensors": b"0" * 100}, "bad.zip is damaged"),
         ({"infini_cache_safetensors": b"0" * 10_000_000}, "larger than a memory of tiny can be"),
     ],
@@ -240,7 +239,9 @@ def test_damaged_memory_is_refused(reader, tmp_path, contents, message):
         space.load_memory(reader, changed_archive(file, tmp_path / "bad.zip", **contents))
 
 
-@pytest.mark.parametrize(("part", "message"), [("memory.json", "is not"), ("infini_cache.json", "cannot be loaded")])
+@pytest.mark.parametrize(
+    ("part", "message"), [("memory.json", "is not"), ("infini_cache.safetensors", "cannot be loaded")]
+)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("flag_bits", 1), ("compress_type", 99), ("compress_type", zipfile.ZIP_DEFLATED)],
@@ -268,13 +269,14 @@ def test_memory_with_a_token_that_is_none_is_refused(reader, tmp_path, token):
         space.load_memory(reader, bad)
 
 
-def test_memory_of_many_texts_is_refused_before_it_is_made(reader, tmp_path):
-    file = space.save_memory(reader, read_all(reader, space.text_ids(reader, TEXT, 50)), tmp_path)
-    with zipfile.ZipFile(file) as archive:
-        metadata = json.loads(archive.read("infini_cache.json"))
-    metadata["tokens_read"] = [49] * 200_000
-    bad = changed_archive(file, tmp_path / "bad.zip", infini_cache_json=json.dumps(metadata).encode())
-    with pytest.raises(space.ReaderError, match="memories of 200,000 texts"):
+def test_memory_of_several_texts_is_refused(reader, tmp_path):
+    memory = read_all(reader, space.text_ids(reader, TEXT, 50))
+    file = space.save_memory(reader, memory, tmp_path)
+    memory.cache.batch_repeat_interleave(2)
+    memory.cache.save_pretrained(tmp_path)
+    of_two = (tmp_path / "infini_cache.safetensors").read_bytes()
+    bad = changed_archive(file, tmp_path / "bad.zip", infini_cache_safetensors=of_two)
+    with pytest.raises(space.ReaderError, match="memories of 2 texts"):
         space.load_memory(reader, bad)
 
 

@@ -10,7 +10,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +36,7 @@ from modeling_infini import InfiniCache, InfiniConfig, state_nbytes
 
 
 MEMORY_FILE = "memory.json"
+CACHE_FILE = "infini_cache.safetensors"
 MEMORY_FORMAT = "memory of a text"
 SEGMENT_LENGTH = 512
 # What reading an archive that somebody else made can raise: RuntimeError where it has a password, NotImplementedError
@@ -395,7 +395,7 @@ def write(
 
 
 def save_memory(reader: Reader, memory: Memory, folder: Path) -> Path:
-    """Saves a memory as one file in `folder`: a zip archive of the cache's own files and what belongs to them."""
+    """Saves a memory as one file in `folder`: a zip archive of the cache's own file and what belongs to it."""
     title = re.sub(r"[^a-z0-9]+", "-", memory.title.lower()).strip("-") or "text"
     file = folder / f"memory-{title}-{memory.tokens}-tokens.zip"
     description = {
@@ -409,8 +409,7 @@ def save_memory(reader: Reader, memory: Memory, folder: Path) -> Path:
         memory.cache.save_pretrained(cache_folder)
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(MEMORY_FILE, json.dumps(description, indent=2))
-            for part in sorted(Path(cache_folder).iterdir()):
-                archive.write(part, part.name)
+            archive.write(Path(cache_folder) / CACHE_FILE, CACHE_FILE)
     return file
 
 
@@ -455,23 +454,12 @@ def load_memory(reader: Reader, file: str | Path) -> Memory:
 def _extract_cache(reader: Reader, archive: zipfile.ZipFile, name: str) -> InfiniCache:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for part in archive.namelist():
-                if re.fullmatch(r"infini_cache(-[0-9a-f]+)?\.(json|safetensors)", part):
-                    archive.extract(part, folder)
-            _require_one_text(Path(folder) / "infini_cache.json", name)
-            return InfiniCache.from_pretrained(folder, reader.model)
-        except ReaderError:
-            raise
+            if CACHE_FILE in archive.namelist():
+                archive.extract(CACHE_FILE, folder)
+            cache = InfiniCache.from_pretrained(folder, reader.model)
         except ARCHIVE_ERRORS as error:
             reason = str(error).replace(folder, name)
             raise ReaderError(f"{name} cannot be loaded: {reason} Save the memory again.") from error
-
-
-def _require_one_text(metadata_file: Path, name: str) -> None:
-    """Before a cache of as many rows as the file says is made; what else is wrong with the file is found later."""
-    metadata = None
-    with suppress(OSError, ValueError):
-        metadata = json.loads(metadata_file.read_text())
-    rows = metadata.get("tokens_read") if isinstance(metadata, dict) else None
-    if isinstance(rows, list) and len(rows) > 1:
-        raise ReaderError(f"{name} holds the memories of {len(rows):,} texts; this page loads those of one.")
+    if (rows := len(cache.tokens_read)) > 1:
+        raise ReaderError(f"{name} holds the memories of {rows:,} texts; this page loads those of one.")
+    return cache
