@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .cache_files import read_cache, write_cache
 from .cache_layer import InfiniCacheLayer, KeyStates, RecordedCall
 from .configuration_infini import InfiniConfig
-from .fingerprint import Weights
+from .fingerprint import WeightsId
 from .rotary import Angles, relative_angles
 from .streams import DecodeLayout, SegmentLayout, plan_segments
 
@@ -136,7 +136,7 @@ class InfiniCache(Cache):
         self.angle_table: Angles | None = None
         self._recording: _Recording | None = None
         self._is_reading = False
-        self.weights: Weights | None = None
+        self.weights: WeightsId | None = None
         self.allow_other_weights = False
         # Whether the last call was of one column.
         self.was_step = False
@@ -193,7 +193,7 @@ class InfiniCache(Cache):
                 layer.map_states(torch.clone)
         return self.counters
 
-    def require_weights(self, current: Weights, is_training: bool, dtype: torch.dtype) -> None:
+    def require_weights(self, current: WeightsId, is_training: bool, dtype: torch.dtype) -> None:
         """
         Refuses other weights than those that have read into the cache; the first that do are its own.
 
@@ -210,7 +210,7 @@ class InfiniCache(Cache):
             self.weights = current
             return
         if self.weights.model == current.model and (is_training or self.weights.fingerprint is None):
-            self.weights = Weights(None, current.model)
+            self.weights = WeightsId(None, current.model)
             return
         if self.is_initialized and not torch.is_autocast_enabled(self.counters.columns.device.type):
             self.layers[0].require_dtype(dtype)
@@ -413,9 +413,9 @@ class InfiniCache(Cache):
             device = "cpu" if model is None else model.device
         folder, cache = Path(save_directory), cls(own)
         fingerprint, tensors = read_cache(folder, own, partial(_meta_tensors, own))
-        cache.weights, cache.allow_other_weights = Weights(fingerprint, None), allow_other_weights
+        cache.weights, cache.allow_other_weights = WeightsId(fingerprint, None), allow_other_weights
         if model is not None and not allow_other_weights:
-            current = Weights(model.weights_fingerprint(), None)
+            current = WeightsId.of(model.base_model, anew=True)
             if fingerprint is None or fingerprint != current.fingerprint:
                 if (dtype := tensors["layers.0.keys"].dtype) != model.dtype:
                     raise ValueError(

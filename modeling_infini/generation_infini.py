@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
 from .configuration_infini import InfiniConfig
-from .fingerprint import Weights, name_of, weights_fingerprint
+from .fingerprint import WeightsId
 from .masks import columns_tokens_last, last_tokens
 
 
@@ -61,7 +61,7 @@ class InfiniGenerationMixin(GenerationMixin):
             cache.eos_token_ids = generation_config._eos_token_tensor
             if cache.weights is None:
                 # Nothing changes them while it generates, be it in training mode or compiled.
-                cache.weights = Weights(weights_fingerprint(self.model), name_of(self.model))
+                cache.weights = WeightsId.of(self.model)
         # PEFT puts its own method in the place of this one, and its soft prompts keep the last id alone of a call on a
         # cache that has read something.
         owner = getattr(self.prepare_inputs_for_generation, "__self__", self)

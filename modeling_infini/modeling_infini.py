@@ -53,7 +53,7 @@ from .cache_layer import (
 )
 from .configuration_infini import InfiniConfig
 from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
-from .fingerprint import Weights, name_of, new_fingerprint, weights_fingerprint
+from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
 from .masks import (
     columns_tokens_last,
@@ -405,7 +405,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
             The fingerprint; `None` where the weights have none (on the meta device, or quantized by a tool that does
             not say what its tensors are made of).
         """
-        return new_fingerprint(self.base_model)
+        return WeightsId.of(self.base_model, anew=True).fingerprint
 
     def new_cache(self) -> InfiniCache:
         """An empty cache for this model; of the class that its own code knows, also where that is remote code."""
@@ -589,10 +589,10 @@ class InfiniModel(InfiniPreTrainedModel):
         # Training changes the weights while a memory goes on, and there is no time to look at them.
         is_unknown = cache.weights is None or (cache.weights.model == name and cache.weights.fingerprint is None)
         if self.training and (is_unknown or cache.allow_other_weights):
-            cache.weights = Weights(None, name)
+            cache.weights = WeightsId(None, name)
             return
         is_step = inputs_embeds.shape[1] == 1
-        current = Weights(weights_fingerprint(self, is_step and cache.was_step), name)
+        current = WeightsId.of(self, is_step and cache.was_step)
         cache.was_step = is_step
         cache.require_weights(current, self.training, inputs_embeds.dtype)
 

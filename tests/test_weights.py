@@ -14,7 +14,7 @@ from tiny import MODES, random_ids, tiny_config, tiny_model
 from torch import nn
 
 from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification
-from modeling_infini.fingerprint import WHOLE, weights_fingerprint
+from modeling_infini.fingerprint import WHOLE, WeightsId
 from modeling_infini.training import backpropagate
 
 
@@ -163,7 +163,7 @@ class TestFingerprint:
 
     def test_does_not_keep_a_model_or_its_weights(self):
         layer = nn.Linear(200, 200)
-        weights_fingerprint(layer)
+        WeightsId.of(layer)
         assert layer.weight.untyped_storage().resizable()
         assert layer.bias.untyped_storage().resizable()
         storage = layer.weight.untyped_storage()._weak_ref()
