@@ -2,8 +2,7 @@
 Which weights a model has, in a few bytes: what a memory is worth nothing without.
 
 A fingerprint is a hash of some elements of every parameter: it costs milliseconds, and devices and shards do not
-change it. Training changes nearly all elements of what it trains; of an embedding, it may change a single row, so that
-each row is in it.
+change it. Training changes nearly all elements of what it trains, but single rows of embeddings: each row is in it.
 """
 
 import hashlib
@@ -104,8 +103,7 @@ class _Known:
         self.fingerprint = _fingerprint(model)
 
     def holds(self, is_step: bool) -> bool:
-        is_as_it_was = self._stamps() == self.stamps
-        return is_as_it_was and (is_step or all(map(torch.equal, self._elements(), self.elements)))
+        return self._stamps() == self.stamps and (is_step or all(map(torch.equal, self._elements(), self.elements)))
 
     def _stamps(self) -> list:
         stamps: list = []
