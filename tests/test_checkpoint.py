@@ -1,30 +1,88 @@
 """The published checkpoint: a folder as on the Hub, whose model finds a passkey, by its memory alone."""
 
 import json
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import TOKEN, USER, local_hub
+from test_publishing import expected_answer, load_elsewhere, run
+from transformers.dynamic_module_utils import get_relative_import_files
 
-import modeling_infini
 from evaluation.haystacks import repeated_sentence
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.losses import memory_off
 from evaluation.passkey import passkey_example
 from evaluation.retrieval import score, weights_digest
+from modeling_infini.configuration_infini import AUTO_MAP
 
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDER = REPOSITORY / "checkpoints" / "passkey"
+CODE = REPOSITORY / "modeling_infini"
 TRIALS = REPOSITORY / "docs" / "recall" / "fifth_phase"
 
 
-def test_code_beside_the_weights_is_that_of_the_package():
-    package = Path(modeling_infini.__file__).parent
-    files = list(FOLDER.glob("*.py"))
-    assert files
-    outdated = [file.name for file in files if file.read_bytes() != (package / file.name).read_bytes()]
-    assert not outdated, "run `make checkpoint-code`"
+def test_code_beside_the_weights_is_links_to_the_package():
+    modeling_file = CODE / "modeling_infini.py"
+    needed = {modeling_file.name, *(Path(file).name for file in get_relative_import_files(modeling_file))}
+    targets = [f"../../modeling_infini/{name}" for name in sorted(needed)]
+    links = [os.readlink(file) if file.is_symlink() else file.name for file in sorted(FOLDER.glob("*.py"))]
+    assert links == targets, f"cd checkpoints/passkey && rm *.py && ln -s {' '.join(targets)} ."
+
+
+LOAD_ALL = """
+import os, sys, transformers
+from pathlib import Path
+
+folder, target = sys.argv[1:]
+for name in sorted(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map):
+    loaded = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+    print(name, type(loaded).__name__)
+    if name == "AutoModelForCausalLM":
+        loaded.save_pretrained(target)
+assert "modeling_infini" not in sys.modules
+"""
+
+
+def test_every_auto_class_loads_the_folder_and_saves_its_code(tmp_path):
+    folder = os.path.relpath(FOLDER, tmp_path)
+    loaded = run(tmp_path, [sys.executable, "-c", LOAD_ALL, folder, "saved"], PYTHONPATH="")
+    assert dict(line.split() for line in loaded.splitlines()) == {
+        name: reference.split(".")[1] for name, reference in AUTO_MAP.items()
+    }
+    assert {file.name for file in (tmp_path / "saved").glob("*.py")} == {file.name for file in FOLDER.glob("*.py")}
+    assert not any(file.is_symlink() for file in (tmp_path / "saved").iterdir())
+
+
+def test_saving_into_the_folder_leaves_the_package_alone(tmp_path):
+    package = shutil.copytree(CODE, tmp_path / "modeling_infini")
+    folder = shutil.copytree(FOLDER, tmp_path / "checkpoints" / "passkey", symlinks=True)
+    model = load_model(FOLDER)
+    model.save_pretrained(folder)
+    assert all(file.is_symlink() for file in folder.glob("*.py"))
+    # Whoever edits the package while an older process saves here keeps the edit.
+    (package / "memory.py").write_text("EDITED = 1")
+    model.save_pretrained(folder)
+    assert (package / "memory.py").read_text() == "EDITED = 1"
+
+
+def test_the_folder_is_published_by_one_command(tmp_path, monkeypatch):
+    contributing = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    command = re.search(r"`(hf upload \S+ checkpoints/passkey)`", contributing)[1].split()
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        command[0] = str(Path(sys.executable).with_name("hf"))
+        command[2:] = [f"{USER}/infini-passkey", str(FOLDER)]
+        run(tmp_path / "author", command, HF_TOKEN=TOKEN)
+        (files,) = [files for files in hub.repositories[command[2]].commits.values() if files]
+        assert files == {file.name: file.read_bytes() for file in FOLDER.iterdir()}
+        answers = load_elsewhere(tmp_path / "reader", command[2])
+    assert answers == [expected_answer(load_model(FOLDER))]
 
 
 def test_folder_is_small_and_has_a_card():
