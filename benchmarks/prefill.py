@@ -5,7 +5,7 @@ from statistics import median
 
 import torch
 
-from modeling_infini.modeling_infini import PREFILL_TOKENS
+from modeling_infini.modeling_infini import PIECE_TOKENS
 
 from .machine import prefill_flops
 from .report import Figure, Point, Report
@@ -118,7 +118,7 @@ def extrapolated_seconds(quarter: float, half: float) -> float:
 
 def _flops(suite: Suite, length: int, local_attention: str) -> float:
     # A longer prompt is read in calls, of which only the last asks for logits.
-    written = length - 1 if length > PREFILL_TOKENS else 0
+    written = length - 1 if length > PIECE_TOKENS else 0
     return prefill_flops(suite.size, length, suite.segment_length, local_attention, written)
 
 

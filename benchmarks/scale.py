@@ -57,10 +57,10 @@ def weights_nbytes() -> float:
     return 2 * (linear + 2 * SIZE["vocab_size"] * SIZE["hidden_size"])
 
 
-def state_nbytes(local_attention: str = "sliding") -> float:
+def state_nbytes() -> float:
     """Of one sequence, however long: float32 memories and what the open segment adds, a bfloat16 window."""
     of_memory = 2 * 4 * HEAD_DIM * (HEAD_DIM + 1)
-    of_window = 2 * SEGMENT_LENGTH * HEAD_DIM * (3 if local_attention == "sliding" else 2)
+    of_window = 2 * 2 * SEGMENT_LENGTH * HEAD_DIM
     return SIZE["num_hidden_layers"] * SIZE["num_key_value_heads"] * (of_memory + of_window)
 
 

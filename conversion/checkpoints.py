@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 
 from modeling_infini import InfiniConfig
+from modeling_infini.modeling_infini import FORMER_NAMES
 
 from .architectures import DEQUANTIZE
 from .gguf_files import GGUFFile, is_gguf
@@ -298,11 +299,12 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _open_files(files: list[Path], read_file: Callable) -> tuple[dict[str, torch.Tensor], Callable]:
-    shapes, file_of = {}, {}
+    shapes, places = {}, {}
     for file in files:
-        for name, shape in read_file(file, None).items():
-            shapes[name], file_of[name] = shape, file
-    return shapes, lambda name: read_file(file_of[name], name)
+        for saved_name, shape in read_file(file, None).items():
+            name, _ = FORMER_NAMES.rename_source_key(saved_name)
+            shapes[name], places[name] = shape, (file, saved_name)
+    return shapes, lambda name: read_file(*places[name])
 
 
 def _read_safetensors(file: Path, name: str | None):

@@ -35,7 +35,7 @@ from .wrong_sources import what_weights_they_are
 
 
 # Besides the gates, what may be in a memory has no place elsewhere.
-MEMORY_EXTENSIONS = ("write_strength.weight", "memory_write_gate.weight", "memory_write_gate.bias")
+MEMORY_EXTENSIONS = ("memory.write_strength.weight", "memory.write_gate.weight", "memory.write_gate.bias")
 MEMORY_WEIGHTS = ("head_gates.weight", *MEMORY_NORMS, *MEMORY_EXTENSIONS)
 
 

@@ -156,7 +156,7 @@ def _converted(weights: dict[str, torch.Tensor], config: InfiniConfig) -> dict[s
         if config.learned_delta_update:
             # It learns the share 1 - beta that is NOT written, and 1 - sigmoid(x) = sigmoid(-x).
             strength = weights.pop(f"{attention}.to_learned_delta_update_weights.0.weight")
-            converted[f"{ours}.self_attn.write_strength.weight"] = -strength
+            converted[f"{ours}.self_attn.memory.write_strength.weight"] = -strength
     return converted
 
 

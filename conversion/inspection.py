@@ -13,6 +13,7 @@ from rich.text import Text
 from modeling_infini import InfiniConfig, state_nbytes
 
 from .checkpoints import Checkpoint
+from .model_card import memory_rule
 from .to_infini import own_weights
 
 
@@ -58,7 +59,7 @@ class Inspection:
             "segments": f"{config.segment_length:,} tokens{self._base_positions()}",
             "local attention": f"{config.local_attention}: "
             + (local if config.is_sliding else "the tokens of the own segment"),
-            "memory": config.memory_rule,
+            "memory": memory_rule(config),
             "state": f"{self.state_nbytes / 1e6:,.1f} MB per sequence, whatever its length; full attention keeps as "
             f"much for {self.state_nbytes / full_attention_token:,.0f} tokens",
         }

@@ -143,12 +143,24 @@ def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | 
     return f"The weights were converted from {name}{revision}{kind}. Gates: {gates}. {trained}"
 
 
+def memory_rule(config: InfiniConfig) -> str:
+    """How the memory is written and read, in words."""
+    rule = f"{'delta' if config.use_mem_delta_rule else 'linear'} rule"
+    extensions = {
+        "a learned write strength": config.learned_delta_update,
+        "a norm of its queries and keys": config.memory_norm_init_scale is not None,
+        "a write gate": config.memory_write_gate,
+    }
+    present = [name for name, is_present in extensions.items() if is_present]
+    return f"{rule}, with {' and '.join(present)}" if present else rule
+
+
 def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
     local = f"sliding window of {config.segment_length:,} tokens and {config.num_sink_tokens} attention sinks"
     rows = {
         "segment length": f"{config.segment_length:,} tokens",
         "local attention": local if config.is_sliding else "within each segment",
-        "memory": config.memory_rule,
+        "memory": memory_rule(config),
         "share of local attention in the gates": f"{local_shares.mean():.1%} on average, "
         f"{local_shares.min():.1%} to {local_shares.max():.1%}",
         "state per sequence": f"{state_nbytes(config) / 1e6:,.1f} MB, whatever the length",

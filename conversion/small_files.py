@@ -5,7 +5,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
@@ -74,7 +73,7 @@ def copy_files(checkpoint: Checkpoint, folder: Path, back: bool = False) -> None
     Raises:
         ValueError: if a file has the name of one of ours.
     """
-    code_files = _code_files()
+    of_model = {file.name for file in configuration_infini.code_files(Path(configuration_infini.__file__).parent)}
     with_weights = {name.split("/")[0] for name in checkpoint.sizes if "/" in name and is_weight_file(name)}
     left_out: dict[str, str] = {}
     for name in checkpoint.sizes:
@@ -84,18 +83,12 @@ def copy_files(checkpoint: Checkpoint, folder: Path, back: bool = False) -> None
             left_out |= reason
         elif name == (SOURCE_CARD if back else CARD):
             _copy(checkpoint.folder / name, folder / (CARD if back else SOURCE_CARD))
-        elif name in code_files and not back:
+        elif name in of_model and not back:
             raise ValueError(f"The source's {name} has the name of a code file of the converted model. Rename it.")
-        elif name not in (*TRANSLATED_FILES, *code_files):
+        elif name not in (*TRANSLATED_FILES, *of_model):
             _copy(checkpoint.folder / name, folder / name)
     if left_out:
         logger.warning("Not copied: %s.", ", ".join(f"{name} ({left_out[name]})" for name in sorted(left_out)))
-
-
-def _code_files() -> set[str]:
-    """Names of the code files beside a published model."""
-    modeling_file = Path(configuration_infini.__file__).with_name(configuration_infini.MODELING_FILE)
-    return {Path(file).name for file in {str(modeling_file), *get_relative_import_files(modeling_file)}}
 
 
 def _reason_to_leave(checkpoint: Checkpoint, name: str, with_weights: set[str]) -> dict[str, str] | None:

@@ -48,7 +48,7 @@ logger = logging.get_logger(__name__)
 # Buffers that old Llama checkpoints hold beside their weights.
 LEGACY_BUFFER = "rotary_emb.inv_freq"
 
-MEMORY_NORMS = ("memory_query_norm.weight", "memory_key_norm.weight")
+MEMORY_NORMS = ("memory.query_norm.weight", "memory.key_norm.weight")
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 

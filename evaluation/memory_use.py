@@ -12,25 +12,21 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import logging
 
-from modeling_infini.cache_layer import InfiniCacheLayer, MemoryState
-from modeling_infini.memory import apply_correction, delta_correction, feature_map, read_memory, segment_write
-from modeling_infini.training.backpropagation import infini_module
+from modeling_infini.cache_layer import InfiniCacheLayer
+from modeling_infini.memory import MemoryState, apply_correction, delta_correction, feature_map, linear_write
 
 from .by_position import describe
 from .loading import first_tokens, load_model, load_tokenizer, read_texts
@@ -107,16 +103,9 @@ def _rounded(values: Any) -> Any:
     return float(f"{values:.6g}") if math.isfinite(values) else None
 
 
-def _read(queries: torch.Tensor, memory: MemoryState, eps: float) -> torch.Tensor:
-    """What `queries` `(tokens, heads, head_dim)`, whose groups share a KV head's memory, read: of the same shape."""
-    grouped = rearrange(queries, "t (h r) d -> h (r t) d", h=len(memory.memory)).to(memory.memory.dtype)
-    read = read_memory(feature_map(grouped), *memory, eps)
-    return rearrange(read, "h (r t) d -> t (h r) d", t=len(queries))
-
-
 def _squares(states: torch.Tensor) -> torch.Tensor:
-    """Sum of the squares of each head of `(tokens, heads, head_dim)`: `(heads,)`."""
-    return states.square().sum((0, 2))
+    """Sum of the squares of each head of `(1, tokens, heads, head_dim)`: `(heads,)`."""
+    return states.square().sum((0, 1, 3))
 
 
 class _Layer:
@@ -124,14 +113,15 @@ class _Layer:
     What is followed of one layer.
 
     Attributes:
-        queries, local, output: of the last call, `(tokens, heads, head_dim)`: queries as they read the memory, the
-            output of local attention, and its mix with the memory.
+        local, queries, memory, local_share, mix: what the memory was called with at last, and what it returned.
         without: the memory had each span not been written: M `(spans, kv_heads, head_dim, head_dim)` and z.
     """
 
-    queries: torch.Tensor
     local: torch.Tensor
-    output: torch.Tensor
+    queries: torch.Tensor
+    memory: MemoryState
+    local_share: torch.Tensor
+    mix: torch.Tensor
 
     def __init__(self, attention: Any, spans: int):
         self.attention, self.config = attention, attention.config
@@ -147,22 +137,19 @@ class _Layer:
         self.tokens = [0] * (spans + 1)
         self.top_mass: list[torch.Tensor] = []
 
-    def hooks(self) -> Iterator[Any]:
-        """Registers what keeps `queries` and `output`."""
-        queries = self.attention.q_norm if self.config.qk_norm else self.attention.q_proj
-        if self.config.memory_norm_init_scale is not None:
-            queries = self.attention.memory_query_norm
-        yield queries.register_forward_hook(lambda module, inputs, output: self._keep("queries", output))
-        yield self.attention.o_proj.register_forward_pre_hook(lambda module, inputs: self._keep("output", inputs[0]))
+    def keep(self, module: nn.Module, arguments: tuple, mix: torch.Tensor) -> None:
+        self.local, self.queries, self.memory, self.local_share = arguments
+        self.mix = mix
 
-    def _keep(self, name: str, states: torch.Tensor) -> None:
-        setattr(self, name, states.reshape(-1, self.config.num_attention_heads, self.config.head_dim))
+    def read(self, memory: MemoryState) -> torch.Tensor:
+        """What the queries of the last call read from `memory` `(1, kv_heads, ...)`."""
+        return self.attention.memory.read(self.queries, memory)
 
-    def add_read(self, span: int, memory: MemoryState) -> None:
-        """Adds the sizes of what the last call read, from `memory`, and of what it saw."""
-        self.read_squares[span] += _squares(_read(self.queries, memory, self.config.memory_eps))
+    def add_read(self, span: int) -> None:
+        """Adds the sizes of what the last call read and of what it saw."""
+        self.read_squares[span] += _squares(self.read(self.memory))
         self.local_squares[span] += _squares(self.local.to(self.local_squares.dtype))
-        self.tokens[span] += len(self.queries)
+        self.tokens[span] += self.queries.shape[1]
 
     def add_write(self, span: int, layer: InfiniCacheLayer) -> None:
         """Writes the segment of the last call into the memories without another span."""
@@ -171,13 +158,14 @@ class _Layer:
         keys, values = (states[0].transpose(0, 1).to(layer.memory.dtype) for states in (keys, call.values))
         features, strength = feature_map(keys), None
         if call.write_strength is not None:
-            strength = call.write_strength[0].transpose(0, 1).unsqueeze(-1).to(layer.memory.dtype)
-        memory, normaliser = segment_write(features, values if strength is None else values * strength)
+            strength = call.write_strength[0].T.unsqueeze(-1).to(layer.memory.dtype)
+            values = values * strength
+        matrix, normaliser = linear_write(features, values)
         if self.config.use_mem_delta_rule:
-            corrections = delta_correction(features, self.without.normaliser, self.config.memory_eps, strength)
-            memory = memory - apply_correction(corrections, self.without.memory)
-        is_other = torch.arange(len(self.without.memory), device=memory.device) != span
-        self.without.memory.add_(memory * is_other[:, None, None, None])
+            correction = delta_correction(features, self.without.normaliser, self.config.memory_eps, strength)
+            matrix = matrix - apply_correction(correction, self.without.matrix)
+        is_other = torch.arange(len(self.without.matrix), device=matrix.device) != span
+        self.without.matrix.add_(matrix * is_other[:, None, None, None])
         self.without.normaliser.add_(normaliser * is_other[:, None, None])
 
         self.memory_norm[span] = layer.memory[0].norm(dim=(-2, -1))
@@ -185,45 +173,18 @@ class _Layer:
         mass = features.sum(-1)
         self.top_mass.append(mass.topk(max(1, mass.shape[1] // 100)).values.sum(1) / mass.sum(1))
 
-    def changes(self, memory: MemoryState) -> tuple[torch.Tensor, torch.Tensor]:
+    def changes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Relative changes, without each span, of what the last call read and of its mix: `(spans, heads)` each."""
-        read = _read(self.queries, memory, self.config.memory_eps)
+        read = self.read(self.memory)
         # One span at a time: a read is as large as all queries.
-        squares = torch.stack(
-            [
-                _squares(_read(self.queries, MemoryState(*without), self.config.memory_eps) - read)
-                for without in zip(*self.without)
-            ]
-        )
-        change, memory_share = squares.sqrt(), 1 - self.attention.head_gates().to(read.dtype)
-        return change / _squares(read).sqrt(), memory_share * change / _squares(self.output.to(read.dtype)).sqrt()
+        without = (MemoryState(*states) for states in zip(*(states.split(1) for states in self.without)))
+        change = torch.stack([_squares(self.read(memory) - read) for memory in without]).sqrt()
+        memory_share = 1 - self.local_share[0].to(read.dtype)
+        return change / _squares(read).sqrt(), memory_share * change / _squares(self.mix.to(read.dtype)).sqrt()
 
     def root_mean_squares(self, squares: torch.Tensor) -> torch.Tensor:
         """`(spans + 1, heads)`; NaN where nothing was read."""
         return (squares / (squares.new_tensor(self.tokens)[:, None] * self.config.head_dim)).sqrt()
-
-
-@contextmanager
-def _followed(model: nn.Module, spans: int) -> Iterator[list[_Layer]]:
-    """The layers of a model, which keep what a call computes. A model compiled before does not see the hooks."""
-    layers = {module: _Layer(module, spans) for module in model.modules() if hasattr(module, "head_gates")}
-    # No module returns what local attention does, but transformers' attention functions may be replaced by name.
-    name = infini_module(model).config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-
-    def attend_and_keep(module: nn.Module, *arguments, **options):
-        output, weights = attend(module, *arguments, **options)
-        if module in layers:
-            layers[module].local = output[0]
-        return output, weights
-
-    with ExitStack() as stack:
-        ALL_ATTENTION_FUNCTIONS[name] = attend_and_keep
-        stack.callback(ALL_ATTENTION_FUNCTIONS.pop, name)
-        for layer in layers.values():
-            for handle in layer.hooks():
-                stack.callback(handle.remove)
-        yield list(layers.values())
 
 
 @torch.no_grad()
@@ -242,36 +203,36 @@ def memory_use(
     Raises:
         ValueError: if the document is not longer than a segment, and so reads no memory.
     """
-    infini = infini_module(model)
-    segments = input_ids.split(infini.config.segment_length, 1)
+    segments = input_ids.split(model.config.segment_length, 1)
     if len(segments) < 2:
         raise ValueError(
             f"A document of {input_ids.shape[1]} tokens has no memory to read: it must be longer than "
-            f"segment_length={infini.config.segment_length}."
+            f"segment_length={model.config.segment_length}."
         )
     parts = torch.arange(len(segments) - 1).tensor_split(min(len(segments) - 1, max_spans))
-    span_of = [span for span, part in enumerate(parts) for _ in part]
-    cache = infini.new_cache()
-    with _followed(model, len(parts)) as layers:
-        for index, ids in enumerate(segments):
-            before = [(state.memory, state.normaliser) for state in cache.layers]
+    span_of = [*(span for span, part in enumerate(parts) for _ in part), -1]
+    cache = model.new_cache()  # type: ignore[operator]
+    layers = [_Layer(module, len(parts)) for module in model.modules() if hasattr(module, "head_gates")]
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.attention.memory.register_forward_hook(layer.keep).remove)
+        for index, (span, ids) in enumerate(zip(span_of, segments)):
             for state in cache.layers:
                 # The record has what is written.
                 state.record = []
             model(input_ids=ids.to(model.device), past_key_values=cache, logits_to_keep=1)
-            is_last = index == len(segments) - 1
-            for layer, state, memory in zip(layers, cache.layers, before):
+            for layer, state in zip(layers, cache.layers):
                 if index > 0:
-                    layer.add_read(-1 if is_last else span_of[index], _of_row(memory))
-                if not is_last:
-                    layer.add_write(span_of[index], state)
+                    layer.add_read(span)
+                if span >= 0:
+                    layer.add_write(span, state)
             if progress is not None:
                 progress(ids.shape[1])
-        changes = [layer.changes(_of_row(memory)) for layer, memory in zip(layers, before)]
-    bounds = [int(part[0]) * infini.config.segment_length for part in parts]
+    changes = [layer.changes() for layer in layers]
+    bounds = [int(part[0]) * model.config.segment_length for part in parts]
     return MemoryUse(
-        spans=list(zip(bounds, [*bounds[1:], (len(segments) - 1) * infini.config.segment_length])),
-        local_share=infini.local_shares(),
+        spans=list(zip(bounds, [*bounds[1:], (len(segments) - 1) * model.config.segment_length])),
+        local_share=model.local_shares(),  # type: ignore[operator]
         memory_norm=_stacked([layer.memory_norm for layer in layers]),
         normaliser_norm=_stacked([layer.normaliser_norm for layer in layers]),
         read_rms=_stacked([layer.root_mean_squares(layer.read_squares) for layer in layers]),
@@ -280,10 +241,6 @@ def memory_use(
         read_change=_stacked([read for read, _ in changes]),
         output_change=_stacked([output for _, output in changes]),
     )
-
-
-def _of_row(states: tuple[torch.Tensor, torch.Tensor]) -> MemoryState:
-    return MemoryState(*(state[0] for state in states))
 
 
 def _stacked(layers: list[torch.Tensor]) -> torch.Tensor:

@@ -255,7 +255,12 @@ def weights_digest(model: PreTrainedModel) -> str:
     By which files of trials know the weights of any causal model: hexadecimal, different where a weight or dtype is.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    # By the names that they had when the trials in docs/recall were recorded.
+    weights = {
+        name.replace("memory.write_strength", "write_strength").replace("memory.", "memory_"): weight
+        for name, weight in model.state_dict().items()
+    }
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

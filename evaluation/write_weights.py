@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from modeling_infini.memory import feature_map
 from modeling_infini.modeling_infini import log_write_gates
-from modeling_infini.training.backpropagation import infini_module
 
 from .haystacks import encode, find_filler
 from .loading import load_model, load_tokenizer
@@ -40,9 +39,9 @@ def write_weights(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
         input_ids: `(1, tokens)`.
     """
     weights: list[list[torch.Tensor]] = []
-    cache = infini_module(model).new_cache()
+    cache = model.new_cache()  # type: ignore[operator]
     with ExitStack() as hooks:
-        for layer in infini_module(model).model.layers:
+        for layer in model.model.layers:
             weights.append([])
             _follow(layer.self_attn, weights[-1], hooks)
         for call in input_ids.split(CALL_LENGTH, 1):
@@ -68,10 +67,10 @@ def _follow(attention: Any, weights: list[torch.Tensor], hooks: ExitStack) -> No
 
     source = attention.k_norm if config.qk_norm else attention.k_proj
     if config.memory_norm_init_scale is not None:
-        source = attention.memory_key_norm
+        source = attention.memory.key_norm
     hooks.callback(source.register_forward_hook(keep("keys")).remove)
     if config.memory_write_gate:
-        hooks.callback(attention.memory_write_gate.register_forward_hook(keep("gate")).remove)
+        hooks.callback(attention.memory.write_gate.register_forward_hook(keep("gate")).remove)
     hooks.callback(attention.register_forward_hook(after).remove)
 
 

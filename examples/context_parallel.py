@@ -44,7 +44,7 @@ def main() -> None:
         ids = torch.randint(0, config.vocab_size, (1, length))
         context_parallel = ContextParallel()
         inputs = context_parallel.shard(config, input_ids=ids, labels=ids)
-        loss = model(**inputs, context_parallel=context_parallel, use_cache=False).loss
+        loss = model(**inputs, past_key_values=context_parallel).loss
         loss.backward()
         context_parallel.reduce_gradients(model)
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -126,7 +126,7 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
         arguments.model, dtype="auto" if arguments.lora_rank else torch.float32
     )
     if arguments.lora_rank:
-        of_memory = {name.rpartition(".")[0] for name in MEMORY_WEIGHTS}
+        of_memory = {name.split(".")[-2] for name in MEMORY_WEIGHTS}
         parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         lora = LoraConfig(
             r=arguments.lora_rank,

@@ -3,27 +3,43 @@ The cache of an Infini-attention model: what all its layers remember of the stre
 Its size depends on the configuration and the batch alone, never on how many tokens were read.
 """
 
+import copy
+import hashlib
+import json
 import os
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from .cache_files import read_cache, write_cache
-from .cache_layer import InfiniCacheLayer, KeyStates, RecordedCall
+from .cache_layer import CheckpointedLayer, InfiniCacheLayer, LayerPast, TokenStates
 from .configuration_infini import InfiniConfig
 from .fingerprint import WeightsId
-from .rotary import Angles, relative_angles
-from .streams import DecodeLayout, SegmentLayout, plan_segments
+from .local_attention import Angles
+from .streams import DecodeLayout, Layout, plan_call, plan_segments, streams_of_call
 
 
 logger = logging.get_logger(__name__)
+
+CACHE_FILE = "infini_cache.safetensors"
+FORMAT = "infini_cache"
+FORMAT_VERSION = 3
+FIELDS = {"format_version": (int,), "model": (dict,), "weights": (str, type(None))}
+REMEDY = f"This code reads version {FORMAT_VERSION}: read the text again with the model, and save the cache anew."
+# Bytes of a header that no cache needs: Python's objects take many times the room of the JSON that they are read from.
+MAX_HEADER = 1_000_000
+# More columns than that do not fit the sums of two such numbers.
+MAX_COLUMNS = 2**60
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # What transformers calls a cache in its calls and outputs: `past_key_values`, and from 5.24 on `cache`.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -40,7 +56,6 @@ class StreamCounters:
     """
 
     def __init__(self, batch_size: int, config: InfiniConfig, device: torch.device):
-        self.num_sink_tokens = config.num_sink_tokens
         slots = config.num_sink_tokens + config.segment_length
         self.columns = torch.zeros((), dtype=torch.long, device=device)
         self.tokens_read = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -51,54 +66,72 @@ class StreamCounters:
         self.slot_columns = function(self.slot_columns)
 
     def fork(self) -> "StreamCounters":
-        counters = object.__new__(StreamCounters)
-        counters.num_sink_tokens = self.num_sink_tokens
+        counters = copy.copy(self)
         counters.columns = self.columns.clone()
-        counters.tokens_read = self.tokens_read.clone()
-        counters.slot_columns = self.slot_columns.clone()
+        counters.map_rows(torch.clone)
         return counters
 
-    def ring_columns(self) -> torch.Tensor:
-        """Columns of the tokens in the ring, `(batch, N)`."""
-        return self.slot_columns[:, self.num_sink_tokens :]
-
-    def sink_columns(self, layout: SegmentLayout, columns: torch.Tensor) -> torch.Tensor:
-        """Columns of each stream's sinks `(R, num_sink_tokens)` after a call of `columns` `(B, T)`."""
-        old = layout.first_states(self.slot_columns[:, : self.num_sink_tokens])
-        return torch.where(layout.sink_is_new, layout.sinks(columns), old)
-
-    def call_columns(self, length: int) -> torch.Tensor:
-        """Numbers of the next `length` columns, `(batch, length)`."""
+    def advance(self, layout: Layout, length: int) -> torch.Tensor:
+        """Counts a call of `length` columns; returns the column in each slot of its windows, `(G, window)`."""
         columns = self.columns + torch.arange(length, device=self.columns.device)
-        return columns.expand(self.tokens_read.shape[0], -1)
-
-    def advance(self, layout: SegmentLayout | DecodeLayout, length: int) -> None:
-        """Counts a call of `length` columns."""
-        columns = self.call_columns(length)
-        if isinstance(layout, DecodeLayout):
-            slots, written = layout.slots_with_sink(self.num_sink_tokens)
-            if self.num_sink_tokens == 0:
-                slots, written = slots[:, 1:], written[:, 1:]
-            columns = torch.where(written, columns, self.slot_columns.gather(1, slots))
-            self.slot_columns.scatter_(1, slots, columns)
-        else:
-            self.slot_columns[:, : self.num_sink_tokens] = layout.last_states(self.sink_columns(layout, columns))
-            layout.write_ring(columns, self.ring_columns())
+        window_columns = layout.update(columns.expand(self.tokens_read.shape[0], -1), self.slot_columns)
         self.tokens_read.copy_(layout.tokens_read)
         self.columns.add_(length)
+        return window_columns
 
 
-def state_nbytes(config: InfiniConfig) -> int:
-    """Bytes that the layers of an [`InfiniCache`] hold for each sequence, however much of it they have read."""
-    # Saving a model leaves the name of its dtype in the configuration.
-    dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
-    layer = InfiniCacheLayer(config)
-    keys = torch.empty(1, config.num_key_value_heads, 1, config.head_dim, dtype=dtype, device="meta")
-    layer.lazy_initialization(keys, keys)
-    return config.num_hidden_layers * sum(state.nbytes for state in layer.states().values())
+class Past:
+    """
+    What a model goes on from in a call: here, nothing was read before, and the call is not kept. Others say what was
+    read: an [`InfiniCache`], or the other ranks of a sequence that is split over several.
+
+    Attributes:
+        counters: `None`: nothing was read.
+        angle_table: of [`angle_table`], where it is kept.
+    """
+
+    counters: StreamCounters | None = None
+    angle_table: Angles | None = None
+
+    @property
+    def tokens_read(self) -> torch.Tensor | None:
+        """`(batch,)`, number of tokens that each row's stream has read; `None` before the first call."""
+        return None if self.counters is None else self.counters.tokens_read
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of columns fed, padding included: the place of the next column in the whole history."""
+        return 0 if self.counters is None else int(self.counters.columns)
+
+    def plan_call(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        shape: tuple[int, int],
+        config: InfiniConfig,
+        device: torch.device,
+        packing: dict[str, torch.Tensor],
+    ) -> Layout:
+        """The layout of a call; arguments as those of [`streams.plan_call`]."""
+        return plan_call(attention_mask, position_ids, shape, None, config, device, packing)
+
+    def window_columns(self, layout: Layout, shape: Sequence[int]) -> tuple[torch.Tensor, int]:
+        """The column in each slot of a call's windows, `(G, window)`, and the number of columns up to its end."""
+        new = StreamCounters(shape[0], layout.config, layout.tokens_read.device)
+        counters = new if self.counters is None else self.counters.fork()
+        return counters.advance(layout, shape[1]), self.get_seq_length() + shape[1]
+
+    def check_targets(self, labels: torch.Tensor | None, has_targets: bool, num_items_in_batch: Any) -> None:
+        """Refuses targets whose loss would be another one than that of the sequence."""
+
+    def begin_call(self, layout: Layout, is_checkpointed: bool) -> Sequence[LayerPast | CheckpointedLayer]:
+        """What each layer goes on from; with `is_checkpointed`, a layer may run again."""
+        return [LayerPast()] * layout.config.num_hidden_layers
+
+    def finish_call(self, layout: Layout, length: int, layers: Sequence[LayerPast | CheckpointedLayer]) -> None:
+        """Counts a call that all `layers` of `begin_call` have read."""
 
 
-class InfiniCache(Cache):
+class InfiniCache(Past, Cache):
     """
     The memories of an [`InfiniForCausalLM`] model: what it keeps of all that it has read, in constant size.
 
@@ -129,20 +162,15 @@ class InfiniCache(Cache):
     max_cache_len = -1
 
     def __init__(self, config: InfiniConfig):
-        super().__init__(layers=[InfiniCacheLayer(config) for _ in range(config.num_hidden_layers)])
+        Cache.__init__(self, layers=[InfiniCacheLayer(config) for _ in range(config.num_hidden_layers)])
         self.config = config
         self.memory_fields = config.memory_fields()
-        self.counters: StreamCounters | None = None
-        self.angle_table: Angles | None = None
         self._recording: _Recording | None = None
         self._is_reading = False
         self.weights: WeightsId | None = None
         self.allow_other_weights = False
         # Whether the last call was of one column.
         self.was_step = False
-        # Of the generate() that runs: what ends a row, and where the generated tokens start.
-        self.eos_token_ids: torch.Tensor | None = None
-        self.prompt_length: int | None = None
 
     def __repr__(self):
         tokens = "empty" if self.counters is None else f"tokens_read={self.counters.tokens_read.tolist()}"
@@ -152,30 +180,24 @@ class InfiniCache(Cache):
     def nbytes(self) -> int:
         """Size of all tensors of the cache, in bytes."""
         tensors = [*self.state_dict().values(), *(self.angle_table or ())]
-        tensors += [
-            state for layer in self.layers for call in layer.record or () for state in call if state is not None
-        ]
-        if self._recording is not None:
-            tensors += [state for layer in self._recording.layers for state in layer.states().values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if self.recording is not None:
+            tensors += self.recording.before.state_dict().values()
+            tensors += [state for layer in self.layers for call in layer.record for state in call if state is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of columns fed, padding included: the place of the next column in the whole history."""
-        return 0 if self.counters is None else int(self.counters.columns)
+    def plan_call(self, attention_mask, position_ids, shape, config, device, packing):
+        tokens_read = self.tokens_read
+        self.start_call(shape[0], device)
+        if shape[1] > 1:
+            return plan_call(attention_mask, position_ids, shape, tokens_read, config, device, packing)
+        is_token, restarts = streams_of_call(attention_mask, position_ids, shape, tokens_read, packing)
+        return DecodeLayout(is_token, restarts, self.counters.tokens_read, config)
 
-    @property
-    def tokens_read(self) -> torch.Tensor | None:
-        """`(batch,)`, number of tokens that each row's stream has read; `None` before the first call."""
-        return None if self.counters is None else self.counters.tokens_read
-
-    def start_call(self, batch_size: int, device: torch.device) -> StreamCounters:
-        """The counters for a call of `batch_size` rows, made on the first call."""
+    def start_call(self, batch_size: int, device: torch.device) -> None:
+        """Makes the counters on the first call, and refuses a call that cannot go on from here."""
         if self.counters is None:
             self.counters = StreamCounters(batch_size, self.config, device)
-            if self._recording is not None:
-                self._recording.counters = self.counters.fork()
         self._require_whole()
-        self._notice_end_of_recording()
         if self.counters.tokens_read.shape[0] != batch_size:
             raise ValueError(
                 f"The cache holds {self.counters.tokens_read.shape[0]} rows, but the inputs have {batch_size}. To "
@@ -185,13 +207,12 @@ class InfiniCache(Cache):
         # Tensors made in inference mode cannot be changed or saved for autograd outside of it.
         if (
             not torch.compiler.is_compiling()
-            and any(state.is_inference() for state in (self.counters.tokens_read, *self.state_dict().values()))
+            and any(state.is_inference() for state in self.state_dict().values())
             and not torch.is_inference_mode_enabled()
         ):
             self.counters, self.angle_table = self.counters.fork(), None
             for layer in self.layers:
                 layer.map_states(torch.clone)
-        return self.counters
 
     def require_weights(self, current: WeightsId, is_training: bool, dtype: torch.dtype) -> None:
         """
@@ -223,39 +244,35 @@ class InfiniCache(Cache):
                 "not. Go on from a copy or a saved cache, or `reset()` this one and read again."
             )
 
-    def _notice_end_of_recording(self) -> None:
-        if not all(layer.record_past for layer in self.layers):
-            self._recording = None
-
-    def begin_reading(self) -> None:
-        """Marks the cache as half-read until `finish_call`."""
+    def begin_call(self, layout, is_checkpointed):
+        # Half-read until all layers have.
         self._is_reading = True
+        return [CheckpointedLayer(layer) for layer in self.layers] if is_checkpointed else self.layers
 
-    def finish_call(
-        self,
-        layout: SegmentLayout | DecodeLayout,
-        length: int,
-        tokens: torch.Tensor | None,
-        restarts: torch.Tensor | None,
-    ) -> None:
-        """Counts a call that all layers have read; its `tokens` and `restarts` are `(B, T)` bool or `None`."""
+    def finish_call(self, layout, length, layers):
+        self.layers = [layer.after if isinstance(layer, CheckpointedLayer) else layer for layer in layers]
         self.counters.advance(layout, length)
         self._is_reading = False
-        if self._recording is not None:
-            self._recording.append(self, length, tokens, restarts)
+        if self.recording is not None:
+            self.recording.append(self, layout, length)
 
+    def fork(self) -> "InfiniCache":
+        """An independent cache of the same state. Nothing is recorded in it."""
+        cache = copy.copy(self)
+        cache.layers, cache._recording = [layer.fork() for layer in self.layers], None
+        cache.counters = None if self.counters is None else self.counters.fork()
+        return cache
+
+    @torch.no_grad()
     def detached(self) -> "InfiniCache":
         """
         An independent cache of the same state that no gradient flows out of, for training that goes on from here:
         back-propagation ends at it. Nothing is recorded in it.
         """
-        cache = InfiniCache(self.config)
-        cache.weights, cache.allow_other_weights = self.weights, self.allow_other_weights
-        if self.counters is not None:
-            is_between_segments = not (self.counters.tokens_read % self.config.segment_length).any()
-            cache.layers = [layer.detached(is_between_segments) for layer in self.layers]
-            cache.counters = self.counters.fork()
-        cache.angle_table = self.angle_table
+        cache = self.fork()
+        if self.is_initialized and not (self.counters.tokens_read % self.config.segment_length).any():
+            for layer in cache.layers:
+                layer.leave_segment()
         return cache
 
     def early_initialization(self, batch_size, num_heads, head_dim, dtype, device):
@@ -266,20 +283,18 @@ class InfiniCache(Cache):
         """Forgets everything, also whose weights it was; the tensors stay allocated. Recording ends."""
         super().reset()
         if self.counters is not None:
-            self.counters = StreamCounters(
-                self.counters.tokens_read.shape[0], self.config, self.counters.tokens_read.device
-            )
+            self.counters = StreamCounters(len(self.tokens_read), self.config, self.tokens_read.device)
         self._recording = None
         self._is_reading = False
         self.weights, self.allow_other_weights = None, False
-        for layer in self.layers:
-            layer.record = None
 
-    def _map_rows(self, function) -> None:
+    def map_rows(self, function) -> None:
+        for layer in self.layers:
+            layer.map_states(function)
         if self.counters is not None:
             self.counters.map_rows(function)
-        if self._recording is not None:
-            self._recording.map_rows(function)
+        if self.recording is not None:
+            self.recording.map_rows(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
@@ -287,27 +302,26 @@ class InfiniCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`, in that order."""
-        super().batch_select_indices(indices)
-        self._map_rows(lambda state: state.index_select(0, indices.to(state.device)))
+        self.map_rows(lambda state: state.index_select(0, indices.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda state: state.repeat_interleave(repeats, 0))
+        self.map_rows(lambda state: state.repeat_interleave(repeats, 0))
 
     def activate_past_recording(self) -> None:
         """From now on, keeps what it takes to `crop` up to `segment_length` columns."""
-        self._notice_end_of_recording()
-        if self._recording is None:
+        if self.recording is None:
             self._recording = _Recording(self)
             for layer in self.layers:
                 layer.record = []
 
     @property
-    def records(self) -> bool:
-        """Whether it keeps what it takes to `crop`."""
-        self._notice_end_of_recording()
-        return self._recording is not None
+    def recording(self) -> "_Recording | None":
+        """What it takes to `crop`, if that is kept."""
+        # generate() ends it layer by layer.
+        if not all(layer.record_past for layer in self.layers):
+            self._recording = None
+        return self._recording
 
     def crop(self, tokens_to_remove: int) -> None:
         """
@@ -327,19 +341,18 @@ class InfiniCache(Cache):
         if count == 0:
             return
         self._require_whole()
-        self._notice_end_of_recording()
-        recorded = 0 if self._recording is None else min(self._recording.length, self.config.segment_length)
+        recorded = 0 if self.recording is None else min(self.recording.length, self.config.segment_length)
         if count > recorded:
             hint = (
                 f"While recording, at most the last segment_length={self.config.segment_length} columns are kept."
-                if self._recording is not None
+                if self.recording is not None
                 else "Call cache.activate_past_recording() before what may be taken back is fed."
             )
             raise ValueError(
                 f"Cannot take back {count} columns: the cache has recorded {recorded}. A memory cannot forget what it "
                 f"has not recorded. {hint}"
             )
-        self._recording.restore(self, self._recording.length - count)
+        self.recording.restore(self, self.recording.length - count)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
@@ -353,7 +366,7 @@ class InfiniCache(Cache):
             ValueError: if nothing was read.
             RuntimeError: if the last call was interrupted.
         """
-        if self.counters is None or not self.is_initialized:
+        if not self.is_initialized:
             raise ValueError("The cache is empty: there is nothing to save before a model has read something.")
         self._require_whole()
         fingerprint = None if self.weights is None else self.weights.fingerprint
@@ -363,11 +376,26 @@ class InfiniCache(Cache):
                 "mode, or compiled. To load it, from_pretrained will ask for allow_other_weights=True. Call "
                 "model.eval() before the model reads."
             )
-        tensors = self.state_dict() | {"columns": self.counters.columns}
-        write_cache(Path(save_directory), tensors, self.config, fingerprint)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.saved_tensors().items()}
+        fields = {"format_version": FORMAT_VERSION, "model": self.config.memory_fields(), "weights": fingerprint}
+        text, folder = json.dumps(fields), Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not by the process's number: two machines that share a disk may have the same.
+        temporary = folder / f".{CACHE_FILE}.{uuid4().hex}.tmp"
+        try:
+            # Not by save_file, whose files nobody else may read.
+            with temporary.open("wb") as stream:
+                stream.write(save(tensors, {FORMAT: text, "sha256": digest_of(text, tensors)}))
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(folder / CACHE_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for file in _files_of_earlier_formats(folder):
+            file.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors of the cache by name, without what is recorded for [`~InfiniCache.crop`]."""
+        """The tensors `(batch, ...)` of the cache by name, without what is recorded for [`~InfiniCache.crop`]."""
         tensors = {
             f"layers.{index}.{name}": state
             for index, layer in enumerate(self.layers)
@@ -376,6 +404,10 @@ class InfiniCache(Cache):
         if self.counters is not None:
             tensors |= {"tokens_read": self.counters.tokens_read, "slot_columns": self.counters.slot_columns}
         return tensors
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds, by name."""
+        return self.state_dict() | {"columns": self.counters.columns}
 
     @classmethod
     def from_pretrained(
@@ -411,45 +443,119 @@ class InfiniCache(Cache):
         own: InfiniConfig = config if model is None else model.config  # type: ignore[assignment]
         if device is None:
             device = "cpu" if model is None else model.device
-        folder, cache = Path(save_directory), cls(own)
-        fingerprint, tensors = read_cache(folder, own, partial(_meta_tensors, own))
-        cache.weights, cache.allow_other_weights = WeightsId(fingerprint, None), allow_other_weights
+        folder = Path(save_directory)
+        fingerprint, tensors = read_cache(folder, own)
+        weights, dtype = WeightsId(fingerprint, None), tensors["layers.0.keys"].dtype
         if model is not None and not allow_other_weights:
             current = WeightsId.of(model.base_model, anew=True)
             if fingerprint is None or fingerprint != current.fingerprint:
-                if (dtype := tensors["layers.0.keys"].dtype) != model.dtype:
+                if dtype != model.dtype:
                     raise ValueError(
                         f"The cache in {folder} holds {dtype} keys, and the model is of {model.dtype}. Load the model "
                         f'that made it with dtype="{str(dtype).removeprefix("torch.")}", or read the text again.'
                     )
-                raise ValueError(cache.weights.refusal(current, f"The cache in {folder}"))
-        cache.counters = StreamCounters(len(tensors["tokens_read"]), own, torch.device(device))
-        for name, tensor in tensors.items():
-            holder: Any = cache.counters
-            if name.startswith("layers."):
-                _, index, name = name.split(".")
-                holder = cache.layers[int(index)]
-            setattr(holder, name, tensor.to(device))
-        for layer in cache.layers:
-            layer.device, layer.is_initialized = layer.keys.device, True
+                raise ValueError(weights.refusal(current, f"The cache in {folder}"))
+        cache = cls._empty(own, len(tensors["tokens_read"]), dtype, device)
+        cache.weights, cache.allow_other_weights = weights, allow_other_weights
+        for name, state in cache.saved_tensors().items():
+            state.copy_(tensors[name])
+        return cache
+
+    @classmethod
+    def _empty(
+        cls, config: InfiniConfig, rows: int, dtype: torch.dtype, device: torch.device | str = "meta"
+    ) -> "InfiniCache":
+        """One that has its tensors; on the meta device, they take no memory."""
+        cache = cls(config)
+        cache.early_initialization(rows, config.num_key_value_heads, config.head_dim, dtype, device)
         return cache
 
 
-def _meta_tensors(config: InfiniConfig, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What the file of a cache of `rows` rows holds, on the meta device."""
-    cache = InfiniCache(config)
-    cache.early_initialization(rows, config.num_key_value_heads, config.head_dim, dtype, "meta")
-    return cache.state_dict() | {"columns": cache.counters.columns}
+def state_nbytes(config: InfiniConfig) -> int:
+    """Bytes that the layers of an [`InfiniCache`] hold for each sequence, however much of it they have read."""
+    # Saving a model leaves the name of its dtype in the configuration.
+    dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    layers = InfiniCache._empty(config, 1, dtype).layers
+    return sum(state.nbytes for layer in layers for state in layer.states().values())
 
 
-def one_cache(past_key_values, cache) -> InfiniCache | None:
-    """The [`InfiniCache`] of a call, which may go by either of the names that transformers has had for it."""
+def read_cache(folder: Path, config: InfiniConfig) -> tuple[str | None, dict[str, torch.Tensor]]:
+    """
+    The fingerprint and tensors of a cache that [`~InfiniCache.save_pretrained`] saved; `config` is that of the model
+    that will use it.
+
+    Raises:
+        FileNotFoundError: if the folder holds no saved cache.
+        ValueError: if it is damaged, or was made by another model or version.
+    """
+    file = folder / CACHE_FILE
+    if not file.is_file():
+        if _files_of_earlier_formats(folder):
+            raise ValueError(f"The cache in {folder} has an earlier format, of several files. {REMEDY}")
+        raise FileNotFoundError(f"{folder} holds no saved cache: there is no {CACHE_FILE}.")
+    damage = f"The cache in {folder} is damaged:"
+    with file.open("rb") as stream:
+        if int.from_bytes(stream.read(8), "little") > MAX_HEADER:
+            raise ValueError(f"{damage} the header of {CACHE_FILE} is longer than {MAX_HEADER:,} bytes.")
+    try:
+        with safe_open(file, "pt") as content:
+            texts = content.metadata() or {}
+            names = content.keys()
+            # Clones: what is read is a view of the file.
+            tensors = {name: content.get_tensor(name).clone() for name in names}
+        text = texts.get(FORMAT, "{}")
+        digest, fields = digest_of(text, tensors), json.loads(text)
+    # Of dtypes that safetensors knows and PyTorch does not, there is no error of one kind.
+    except (SafetensorError, AttributeError, OSError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{damage} {CACHE_FILE} cannot be read ({error}).") from error
+    if not isinstance(fields, dict) or "format_version" not in fields:
+        raise ValueError(f"{file} does not describe a cache of an Infini-attention model.")
+    if (version := fields["format_version"]) != FORMAT_VERSION:
+        raise ValueError(f"The cache in {folder} has format version {version!r:.20}. {REMEDY}")
+    if texts.get("sha256") != digest:
+        raise ValueError(f"{damage} {CACHE_FILE} is not what was saved.")
+    if fields.keys() != FIELDS.keys() or any(type(fields[name]) not in FIELDS[name] for name in FIELDS):
+        raise ValueError(f"{damage} its metadata must have the fields {', '.join(FIELDS)}, each of its kind.")
+    config.require_same_memory(fields["model"], f"The cache in {folder}")
+    absent = torch.empty(1)
+    rows, dtype = tensors.get("tokens_read", absent).numel(), tensors.get("layers.0.keys", absent).dtype
+    wanted = InfiniCache._empty(config, max(rows, 1), dtype if dtype in DTYPES else absent.dtype).saved_tensors()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        here, fit = (
+            f"{of[name].dtype} {tuple(of[name].shape)}" if name in of else "missing" for of in (tensors, wanted)
+        )
+        if here != fit:
+            raise ValueError(f"The cache in {folder} does not fit this model: {name:.50} is {here}, not {fit}.")
+        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
+            raise ValueError(f"{damage} {name} holds NaN or infinity.")
+    columns, read, slots = (tensors[name] for name in ("columns", "tokens_read", "slot_columns"))
+    limits = ((columns, MAX_COLUMNS), (read, columns + 1), (slots, max(columns, 1)))
+    if any(values.min() < 0 or values.max() >= limit for values, limit in limits):
+        raise ValueError(f"{damage} what it says to have read where cannot be.")
+    return fields["weights"], tensors
+
+
+def digest_of(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _files_of_earlier_formats(folder: Path) -> list[Path]:
+    return [*folder.glob("infini_cache.json"), *folder.glob("infini_cache-*.safetensors")]
+
+
+def one_past(past_key_values, cache) -> Any:
+    """What a call goes on from, which may go by either of the names that transformers has had for it."""
     if past_key_values is not None and cache is not None:
         raise ValueError("You cannot specify both `cache` and `past_key_values`: they are two names of the same.")
-    cache = past_key_values if cache is None else cache
-    if cache is not None:
-        require_infini_cache(cache)
-    return cache
+    past = past_key_values if cache is None else cache
+    # By what it does: remote code has classes of its own, and its cache must be of them.
+    if past is not None and (isinstance(past, Cache) or not hasattr(past, "plan_call")):
+        require_infini_cache(past)
+    return past
 
 
 def require_infini_cache(cache) -> None:
@@ -462,85 +568,64 @@ def require_infini_cache(cache) -> None:
 
 class _Recording:
     """
-    What it takes to undo the last columns: the cache as it was before them, and their keys and values (kept by the
-    layers). At least the last `segment_length` columns are recorded, and at most twice as many are kept.
+    What it takes to undo the last columns: the cache as it was before them, and what its layers made of them (kept by
+    the layers). At least the last `segment_length` columns are recorded, and at most twice as many are kept.
+
+    Attributes:
+        before: that cache.
+        calls: `is_token` and `restarts` of each recorded call, `(batch, T)` bool.
     """
 
     def __init__(self, cache: InfiniCache):
-        self.layers = [layer.fork() for layer in cache.layers]
-        self.counters = None if cache.counters is None else cache.counters.fork()
-        self.tokens: list[torch.Tensor] = []
-        self.restarts: list[torch.Tensor] = []
+        self.before = cache.fork()
+        self.calls: list[tuple[torch.Tensor, ...]] = []
 
     @property
     def length(self) -> int:
         """Number of columns recorded."""
-        return sum(tokens.shape[1] for tokens in self.tokens)
+        return sum(is_token.shape[1] for is_token, _ in self.calls)
 
     def map_rows(self, function) -> None:
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.map_states(function)
-        if self.counters is not None:
-            self.counters.map_rows(function)
-        self.tokens = [function(tokens) for tokens in self.tokens]
-        self.restarts = [function(restarts) for restarts in self.restarts]
+        self.before.map_rows(function)
+        self.calls = [(function(is_token), function(restarts)) for is_token, restarts in self.calls]
 
-    def append(
-        self, cache: InfiniCache, length: int, tokens: torch.Tensor | None, restarts: torch.Tensor | None
-    ) -> None:
-        shape, device = (cache.tokens_read.shape[0], length), cache.tokens_read.device
-        self.tokens.append(torch.ones(shape, dtype=torch.bool, device=device) if tokens is None else tokens)
-        self.restarts.append(torch.zeros(shape, dtype=torch.bool, device=device) if restarts is None else restarts)
-        if self.length > 2 * cache.config.segment_length:
-            self._advance(cache, self.length - cache.config.segment_length)
-
-    def _advance(self, cache: InfiniCache, count: int) -> None:
-        """Moves the first `count` recorded columns into the cache as it was before them."""
-        tokens, restarts = torch.cat(self.tokens, 1), torch.cat(self.restarts, 1)
-        self.layers, self.counters = self._replay(cache, tokens[:, :count], restarts[:, :count])
-        self.tokens, self.restarts = [tokens[:, count:].clone()], [restarts[:, count:].clone()]
-        for layer in cache.layers:
-            layer.record = [RecordedCall.joined(layer.record).map(lambda states: states[:, count:].clone())]
+    def append(self, cache: InfiniCache, layout: Layout, length: int) -> None:
+        everywhere = torch.ones(cache.tokens_read.shape[0], length, dtype=torch.bool, device=cache.tokens_read.device)
+        is_token = everywhere if layout.is_token is None else layout.is_token
+        self.calls.append((is_token, ~everywhere if layout.restarts is None else layout.restarts))
+        segment_length = cache.config.segment_length
+        if self.length > 2 * segment_length:
+            count = self.length - segment_length
+            self.before = self._replay(cache, count)
+            self._keep(cache, slice(count, None))
 
     def restore(self, cache: InfiniCache, count: int) -> None:
         """Puts `cache` back to where it was after the first `count` recorded columns."""
-        tokens, restarts = torch.cat(self.tokens, 1)[:, :count], torch.cat(self.restarts, 1)[:, :count]
-        layers, counters = self._replay(cache, tokens, restarts)
-        self.tokens, self.restarts = [tokens], [restarts]
-        for layer, restored in zip(cache.layers, layers):
-            record = RecordedCall.joined(layer.record).map(lambda states: states[:, :count])
-            layer.reset()
-            for name, state in restored.states().items():
-                setattr(layer, name, state)
-            layer.record = [record]
-        cache.counters = counters
+        restored = self._replay(cache, count)
+        self._keep(cache, slice(count))
+        for layer, of_cache in zip(restored.layers, cache.layers):
+            layer.record = of_cache.record
+        cache.layers, cache.counters = restored.layers, restored.counters
 
-    def _replay(
-        self, cache: InfiniCache, tokens: torch.Tensor, restarts: torch.Tensor
-    ) -> tuple[list[InfiniCacheLayer], StreamCounters]:
-        """The cache as it was before the recorded columns, advanced by the first of them, `(B, K)`."""
-        config, counters, count = cache.config, self.counters.fork(), tokens.shape[1]
-        layers = [layer.fork() for layer in self.layers]
+    def _replay(self, cache: InfiniCache, count: int) -> InfiniCache:
+        """The cache as it was after the first `count` recorded columns."""
+        replayed = self.before.fork()
+        is_token, restarts = (torch.cat(parts, 1)[:, :count] for parts in zip(*self.calls))
+        replayed.start_call(len(is_token), is_token.device)
         if count == 0:
-            return layers, counters
-        layout = plan_segments(
-            tokens.shape,
-            tokens,
-            restarts,
-            counters.tokens_read,
-            config.segment_length,
-            config.num_sink_tokens,
-            tokens.device,
-        )
-        angles = relative_angles(cache.angle_table, layout.offsets, config)
-        for layer, source in zip(layers, cache.layers):
-            call = RecordedCall.joined(source.record).map(lambda states: states[:, :count])
-            layer_layout, layer_angles = layout.to(call.keys.device), angles.to(call.keys.device)
-            key_states = KeyStates.rotated(call.keys, layer_angles, layer_layout, call.memory_keys)
-            layer.update(key_states, call.values, layer_layout, call.write_strength)
-        counters.advance(layout, count)
-        return layers, counters
+            return replayed
+        layout = plan_segments(is_token, restarts, is_token.shape, replayed.tokens_read, cache.config, is_token.device)
+        for layer, source in zip(replayed.layers, cache.layers):
+            call = TokenStates.joined(source.record).map(lambda states: states[:, :count])
+            layer.update(call, layout.to(call.keys.device))
+        replayed.counters.advance(layout, count)
+        return replayed
+
+    def _keep(self, cache: InfiniCache, columns: slice) -> None:
+        """Keeps the record of some columns alone."""
+        self.calls = [tuple(torch.cat(parts, 1)[:, columns] for parts in zip(*self.calls))]
+        for layer in cache.layers:
+            layer.record = [TokenStates.joined(layer.record).map(lambda states: states[:, columns].clone())]
 
 
-__all__ = ["InfiniCache", "state_nbytes"]
+__all__ = ["InfiniCache", "Past", "state_nbytes"]

@@ -1,272 +1,173 @@
-"""What one decoder layer keeps of the streams: compressive memory, open segment, window and sinks."""
+"""What one decoder layer keeps of the streams (sinks, window, memory, open segment), and how a call changes it."""
 
 import copy
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_infini import InfiniConfig
 from .memory import (
-    affine_scan,
+    MemoryState,
     apply_correction,
     delta_correction,
-    exclusive_cumsum,
     feature_map,
+    linear_write,
+    memory_dtype,
     read_memory,
-    segment_write,
+    scan,
+    write_token,
 )
-from .rotary import RotaryAngles, rotate
-from .streams import DecodeLayout, SegmentLayout, take
+from .streams import DecodeLayout, SegmentLayout
 
 
-class KeyStates(NamedTuple):
+class TokenStates(NamedTuple):
     """
-    The keys of a call, `(B, T, kv_heads, head_dim)`: without RoPE (`plain`), rotated as their own segment sees them
-    (`own`), as the next one sees them (`next`), and the sinks `(R, num_sink_tokens, kv_heads, head_dim)` among them;
-    and as the memory gets them (`memory`), `None` where that is without RoPE and no more.
+    What a layer makes of the tokens of a call.
+
+    Attributes:
+        keys, values: `(B, T, kv_heads, head_dim)`, keys without RoPE in `"sliding"`, rotated in `"segment"`.
+        memory_keys: as the memory gets them; `None`: as `keys`.
+        write_strength: beta, `(B, T, kv_heads)`; `None` is 1.
     """
 
-    plain: torch.Tensor
-    own: torch.Tensor
-    next: torch.Tensor | None
-    sinks: torch.Tensor | None
-    memory: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    memory_keys: torch.Tensor | None = None
+    write_strength: torch.Tensor | None = None
 
-    @property
-    def of_memory(self) -> torch.Tensor:
-        return self.plain if self.memory is None else self.memory
+    def map(self, function) -> "TokenStates":
+        return TokenStates(*(None if states is None else function(states) for states in self))
 
-    @classmethod
-    def rotated(
-        cls,
-        keys: torch.Tensor,
-        angles: RotaryAngles,
-        layout: SegmentLayout | DecodeLayout,
-        memory: torch.Tensor | None,
-    ) -> "KeyStates":
-        next_keys = None if angles.next is None else rotate(keys, angles.next)
-        sinks = None
-        if angles.sinks is not None:
-            sinks = rotate(layout.sinks(keys) if isinstance(layout, SegmentLayout) else keys, angles.sinks)
-        return cls(keys, rotate(keys, angles.own), next_keys, sinks, memory)
+    @staticmethod
+    def joined(calls: "list[TokenStates]") -> "TokenStates":
+        """Calls one after the other, as one."""
+        return TokenStates(*(None if states[0] is None else torch.cat(states, 1) for states in zip(*calls)))
 
 
 class Window(NamedTuple):
-    """What the queries of each segment see locally, `(G, window, kv_heads, head_dim)`: sinks, segment before, own."""
+    """What the queries of each segment see locally, `(G, window, kv_heads, head_dim)`."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
-class RecordedCall(NamedTuple):
+def written_states(
+    states: TokenStates, layout: DecodeLayout | SegmentLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
-    What a call is read again from: keys without RoPE, values and keys as the memory gets them if that differs,
-    `(batch, T, kv_heads, head_dim)`, and write strengths `(batch, T, kv_heads)` if the model learns them.
+    What the tokens of each segment write: sigma(K) `(G, kv_heads, query_length, head_dim)`, zero where there is no
+    token; V of the same shape; and beta `(G, kv_heads, query_length, 1)`, `None` is 1.
     """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    memory_keys: torch.Tensor | None
-    write_strength: torch.Tensor | None
-
-    def map(self, function) -> "RecordedCall":
-        return RecordedCall(*(None if states is None else function(states) for states in self))
-
-    @staticmethod
-    def joined(calls: "list[RecordedCall]") -> "RecordedCall":
-        """Calls one after the other, as one."""
-        return RecordedCall(*(None if states[0] is None else torch.cat(states, 1) for states in zip(*calls)))
-
-
-class MemoryState(NamedTuple):
-    """M `(..., kv_heads, head_dim, head_dim)` and z `(..., kv_heads, head_dim)`."""
-
-    memory: torch.Tensor
-    normaliser: torch.Tensor
-
-
-class Past(Protocol):
-    """What local attention needs of the tokens before a call: [`InfiniCacheLayer`] has it."""
-
-    def rings(self) -> tuple[torch.Tensor | None, ...]: ...
-
-    def sinks(self) -> Window: ...
-
-
-def local_window(keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: Past | None) -> Window:
-    """
-    The local window of each segment of a call.
-
-    Args:
-        keys, values: of the call, `(B, T, kv_heads, head_dim)`.
-        layer: the cache from before the call, or what stands for it; `None`: nothing has been read.
-    """
-    ring = (None, None, None) if layer is None else layer.rings()
-    own = Window(layout.own(keys.own, ring[0]), layout.own(values, ring[2]))
-    if keys.next is None or not layout.reads_past:
-        return own
-    previous = Window(layout.previous(keys.next, ring[1]), layout.previous(values, ring[2]))
-    parts = [previous, own]
-    if keys.sinks is not None:
-        parts.insert(0, Window(*(layout.of_segment(sinks) for sinks in stream_sinks(keys, values, layout, layer))))
-    return Window(*(torch.cat(states, 1) for states in zip(*parts)))
-
-
-def stream_sinks(keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, layer: Past | None) -> Window:
-    """Keys and values of each stream's sinks, `(R, num_sink_tokens, kv_heads, head_dim)`, after a call."""
-    new = Window(keys.sinks, layout.sinks(values))
-    if layer is None:
-        return new
-    is_new = layout.sink_is_new[..., None, None]
-    old = (layout.first_states(sinks) for sinks in layer.sinks())
-    return Window(*(torch.where(is_new, *pair) for pair in zip(new, old)))
+    keys = states.keys if states.memory_keys is None else states.memory_keys
+    dtype = memory_dtype(keys.dtype)
+    # Contiguous: else each product of the features makes a copy that autograd keeps.
+    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype).contiguous())
+    if layout.written is not None:
+        features = features * layout.written[:, None, :, None]
+    values, strength = layout.to_segments(states.values).transpose(1, 2).to(dtype), None
+    if states.write_strength is not None:
+        strength = layout.to_segments(states.write_strength.unsqueeze(-1)).transpose(1, 2).to(dtype)
+    return features, values, strength
 
 
 class MemoryScan(NamedTuple):
     """
-    The memory before each segment of a call `(G, ...)`; after the call, and what the open segment adds, `(R, ...)`.
+    What the segments of a call make of the memories of their streams.
+
+    Attributes:
+        memories: before, between and after the segments of each stream, `(R, S + 1, kv_heads, ...)`.
+        added: what the linear rule adds for each segment, `(R, S, kv_heads, ...)`.
+        corrections: what the delta rule takes, `(R, S, kv_heads, head_dim, head_dim)`; `None`: the linear rule.
     """
 
-    before: MemoryState
-    after: MemoryState
-    pending: MemoryState
+    memories: MemoryState
+    added: MemoryState
+    corrections: torch.Tensor | None
+
+    def before(self, layout: SegmentLayout) -> MemoryState:
+        """The memory before each segment, `(G, kv_heads, ...)`."""
+        return MemoryState(*(layout.by_segment(states[:, :-1]) for states in self.memories))
 
 
-def segment_writes(
-    keys: torch.Tensor, values: torch.Tensor, layout: SegmentLayout, write_strength: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, MemoryState]:
+class LayerPast:
     """
-    sigma(K) and beta of the segments of a call, `(G, kv_heads, query_length, head_dim or 1)`, and what the linear rule
-    adds for each to the memory of its stream, `(R, S, ...)`. Arguments as of [`scan_memory`].
+    What a layer goes on from in a call: here, nothing was read before, and the call is not kept. Others say what was
+    read ([`InfiniCacheLayer`], and the other ranks of a sequence that is split over several).
     """
-    dtype = memory_dtype(keys.dtype)
-    # Contiguous, lest each product of the features makes a copy that autograd keeps.
-    features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype).contiguous())
-    if layout.written is not None:
-        features = features * layout.written[:, None, :, None]
-    segment_values = layout.to_segments(values).transpose(1, 2).to(dtype)
-    strength = None
-    if write_strength is not None:
-        strength = layout.to_segments(write_strength.unsqueeze(-1)).transpose(1, 2).to(dtype)
-        segment_values = segment_values * strength
-    return features, strength, MemoryState(*map(layout.by_stream, segment_write(features, segment_values)))
+
+    def update(self, states: TokenStates, layout: SegmentLayout) -> tuple[Window, MemoryState | None]:
+        """
+        What each segment of a call sees: its local window, and the memory before it, `None` if all are the first ones
+        of their streams.
+        """
+        window = Window(*map(layout.windows, states[:2], self.slots(states, layout)))
+        return window, self.scan(states, layout).before(layout) if layout.reads_past else None
+
+    def slots(self, states: TokenStates, layout: SegmentLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values of the slots before the call, `(B, num_sink_tokens + N, kv_heads, head_dim)`; or `None`."""
+        return None, None
+
+    def scan(self, states: TokenStates, layout: SegmentLayout, pending: MemoryState | None = None) -> MemoryScan:
+        """
+        Writes the segments of a call, all at once but for a scan over M and z.
+
+        Args:
+            pending: what earlier calls have left for the first segment of each stream to write, `(R, kv_heads, ...)`.
+        """
+        features, values, strength = written_states(states, layout)
+        added = linear_write(features, values if strength is None else values * strength)
+        added = MemoryState(*map(layout.by_stream, added))
+        if pending is not None:
+            with_pending = (
+                torch.cat([new[:, :1] + old.unsqueeze(1), new[:, 1:]], 1) for new, old in zip(added, pending)
+            )
+            added = MemoryState(*with_pending)
+        normalisers = scan(self.first_normaliser(added.normaliser, layout), added.normaliser)
+        corrections = None
+        if layout.config.use_mem_delta_rule:
+            before = layout.by_segment(normalisers[:, :-1])
+            corrections = layout.by_stream(delta_correction(features, before, layout.config.memory_eps, strength))
+        matrices = scan(self.first_matrix(added.matrix, corrections, layout), added.matrix, corrections)
+        return MemoryScan(MemoryState(matrices, normalisers), added, corrections)
+
+    def first_normaliser(self, added: torch.Tensor, layout: SegmentLayout) -> torch.Tensor:
+        """z of each stream before the call `(R, kv_heads, head_dim)`, to which the segments add `(R, S, ...)`."""
+        return torch.zeros_like(added[:, 0])
+
+    def first_matrix(
+        self, added: torch.Tensor, corrections: torch.Tensor | None, layout: SegmentLayout
+    ) -> torch.Tensor:
+        """M of each stream before the call, `(R, kv_heads, head_dim, head_dim)`; the others as [`memory.scan`]'s."""
+        return torch.zeros_like(added[:, 0])
 
 
-def keep(states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    """`states` `(R, S, ...)` where `where` `(R or 1, S)`, zero elsewhere; `None`: everywhere."""
-    return states if where is None else states * where.view(*where.shape, *(1,) * (states.dim() - where.dim()))
-
-
-def scan_memory(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    layout: SegmentLayout,
-    layer: "InfiniCacheLayer | None",
-    config: InfiniConfig,
-    write_strength: torch.Tensor | None = None,
-) -> MemoryScan:
-    """
-    Writes the segments of a call, all at once but for a scan over M and z.
-
-    Args:
-        keys: as the memory gets them, `(B, T, kv_heads, head_dim)`.
-        values: `(B, T, kv_heads, head_dim)`.
-        layer: the cache from before the call; `None`: nothing has been read.
-        write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
-    """
-    features, strength, writes = segment_writes(keys, values, layout, write_strength)
-    if layer is None:
-        start = MemoryState(*(torch.zeros_like(write[:, 0]) for write in writes))
-    else:
-        start = MemoryState(*map(layout.first_states, (layer.memory, layer.normaliser)))
-        pending = MemoryState(*map(layout.first_states, (layer.pending_memory, layer.pending_normaliser)))
-        if not layout.ends_segment:
-            return _extend_pending(features, strength, writes, start, pending, layout, config)
-        writes = MemoryState(*(torch.cat([(w[:, 0] + p).unsqueeze(1), w[:, 1:]], 1) for w, p in zip(writes, pending)))
-
-    folded = MemoryState(*(keep(write, layout.complete) for write in writes))
-    normalisers = exclusive_cumsum(start.normaliser, folded.normaliser)
-    normaliser_before = layout.by_segment(normalisers[:, :-1])
-    if config.use_mem_delta_rule:
-        corrections = layout.by_stream(delta_correction(features, normaliser_before, config.memory_eps, strength))
-        memories = affine_scan(start.memory, folded.memory, keep(corrections, layout.complete))
-    else:
-        memories = exclusive_cumsum(start.memory, folded.memory)
-    before = MemoryState(layout.by_segment(memories[:, :-1]), normaliser_before)
-    # Clones, lest a slice keeps the states of all segments alive; with strides of their own, lest a compiled decode
-    # step is compiled anew for those of each number of segments.
-    after = MemoryState(
-        *(states[:, -1].clone(memory_format=torch.contiguous_format) for states in (memories, normalisers))
-    )
-
-    if layout.complete is None:
-        return MemoryScan(before, after, MemoryState(*(torch.zeros_like(state) for state in after)))
-    pending_memory, pending_normaliser = (layout.last_segments(write) for write in writes)
-    if config.use_mem_delta_rule:
-        last_memory = layout.last_segments(memories[:, :-1])
-        pending_memory = pending_memory - apply_correction(layout.last_segments(corrections), last_memory)
-    is_open = ~layout.last_segments(layout.complete.expand(pending_memory.shape[0], -1))
-    return MemoryScan(before, after, MemoryState(keep(pending_memory, is_open), keep(pending_normaliser, is_open)))
-
-
-def _extend_pending(
-    features: torch.Tensor,
-    strength: torch.Tensor | None,
-    writes: MemoryState,
-    start: MemoryState,
-    pending: MemoryState,
-    layout: SegmentLayout,
-    config: InfiniConfig,
-) -> MemoryScan:
-    """A call in which no segment ends leaves the memory as it is; only what its open segments will add grows."""
-    before = MemoryState(*map(layout.of_segment, start))
-    added = writes.memory.squeeze(1)
-    if config.use_mem_delta_rule:
-        corrections = layout.by_stream(delta_correction(features, before.normaliser, config.memory_eps, strength))
-        added = added - apply_correction(corrections.squeeze(1), start.memory)
-    pending = MemoryState(pending.memory + added, pending.normaliser + writes.normaliser.squeeze(1))
-    return MemoryScan(before, start, pending)
-
-
-def memory_dtype(dtype: torch.dtype) -> torch.dtype:
-    """M and z are float32 even where the model is not; float64 in a float64 model."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class InfiniCacheLayer(CacheLayerMixin):
+class InfiniCacheLayer(LayerPast, CacheLayerMixin):
     """
     What one decoder layer remembers of each row's stream, of which n tokens have been read.
 
     Attributes:
-        keys: `(batch, kv_heads, num_sink_tokens + N, head_dim)`, rotated as the token's own segment sees them. The
-            token at position p stands in slot num_sink_tokens + p mod N: a ring of the last N tokens.
-        next_keys: the same keys as the next segment sees them, and in the first `num_sink_tokens` slots the sinks;
-            `None` in `"segment"`.
-        values: `(batch, kv_heads, num_sink_tokens + N, head_dim)`, in the slots of `next_keys`.
+        keys, values: `(batch, kv_heads, num_sink_tokens + N, head_dim)`: the sinks, and a ring of the last N tokens,
+            with the token at position p in slot num_sink_tokens + p mod N. Keys are as in [`TokenStates`].
         memory, normaliser: M `(batch, kv_heads, head_dim, head_dim)` and z `(batch, kv_heads, head_dim)` over the
             complete segments; float32, or float64 in a float64 model.
         pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
         record: while recording, the last calls.
     """
 
-    is_compileable = False
     is_croppable = True
-    is_sliding = False
 
-    MEMORY_STATES = ("memory", "normaliser", "pending_memory", "pending_normaliser")
-    RING_STATES = ("keys", "next_keys", "values")
-    STATES = (*RING_STATES, *MEMORY_STATES)
+    STATES = ("keys", "values", "memory", "normaliser", "pending_memory", "pending_normaliser")
+
+    memory: torch.Tensor
+    normaliser: torch.Tensor
+    pending_memory: torch.Tensor
+    pending_normaliser: torch.Tensor
 
     def __init__(self, config: InfiniConfig):
         super().__init__()
         self.config = config
-        self.next_keys: torch.Tensor | None = None
-        self.memory: torch.Tensor | None = None
-        self.normaliser: torch.Tensor | None = None
-        self.pending_memory: torch.Tensor | None = None
-        self.pending_normaliser: torch.Tensor | None = None
-        self.record: list[RecordedCall] | None = None
+        self.record: list[TokenStates] | None = None
         self._is_shared_with_graph = False
 
     @property
@@ -284,7 +185,6 @@ class InfiniCacheLayer(CacheLayerMixin):
         slots = self.config.num_sink_tokens + self.config.segment_length
         dtype = memory_dtype(key_states.dtype)
         self.keys = key_states.new_zeros(batch, heads, slots, head_dim)
-        self.next_keys = torch.zeros_like(self.keys) if self.config.is_sliding else None
         self.values = value_states.new_zeros(batch, heads, slots, head_dim)
         self.memory = key_states.new_zeros(batch, heads, head_dim, head_dim, dtype=dtype)
         self.normaliser = key_states.new_zeros(batch, heads, head_dim, dtype=dtype)
@@ -299,7 +199,7 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def states(self) -> dict[str, torch.Tensor]:
         """The tensors of this layer by name."""
-        return {name: state for name in self.STATES if (state := getattr(self, name)) is not None}
+        return {name: getattr(self, name) for name in self.STATES} if self.is_initialized else {}
 
     def map_states(self, function) -> None:
         """Replaces each tensor, recorded ones included, by `function` of it; all have the batch as dimension 0."""
@@ -309,59 +209,23 @@ class InfiniCacheLayer(CacheLayerMixin):
             self.record = [call.map(function) for call in self.record]
 
     def __deepcopy__(self, memo: dict) -> "InfiniCacheLayer":
-        # Clones, since states that carry a gradient cannot be deep-copied.
+        # Clones: states that carry a gradient cannot be deep-copied.
         layer = copy.copy(self)
         layer.map_states(torch.clone)
         return layer
 
     def fork(self) -> "InfiniCacheLayer":
         """An independent copy, without the record."""
-        layer = InfiniCacheLayer(self.config)
-        for name, state in self.states().items():
-            setattr(layer, name, state.clone())
-        layer.is_initialized = self.is_initialized
-        return layer
+        layer = copy.copy(self)
+        layer.record = None
+        return copy.deepcopy(layer)
 
-    def detached(self, is_between_segments: bool) -> "InfiniCacheLayer":
-        """
-        An independent copy that no gradient flows out of, without the record.
-
-        Args:
-            is_between_segments: no row has an open segment, so that keys (and in `"segment"` values) that only such a
-                segment sees may be left out: they become zeros that take no memory.
-        """
-        layer = InfiniCacheLayer(self.config)
-        unseen: tuple[str, ...] = ()
-        if is_between_segments:
-            unseen = ("keys",) if self.config.is_sliding else ("keys", "values")
-        for name, state in self.states().items():
-            copied = state.new_zeros(()).expand(state.shape) if name in unseen else state.detach().clone()
-            setattr(layer, name, copied)
-        layer.is_initialized = self.is_initialized
-        layer._is_shared_with_graph = True
-        return layer
-
-    def _prepare_update(
-        self, key_states: KeyStates, value_states: torch.Tensor, write_strength: torch.Tensor | None
-    ) -> None:
-        keys = key_states.plain
-        if not self.is_initialized:
-            self.lazy_initialization(keys.transpose(1, 2), value_states.transpose(1, 2))
-        if self.keys.shape[0] != keys.shape[0]:
-            raise ValueError(
-                f"The cache holds {self.keys.shape[0]} rows, but the inputs have {keys.shape[0]}. To continue "
-                "each row several times (beams, num_return_sequences), first call "
-                "`cache.batch_repeat_interleave(n)`, on a copy.deepcopy of the cache if you need it again."
-            )
-        self.require_dtype(keys.dtype)
-        # What stands in the ring is overwritten in place, except where autograd may have saved it.
-        if torch.is_grad_enabled() or self._is_shared_with_graph:
-            for name in self.RING_STATES:
-                ring = getattr(self, name)
-                setattr(self, name, None if ring is None else ring.clone())
-        self._is_shared_with_graph = torch.is_grad_enabled()
-        if self.record is not None:
-            self.record.append(RecordedCall(keys, value_states, key_states.memory, write_strength))
+    def leave_segment(self) -> None:
+        """Where no row has an open segment, the window of `"segment"` is not seen again: zeros without memory do."""
+        if not self.config.is_sliding:
+            self.keys, self.values = (state.new_zeros(()).expand(state.shape) for state in (self.keys, self.values))
+            # What takes no memory is not written in place.
+            self._is_shared_with_graph = True
 
     def require_dtype(self, dtype: torch.dtype) -> None:
         if self.keys.dtype != dtype:
@@ -370,122 +234,64 @@ class InfiniCacheLayer(CacheLayerMixin):
                 "dtype that the cache was made with."
             )
 
-    def rings(self) -> tuple[torch.Tensor | None, ...]:
-        """The last N tokens in `keys`, `next_keys` and `values`, `(batch, N, kv_heads, head_dim)`."""
-        sinks = self.config.num_sink_tokens
-        rings = (self.keys, self.next_keys, self.values)
-        return tuple(None if ring is None else ring[:, :, sinks:].transpose(1, 2) for ring in rings)
-
-    def sinks(self) -> Window:
-        """Keys and values of the sinks, `(batch, num_sink_tokens, kv_heads, head_dim)`."""
-        sinks = self.config.num_sink_tokens
-        return Window(self.next_keys[:, :, :sinks].transpose(1, 2), self.values[:, :, :sinks].transpose(1, 2))
-
     def update(  # type: ignore[override]
-        self,
-        key_states: KeyStates,
-        value_states: torch.Tensor,
-        layout: SegmentLayout,
-        write_strength: torch.Tensor | None = None,
-    ) -> tuple[Window, MemoryState]:
-        """
-        Reads a call of any number of tokens into the cache.
+        self, states: TokenStates, layout: DecodeLayout | SegmentLayout
+    ) -> tuple[Window, MemoryState | None]:
+        """Reads a call of any number of tokens into the cache; returns what [`LayerPast.update`] does."""
+        if not self.is_initialized:
+            self.lazy_initialization(states.keys.transpose(1, 2), states.values.transpose(1, 2))
+        self.require_dtype(states.keys.dtype)
+        # What stands in the slots is overwritten in place, except where autograd may have saved it.
+        if torch.is_grad_enabled() or self._is_shared_with_graph:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self._is_shared_with_graph = torch.is_grad_enabled()
+        if self.record is not None:
+            self.record.append(states)
+        window = Window(*map(layout.update, states[:2], (self.keys.transpose(1, 2), self.values.transpose(1, 2))))
+        if isinstance(layout, DecodeLayout):
+            return window, self._write_token(states, layout)
+        return window, self._write_segments(states, layout)
 
-        Args:
-            key_states, value_states: `(B, T, kv_heads, head_dim)`.
-            write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
+    def first_normaliser(self, added, layout):
+        return layout.first_states(self.normaliser)
 
-        Returns:
-            What each segment of the call sees: its local window, and the memory before it.
-        """
-        self._prepare_update(key_states, value_states, write_strength)
-        window = local_window(key_states, value_states, layout, self)
-        scan = scan_memory(key_states.of_memory, value_states, layout, self, self.config, write_strength)
+    def first_matrix(self, added, corrections, layout):
+        return layout.first_states(self.memory)
 
-        if key_states.sinks is not None:
-            old_sinks = self.sinks()
-            new_sinks = stream_sinks(key_states, value_states, layout, self)
-            for old, new in zip(old_sinks, new_sinks):
-                old.copy_(layout.last_states(new))
-        for ring, states in zip(self.rings(), (key_states.own, key_states.next, value_states)):
-            if ring is not None:
-                layout.write_ring(states, ring)
+    def _write_segments(self, states: TokenStates, layout: SegmentLayout) -> MemoryState | None:
+        pending = MemoryState(*map(layout.first_states, (self.pending_memory, self.pending_normaliser)))
+        memories, added, corrections = found = self.scan(states, layout, pending)
+        if layout.complete is None:
+            # Clone: a slice would keep the states of all segments alive. With strides of its own: a compiled decode
+            # step would be compiled anew for those of each number of segments.
+            after = [states[:, -1].clone(memory_format=torch.contiguous_format) for states in memories]
+            rest = [torch.zeros_like(states) for states in after]
+        else:
+            # What the open segment writes is kept apart: until it ends, its queries see the memory before it.
+            streams = torch.arange(memories.matrix.shape[0], device=memories.matrix.device)
+            count, segments = layout.complete.sum(1), layout.complete.shape[1]
+            after = [states[streams, count] for states in memories]
+            is_open, last = count < segments, count.clamp(max=segments - 1)
+            rest = [states[streams, last] for states in added]
+            if corrections is not None:
+                rest[0] = rest[0] - apply_correction(corrections[streams, last], after[0])
+            rest = [states * is_open.view(-1, *(1,) * (states.dim() - 1)) for states in rest]
+        self.memory, self.normaliser = map(layout.last_states, after)
+        self.pending_memory, self.pending_normaliser = map(layout.last_states, rest)
+        return found.before(layout) if layout.reads_past else None
 
-        self.memory, self.normaliser = map(layout.last_states, scan.after)
-        self.pending_memory, self.pending_normaliser = map(layout.last_states, scan.pending)
-        return window, scan.before
-
-    def decode_window(
-        self,
-        key_states: KeyStates,
-        value_states: torch.Tensor,
-        layout: DecodeLayout,
-        write_strength: torch.Tensor | None,
-    ) -> Window:
-        """
-        Reads one token per row into the ring (and the sinks), and starts a new stream where `layout` restarts.
-
-        Args:
-            key_states, value_states: `(B, 1, kv_heads, head_dim)`.
-            write_strength: `(B, 1, kv_heads)`, for the record.
-
-        Returns:
-            All slots of the cache, `(batch, slots, kv_heads, head_dim)`, for a mask to choose from.
-        """
-        self._prepare_update(key_states, value_states, write_strength)
-        if layout.restarts is not None:
-            for name in self.MEMORY_STATES:
-                state = getattr(self, name)
-                setattr(self, name, state.masked_fill(layout.restarts.view(-1, *(1,) * (state.dim() - 1)), 0))
-
-        sinks = self.config.num_sink_tokens
-        slots = (sinks + layout.offset).unsqueeze(1)
-        written = None if layout.tokens is None else layout.tokens.unsqueeze(1)
-        _write_slots(self.keys, layout.rows, slots, key_states.own, written)
-        next_keys = key_states.next
-        if key_states.sinks is not None:
-            slots, written = layout.slots_with_sink(sinks)
-            next_keys = torch.cat([key_states.sinks, next_keys], 1)
-            value_states = value_states.expand(-1, 2, -1, -1)
-        _write_slots(self.values, layout.rows, slots, value_states, written)
-        if next_keys is None:
-            return Window(self.keys.transpose(1, 2), self.values.transpose(1, 2))
-        _write_slots(self.next_keys, layout.rows, slots, next_keys, written)
-        ring_slots = torch.arange(-sinks, self.config.segment_length, device=self.keys.device)
-        is_own = (ring_slots >= 0) & (ring_slots <= layout.offset.unsqueeze(1))
-        keys = torch.where(is_own[:, None, :, None], self.keys, self.next_keys)
-        return Window(keys.transpose(1, 2), self.values.transpose(1, 2))
-
-    def decode_memory(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layout: DecodeLayout,
-        write_strength: torch.Tensor | None,
-    ) -> None:
-        """
-        Adds one token per row to what the open segment will write, and writes it where the segment ends.
-
-        Args:
-            key_states: as the memory gets them, `(B, 1, kv_heads, head_dim)`.
-            value_states: `(B, 1, kv_heads, head_dim)`.
-            write_strength: `(B, 1, kv_heads)`; `None` is 1.
-        """
-        features = feature_map(key_states.transpose(1, 2).to(self.memory.dtype))
-        values = value_states.transpose(1, 2).to(self.memory.dtype)
-        if layout.tokens is not None:
-            features = features * layout.tokens[:, None, None, None]
+    def _write_token(self, states: TokenStates, layout: DecodeLayout) -> MemoryState:
+        before = MemoryState(*map(layout.first_states, (self.memory, self.normaliser)))
+        pending = MemoryState(*map(layout.first_states, (self.pending_memory, self.pending_normaliser)))
+        features, values, strength = written_states(states, layout)
         if self.config.use_mem_delta_rule:
-            values = values - read_memory(features, self.memory, self.normaliser, self.config.memory_eps)
-        if write_strength is not None:
-            values = values * write_strength.transpose(1, 2).unsqueeze(-1)
-        pending = MemoryState(
-            self.pending_memory + features.transpose(-1, -2) * values, self.pending_normaliser + features.squeeze(2)
-        )
-        for name, added in zip(("memory", "normaliser"), pending):
-            written = added * layout.is_last_of_segment.view(-1, *(1,) * (added.dim() - 1))
-            setattr(self, name, getattr(self, name) + written)
-            setattr(self, f"pending_{name}", added - written)
+            values = values - read_memory(features, before, self.config.memory_eps)
+        pending = write_token(features, values, pending, strength)
+        # Where the segment ends, it is written. New states: those that the token reads stay as they are.
+        written = [added * layout.ends_segment.view(-1, *(1,) * (added.dim() - 1)) for added in pending]
+        self.memory, self.normaliser = (old + new for old, new in zip(before, written))
+        self.pending_memory, self.pending_normaliser = (old - new for old, new in zip(pending, written))
+        return before
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.config.num_sink_tokens + self.config.segment_length, 0
@@ -497,19 +303,8 @@ class InfiniCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        if self.is_initialized:
-            self.map_states(torch.zeros_like)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.map_states(lambda state: state.index_select(0, indices.to(state.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.map_states(lambda state: state.repeat_interleave(repeats, 0))
+        self.record = None
+        self.map_states(torch.zeros_like)
 
     def offload(self) -> None:
         raise NotImplementedError("An InfiniCache is of constant size and is not offloaded.")
@@ -517,32 +312,16 @@ class InfiniCacheLayer(CacheLayerMixin):
 
 class CheckpointedLayer:
     """
-    The cache of one layer for gradient checkpointing, which runs the layer again in the backward pass: each run
-    starts from the state `before` the call, and the last one's is `after`.
+    The past of a layer that gradient checkpointing runs again in the backward pass: each run starts from the state
+    `before` the call, and the last one's is `after`.
     """
 
     def __init__(self, before: InfiniCacheLayer):
         self.before = before
         self.after: InfiniCacheLayer | None = None
 
-    @property
-    def layers(self) -> "CheckpointedLayer":
-        return self
-
-    def __getitem__(self, layer_idx: int) -> InfiniCacheLayer:
+    def update(self, states: TokenStates, layout: DecodeLayout | SegmentLayout) -> tuple[Window, MemoryState | None]:
         self.after = copy.copy(self.before)
-        return self.after
-
-
-def _write_slots(
-    ring: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, states: torch.Tensor, written: torch.Tensor | None
-) -> None:
-    """
-    Writes `states` `(B, K, heads, dim)` into `slots` `(B, K)` of `ring` `(B, heads, S, dim)` where `written`; `rows`
-    `(B, 1)` number the rows.
-    """
-    ring = ring.transpose(1, 2)
-    if written is not None:
-        states = torch.where(written[..., None, None], states, take(ring, slots))
-    # On a CPU, scatter_ takes five times as long in bfloat16.
-    ring.index_put_((rows, slots), states)
+        # A record of its own: the call is recorded once, however often it runs.
+        self.after.record = None if self.before.record is None else [*self.before.record]
+        return self.after.update(states, layout)

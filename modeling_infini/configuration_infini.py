@@ -30,16 +30,16 @@ AUTO_MAP = {
 
 MODELING_FILE = "modeling_infini.py"
 
-# A style of tensor parallelism, which `tensor_parallel.py` registers.
+# A style of tensor parallelism, which `modeling_infini.py` registers.
 SHARED_BY_HEADS = "infini_shared_by_heads"
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 # Computed with in float32.
-FLOAT_FIELDS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_init_scale")
 POSITIVE_FIELDS = ("head_gate_scale", "memory_eps", "memory_norm_init_scale")
+FLOAT_FIELDS = ("head_gate_init_value", *POSITIVE_FIELDS)
 
-# What a memory means depends on these fields; `attention_bias` is in the two biases after their defaults.
+# What a memory means depends on these fields, and on `projection_biases`.
 MEMORY_FIELDS = (
     "model_type",
     "hidden_size",
@@ -51,8 +51,6 @@ MEMORY_FIELDS = (
     "hidden_act",
     "rms_norm_eps",
     "rope_parameters",
-    "qkv_bias",
-    "attention_output_bias",
     "mlp_bias",
     "qk_norm",
     "segment_length",
@@ -76,6 +74,12 @@ _BRIEFLY.maxlevel = 3
 _BRIEFLY.maxstring = _BRIEFLY.maxother = 100
 
 
+def code_files(folder: Path) -> list[Path]:
+    """The models' code in `folder`: their own file, then those that it imports."""
+    modeling_file = folder / MODELING_FILE
+    return [Path(file) for file in dict.fromkeys([str(modeling_file), *get_relative_import_files(modeling_file)])]
+
+
 def copy_whole(file: Path, folder: Path) -> None:
     """Copies a file so that whoever reads it there meanwhile, as a push does, finds the whole of one or the other."""
     target = folder / file.name
@@ -85,6 +89,22 @@ def copy_whole(file: Path, folder: Path) -> None:
         copy.write(file.read_bytes())
     shutil.copymode(file, copy.name)
     os.replace(copy.name, target)
+
+
+def _copy_code(source: Path, folder: Path) -> None:
+    # Where no model was saved before, a file of one of these names is the user's own.
+    is_saved_anew = (folder / MODELING_FILE).is_file()
+    files = code_files(source)
+    for file in files:
+        own = folder / file.name
+        if not is_saved_anew and own.is_file() and own.read_bytes() != file.read_bytes():
+            raise FileExistsError(
+                f"{own} would be overwritten by the model's code file of this name. Save into another folder, "
+                "or rename it."
+            )
+    # The models' file first: that it is there says whose the others are.
+    for file in files:
+        copy_whole(file, folder)
 
 
 @strict
@@ -157,38 +177,29 @@ class InfiniConfig(LlamaConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How tensor parallelism shards the modules that there are: everything of a head goes with it."""
-        plan = {
-            **LlamaConfig.base_model_tp_plan,
-            "layers.*.self_attn.head_gates.weight": "colwise",
-            "layers.*.self_attn.head_gates": "local_params",
-        }
+        norms = [] if self.memory_norm_init_scale is None else ["memory.query_norm", "memory.key_norm"]
+        of_attention: dict[str, str] = {}
+        for name in ("head_gates", *norms):
+            of_attention |= {f"{name}.weight": "colwise", name: "local_params"}
         if self.learned_delta_update:
-            plan["layers.*.self_attn.write_strength"] = "colwise"
-        if self.memory_norm_init_scale is not None:
-            for name in ("memory_query_norm", "memory_key_norm"):
-                plan[f"layers.*.self_attn.{name}.weight"] = "colwise"
-                plan[f"layers.*.self_attn.{name}"] = "local_params"
+            of_attention["memory.write_strength"] = "colwise"
         if self.memory_write_gate:
-            plan["layers.*.self_attn.memory_write_gate"] = "colwise"
+            of_attention["memory.write_gate"] = "colwise"
         if self.qk_norm:
-            plan["layers.*.self_attn.q_norm"] = plan["layers.*.self_attn.k_norm"] = SHARED_BY_HEADS
-        return plan
+            of_attention |= {"q_norm": SHARED_BY_HEADS, "k_norm": SHARED_BY_HEADS}
+        of_llama = LlamaConfig.base_model_tp_plan
+        return of_llama | {f"layers.*.self_attn.{name}": style for name, style in of_attention.items()}
+
+    @property
+    def projection_biases(self) -> dict[str, bool]:
+        """`qkv_bias` and `attention_output_bias`, with the default that `None` stands for."""
+        given = {name: getattr(self, name) for name in ("qkv_bias", "attention_output_bias")}
+        return {name: self.attention_bias if bias is None else bias for name, bias in given.items()}
 
     @property
     def is_sliding(self) -> bool:
         """Whether local attention is a sliding window (with or without sinks)."""
         return self.local_attention == "sliding"
-
-    @property
-    def memory_rule(self) -> str:
-        """How the memory is written and read, in words."""
-        rule = f"{'delta' if self.use_mem_delta_rule else 'linear'} rule"
-        extensions = [
-            *(["a learned write strength"] if self.learned_delta_update else []),
-            *(["a norm of its queries and keys"] if self.memory_norm_init_scale is not None else []),
-            *(["a write gate"] if self.memory_write_gate else []),
-        ]
-        return f"{rule}, with {' and '.join(extensions)}" if extensions else rule
 
     @property
     def longest_distance(self) -> int:
@@ -200,10 +211,7 @@ class InfiniConfig(LlamaConfig):
         What a cache must share with the model that uses it: fields by name, as JSON returns them, equal for
         configurations that say the same in other words.
         """
-        fields = {name: getattr(self, name) for name in MEMORY_FIELDS}
-        for name in ("qkv_bias", "attention_output_bias"):
-            if fields[name] is None:
-                fields[name] = self.attention_bias
+        fields = {name: getattr(self, name) for name in MEMORY_FIELDS} | self.projection_biases
         fields["rope_parameters"] = {
             name: value
             for name, value in self.rope_parameters.items()
@@ -255,38 +263,17 @@ class InfiniConfig(LlamaConfig):
         else:
             self.auto_map = dict(AUTO_MAP)
             target.mkdir(parents=True, exist_ok=True)
-            # A Trainer that pushes while it trains copies the configuration of a checkpoint into the folder around it.
-            is_of_trainer = re.fullmatch(r"checkpoint-\d+", target.name) is not None
-            for folder in (target, *([target.parent] if is_of_trainer else [])):
-                if code_folder.resolve() == folder.resolve():
-                    continue
+            _copy_code(code_folder, target)
+            if re.fullmatch(r"checkpoint-\d+", target.name):
                 try:
-                    self._copy_code(code_folder / MODELING_FILE, folder)
+                    _copy_code(code_folder, target.parent)
                 except FileExistsError as error:
-                    if folder is target:
-                        raise
                     logger.warning(
-                        "What a Trainer pushes from %s will not load without this package: %s", folder, error
+                        "What a Trainer pushes from %s will not load without this package: %s", target.parent, error
                     )
         super().save_pretrained(save_directory)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    @staticmethod
-    def _copy_code(modeling_file: Path, target: Path) -> None:
-        # Without repetition, and the models' own file first: that it is there says whose the others are.
-        files = [Path(file) for file in dict.fromkeys([str(modeling_file), *get_relative_import_files(modeling_file)])]
-        if not (target / MODELING_FILE).is_file():
-            # No model was saved here before: a file of one of these names is the user's own.
-            for file in files:
-                own = target / file.name
-                if own.is_file() and own.read_bytes() != file.read_bytes():
-                    raise FileExistsError(
-                        f"{own} would be overwritten by the model's code file of this name. Save into another folder, "
-                        "or rename it."
-                    )
-        for file in files:
-            copy_whole(file, target)
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
     def _code_folder(self, target: Path) -> Path | None:
         """Where the models' code is: beside this file, where the configuration came from, or saved before it."""

@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-# A tensor of no more elements is read as a whole; of others, so many groups of so many elements side by side. A prime,
-# lest all groups stand in the same columns.
+# A tensor of no more elements is read as a whole; of others, so many groups of so many elements side by side. Their
+# number is a prime: others could put all groups into the same columns.
 WHOLE = 2**14
 GROUPS = 257
 GROUP = 8

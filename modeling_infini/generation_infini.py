@@ -1,16 +1,17 @@
 """What `generate()` needs to know of a model whose cache is a memory."""
 
 import copy
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from .cache import CACHE_NAME, InfiniCache, one_cache, require_infini_cache
+from .cache import CACHE_NAME, InfiniCache, one_past, require_infini_cache
 from .configuration_infini import InfiniConfig
 from .fingerprint import WeightsId
-from .masks import columns_tokens_last, last_tokens
+from .streams import columns_tokens_last, last_tokens
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -57,16 +58,17 @@ class InfiniGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_NAME] = cache = InfiniCache(self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-        if cache is not None:
-            cache.eos_token_ids = generation_config._eos_token_tensor
-            if cache.weights is None:
-                # Nothing changes them while it generates, be it in training mode or compiled.
-                cache.weights = WeightsId.of(self.model)
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if cache is not None and not is_assisted:
+            # Assisted decoding has one row, and hands all arguments on to an assistant that may be another model.
+            model_kwargs["ended_rows"] = EndedRows(generation_config._eos_token_tensor)
+        if cache is not None and cache.weights is None:
+            # Nothing changes them while it generates, be it in training mode or compiled.
+            cache.weights = WeightsId.of(self.model)
         # PEFT puts its own method in the place of this one, and its soft prompts keep the last id alone of a call on a
         # cache that has read something.
         owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
         has_soft_prompt = getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
-        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if has_soft_prompt and (is_assisted or (cache is not None and cache.get_seq_length() > 0)):
             raise ValueError(
                 "PEFT's prompt learning reads one token per call once its prompt is read: neither a cache that has "
@@ -77,51 +79,32 @@ class InfiniGenerationMixin(GenerationMixin):
     def _supports_default_dynamic_cache(cls):
         return False
 
-    def _get_logits_processor(
-        self,
-        generation_config,
-        input_ids_seq_length=None,
-        encoder_input_ids=None,
-        *args,
-        model_kwargs=None,
-        negative_prompt_ids=None,
-        negative_prompt_attention_mask=None,
-        **kwargs,
-    ):
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
         # Guidance goes on from the last column of the negative prompt, or of the prompt if there is none.
-        has_guidance = generation_config.guidance_scale not in (None, 1)
-        mask = (model_kwargs or {}).get("attention_mask")
-        if has_guidance and negative_prompt_ids is not None and negative_prompt_attention_mask is not None:
-            columns = columns_tokens_last(negative_prompt_attention_mask, negative_prompt_ids.shape[1])
-            negative_prompt_ids = negative_prompt_ids.gather(1, columns)
-            negative_prompt_attention_mask = negative_prompt_attention_mask.gather(1, columns)
-        elif has_guidance and negative_prompt_ids is None and mask is not None and encoder_input_ids.dim() == 2:
-            ids = encoder_input_ids.repeat_interleave(mask.shape[0] // encoder_input_ids.shape[0], 0)
-            negative_prompt_ids = ids.gather(1, columns_tokens_last(mask, ids.shape[1])[:, -1:])
-        return super()._get_logits_processor(
-            generation_config,
-            input_ids_seq_length,
-            encoder_input_ids,
-            *args,
-            model_kwargs=model_kwargs,
-            negative_prompt_ids=negative_prompt_ids,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            **kwargs,
-        )
+        if generation_config.guidance_scale not in (None, 1):
+            ids, mask = kwargs.get("negative_prompt_ids"), kwargs.get("negative_prompt_attention_mask")
+            prompt, prompt_mask = kwargs["encoder_input_ids"], kwargs["model_kwargs"].get("attention_mask")
+            if ids is not None and mask is not None:
+                columns = columns_tokens_last(mask, ids.shape[1])
+                kwargs["negative_prompt_ids"] = ids.gather(1, columns)
+                kwargs["negative_prompt_attention_mask"] = mask.gather(1, columns)
+            elif ids is None and prompt_mask is not None and prompt.dim() == 2:
+                ids = prompt.repeat_interleave(prompt_mask.shape[0] // prompt.shape[0], 0)
+                columns = columns_tokens_last(prompt_mask, ids.shape[1])
+                kwargs["negative_prompt_ids"] = ids.gather(1, columns[:, -1:])
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         # transformers compiles the steps of its static caches alone, and none on a CPU. Steps have one shape here as
-        # well, and are compiled where a compile_config is given. What a cache that records, as an assistant's, reads
-        # again when tokens are taken back is not: data decide its layout.
-        is_wanted = generation_config.compile_config is not None and not generation_config.disable_compile
+        # well, and are compiled where a compile_config is given. A cache that records, as an assistant's does, also
+        # reads tokens again after others are taken back: data decide the layout of such a call.
         cache = model_kwargs.get(CACHE_NAME)
-        has_steps_alone = isinstance(cache, InfiniCache) and not cache.records and not generation_config.is_assistant
-        devices = set(getattr(self, "hf_device_map", {}).values())
-        is_offloaded = "disk" in devices or ("cpu" in devices and len(devices) > 1)
-        quantizer = getattr(self, "hf_quantizer", None)
-        can_compile = quantizer is None or quantizer.is_compileable
-        if is_wanted and has_steps_alone and can_compile and not is_offloaded:
-            return True
+        has_steps_alone = isinstance(cache, InfiniCache) and cache.recording is None
+        if generation_config.compile_config is not None and has_steps_alone and not generation_config.is_assistant:
+            generation_config = copy.copy(generation_config)
+            generation_config.compile_config = copy.copy(generation_config.compile_config)
+            generation_config.compile_config._compile_all_devices = True
+            model_kwargs = {CACHE_NAME: SimpleNamespace(is_compileable=True)}
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -160,9 +143,10 @@ class InfiniGenerationMixin(GenerationMixin):
         inputs_embeds=None,
         is_first_iteration=False,
         cache=None,
+        ended_rows=None,
         **kwargs,
     ):
-        cache, has_mask = one_cache(past_key_values, cache), attention_mask is not None
+        cache, has_mask = one_past(past_key_values, cache), attention_mask is not None
         # Inputs no longer than the cache are all new; there is no history in them to be sliced off.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
@@ -170,10 +154,10 @@ class InfiniGenerationMixin(GenerationMixin):
             if self._runs_for_others:
                 # What has been generated is all that the cache is to read.
                 cache = cache.detached()
-            if is_first_iteration:
-                cache.prompt_length = None
-            elif attention_mask is None and next_sequence_length == 1:
-                attention_mask = _mask_of_ended_rows(input_ids, cache)
+            if ended_rows is not None and is_first_iteration:
+                ended_rows.prompt_length = input_ids.shape[1]
+            elif ended_rows is not None and attention_mask is None and next_sequence_length == 1:
+                attention_mask = ended_rows.mask(input_ids)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -215,11 +199,22 @@ class InfiniGenerationMixin(GenerationMixin):
         )
 
 
-def _mask_of_ended_rows(input_ids: torch.Tensor, cache: InfiniCache) -> torch.Tensor | None:
-    """0 for the filler that generate() feeds to rows that have ended, `(batch, 1)`; `None` while all rows go on."""
-    if cache.prompt_length is None:
-        cache.prompt_length = input_ids.shape[1] - 1
-    if cache.eos_token_ids is None or input_ids.shape[0] == 1:
-        return None
-    has_ended = torch.isin(input_ids[:, cache.prompt_length : -1], cache.eos_token_ids).any(1, keepdim=True)
-    return ~has_ended if has_ended.any() else None
+class EndedRows:
+    """
+    Which rows have ended, in the generate() that runs.
+
+    Attributes:
+        eos_token_ids: what ends a row; `None`: nothing does.
+        prompt_length: where the generated tokens start.
+    """
+
+    def __init__(self, eos_token_ids: torch.Tensor | None):
+        self.eos_token_ids = eos_token_ids
+        self.prompt_length = 0
+
+    def mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """0 for the filler that is fed to rows that have ended, `(batch, 1)`; `None` while all rows go on."""
+        if self.eos_token_ids is None or input_ids.shape[0] == 1:
+            return None
+        has_ended = torch.isin(input_ids[:, self.prompt_length : -1], self.eos_token_ids).any(1, keepdim=True)
+        return ~has_ended if has_ended.any() else None

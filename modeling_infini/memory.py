@@ -9,13 +9,26 @@ the feature map sigma(x) = elu(x) + 1 and carry no position.
             delta   M += sigma(K)^T (V - sigma(K) M / (sigma(K) . z))
             both    z += sum over the segment of sigma(K)
 
-With a write strength beta per token (`learned_delta_update`), what is added to M is scaled by it, and z is not.
+With a write strength beta per token, what is added to M is scaled by it, and z is not.
 """
 
 from collections.abc import Callable
 from functools import wraps
+from typing import NamedTuple
 
 import torch
+
+
+class MemoryState(NamedTuple):
+    """M `(..., key_dim, value_dim)` and z `(..., key_dim)`."""
+
+    matrix: torch.Tensor
+    normaliser: torch.Tensor
+
+
+def memory_dtype(dtype: torch.dtype) -> torch.dtype:
+    """M and z are float32 even where the model is not; float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -54,35 +67,30 @@ class _FeatureMap(torch.autograd.Function):
 
 
 @without_autocast
-def read_memory(features: torch.Tensor, memory: torch.Tensor, normaliser: torch.Tensor, eps: float) -> torch.Tensor:
+def read_memory(features: torch.Tensor, memory: MemoryState, eps: float) -> torch.Tensor:
     """
     sigma(q) M / (sigma(q) . z), with the denominator clamped at `eps`: an empty memory reads as 0.
 
     Args:
         features: sigma(q), `(..., length, key_dim)`.
-        memory: M, `(..., key_dim, value_dim)`.
-        normaliser: z, `(..., key_dim)`.
 
     Returns:
         `(..., length, value_dim)`.
     """
     # The reciprocal is of one column; a division would pass over all value dimensions three times more in backward.
-    return (features @ memory) * (features @ normaliser.unsqueeze(-1)).clamp(min=eps).reciprocal()
+    return (features @ memory.matrix) * (features @ memory.normaliser.unsqueeze(-1)).clamp(min=eps).reciprocal()
 
 
 @without_autocast
-def segment_write(features: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_write(features: torch.Tensor, values: torch.Tensor) -> MemoryState:
     """
     What the linear rule adds to M and z: sigma(K)^T V and the sum of sigma(K).
 
     Args:
         features: sigma(K), `(..., length, key_dim)`, zero for what is not to be written.
         values: V, `(..., length, value_dim)`, scaled by their write strengths if there are any.
-
-    Returns:
-        `(..., key_dim, value_dim)` and `(..., key_dim)`.
     """
-    return features.transpose(-1, -2) @ values, features.sum(-2)
+    return MemoryState(features.transpose(-1, -2) @ values, features.sum(-2))
 
 
 @without_autocast
@@ -110,59 +118,43 @@ def delta_correction(
     return features.transpose(-1, -2) @ (features * retrieval_weight.where(is_written, 0.0))
 
 
-def exclusive_cumsum(start: torch.Tensor, increments: torch.Tensor) -> torch.Tensor:
-    """
-    The states before, between and after `increments`: start, start + increments[:, 0], ...
-
-    Args:
-        start: `(streams, ...)`.
-        increments: `(streams, segments, ...)`.
-
-    Returns:
-        `(streams, segments + 1, ...)`.
-    """
-    return torch.cat([start.unsqueeze(1), increments], 1).cumsum(1)
-
-
 @without_autocast
-def apply_correction(correction: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+def apply_correction(correction: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """X M, what the delta rule takes from a memory; see [`delta_correction`]."""
-    return correction @ memory
+    return correction @ matrix
 
 
 @without_autocast
-def affine_scan(start: torch.Tensor, writes: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
+def scan(start: torch.Tensor, writes: torch.Tensor, corrections: torch.Tensor | None = None) -> torch.Tensor:
     """
-    The states before, between and after M -> M + writes[:, s] - corrections[:, s] M.
+    The states before, between and after S segments, each of which maps M to M + writes[:, s] - corrections[:, s] M.
 
     Args:
-        start: `(streams, ..., key_dim, value_dim)`.
-        writes: `(streams, segments, ..., key_dim, value_dim)`.
-        corrections: `(streams, segments, ..., key_dim, key_dim)`.
+        start: `(streams, ..., key_dim, value_dim)`; without corrections of any shape `(streams, ...)`.
+        writes: `(streams, S, ...)`.
+        corrections: `(streams, S, ..., key_dim, key_dim)`; `None`: the linear rule, and z.
 
     Returns:
-        `(streams, segments + 1, ..., key_dim, value_dim)`.
+        `(streams, S + 1, ...)`.
     """
+    if corrections is None:
+        return torch.cat([start.unsqueeze(1), writes], 1).cumsum(1)
     states = [start]
     for write, correction in zip(writes.unbind(1), corrections.unbind(1)):
         states.append(states[-1] + write - correction @ states[-1])
     return torch.stack(states, 1)
 
 
-def affine_prefixes(writes: torch.Tensor, corrections: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def write_token(
+    features: torch.Tensor, values: torch.Tensor, pending: MemoryState, write_strength: torch.Tensor | None
+) -> MemoryState:
     """
-    The scan of [`affine_scan`] for a start that is not known yet: start + memories[:, s] - totals[:, s] start.
+    What an open segment will add to M and z, with one more token: an update of rank one.
 
     Args:
-        writes: `(streams, segments, ..., key_dim, value_dim)`.
-        corrections: `(streams, segments, ..., key_dim, key_dim)`.
-
-    Returns:
-        memories `(streams, segments + 1, ..., key_dim, value_dim)`, the states from an empty start; and totals
-        `(streams, segments + 1, ..., key_dim, key_dim)`.
+        features: sigma(k), `(..., 1, key_dim)`, zero for what is not to be written.
+        values: v, `(..., 1, value_dim)`; with the delta rule, less what the memory returns for k.
+        write_strength: beta, `(..., 1, 1)`; `None` is 1.
     """
-    # I - totals is the product of all I - corrections so far, so that totals are a state with corrections for writes.
-    both = torch.cat([writes, corrections], -1)
-    states = affine_scan(torch.zeros_like(both[:, 0]), both, corrections)
-    memories, totals = states.tensor_split([writes.shape[-1]], -1)
-    return memories, totals
+    values = values if write_strength is None else values * write_strength
+    return MemoryState(pending.matrix + features.transpose(-1, -2) * values, pending.normaliser + features.squeeze(-2))

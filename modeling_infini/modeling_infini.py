@@ -8,14 +8,19 @@ Infini-attention for transformers: a Llama whose attention is local, plus a comp
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from einops import rearrange
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import AutoModel
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_layers import (
@@ -23,11 +28,7 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, QuestionAnsweringModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
@@ -41,58 +42,102 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import CACHE_NAME, InfiniCache, StreamCounters, one_cache
-from .cache_layer import (
-    CheckpointedLayer,
-    InfiniCacheLayer,
-    KeyStates,
-    MemoryState,
-    local_window,
-    memory_dtype,
-    scan_memory,
-)
-from .configuration_infini import InfiniConfig
-from .context_parallel import ContextParallel, memory_of_piece, window_of_piece
+from .cache import CACHE_NAME, InfiniCache, Past, one_past
+from .cache_layer import LayerPast, TokenStates
+from .configuration_infini import SHARED_BY_HEADS, InfiniConfig
 from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
-from .masks import (
+from .local_attention import (
+    RotaryAngles,
+    angle_table,
+    angles_of_call,
+    local_attention_mask,
+    rotate,
+)
+from .memory import MemoryState, feature_map, memory_dtype, read_memory
+from .streams import (
+    DecodeLayout,
+    Layout,
     columns_tokens_last,
     last_tokens,
-    local_attention_mask,
-    plan_call,
     split_call,
-    streams_of_call,
+    take,
     taken_packing,
     targets,
     warn_of_lost_start,
 )
-from .memory import feature_map, read_memory
-from .rotary import RotaryAngles, angle_positions, angle_table, relative_angles, rotate
-from .streams import DecodeLayout, SegmentLayout, take
-from .tensor_parallel import check_heads
 
 
-# A prompt is read in calls of about this many tokens where only its last logits are asked for.
-PREFILL_TOKENS = 2048
+# A call without gradients is read in pieces of about this many tokens.
+PIECE_TOKENS = 2048
+
+ARGUMENTS = r"""
+attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
+    0 for padding, wherever it stands, and 1 for tokens, or the numbers 1, 2, ... of packed documents, each of
+    which is a stream; of a longer history, only the last columns belong to this call.
+position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+    Serve only to find where packed documents start: a new stream starts at each token whose id is 0. Others
+    must grow from token to token.
+past_key_values ([`InfiniCache`], *optional*):
+    What was read so far; this call is read into it. Or what other processes read of the sequence.
+cache ([`InfiniCache`], *optional*):
+    `past_key_values`, by the name that transformers has for it from 5.24 on.
+chunk_length (`int`, *optional*):
+    The number of columns that are read at a time where no gradient is asked for; about 2,048 if left out. Not in a
+    compiled call, which is read at once.
+columns_to_keep (`torch.LongTensor` of shape `(batch or 1, columns)`, *optional*):
+    The columns whose last hidden states are returned; all of them if left out.
+tokens_last (`bool`, *optional*, defaults to `False`):
+    Whether the logits come with each row's padding first and its tokens last, wherever padding stands in the
+    inputs: the last column is then that of the last token that the row has read. An int `logits_to_keep`
+    counts these columns. Nothing else changes its order. `generate()` asks for it.
+"""
 
 
-class InfiniHeadGates(nn.Module):
+class FormerNames(WeightRenaming):
+    """
+    Loads the parameters of the memory also by the names that they had as parts of the attention, `memory_query_norm`,
+    `memory_key_norm`, `memory_write_gate` and `write_strength`; saves them by those that they have in its memory.
+    """
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> "FormerNames":
+        # In a model that is saved it finds nothing to rename.
+        return self
+
+
+FORMER_NAMES = FormerNames(r"self_attn\.(?:memory_|(?=write_strength\.))", "self_attn.memory.")
+# Each folder with remote code imports this file anew.
+register_checkpoint_conversion_mapping(InfiniConfig.model_type, [FORMER_NAMES], overwrite=True)
+
+
+def _rename_former_names(model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+    """For `load_state_dict`, which knows no conversions: by it the Trainer goes on from a checkpoint."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        state_dict[FORMER_NAMES.rename_source_key(name)[0]] = state_dict.pop(name)
+
+
+class WeightPerHead(nn.Module):
+    """A learned number for each head, at least in float32."""
+
+    def __init__(self, num_heads: int, initial_weight: float):
+        super().__init__()
+        self.initial_weight = initial_weight
+        # Where weights stay on disk, transformers reads them in the dtype that they are made in.
+        dtype = memory_dtype(torch.get_default_dtype())
+        self.weight = nn.Parameter(torch.full((num_heads,), initial_weight, dtype=dtype))
+
+
+class InfiniHeadGates(WeightPerHead):
     """
     One gate per query head: the share of local attention, `sigmoid(head_gate_scale * weight)`, in the mix with the
     memory. In the paper (arXiv 2404.07143, eq. 10) the sigmoid is the share of the memory instead.
     """
 
     def __init__(self, config: InfiniConfig):
-        super().__init__()
+        super().__init__(config.num_attention_heads, config.head_gate_init_value / config.head_gate_scale)
         self.scale = config.head_gate_scale
-        self.weight = nn.Parameter(
-            torch.full(
-                (config.num_attention_heads,),
-                config.head_gate_init_value / config.head_gate_scale,
-                # Where weights stay on disk, transformers reads them in the dtype that they are made in.
-                dtype=memory_dtype(torch.get_default_dtype()),
-            )
-        )
 
     def forward(self) -> torch.Tensor:
         """The share of local attention, `(num_attention_heads,)`, at least in float32."""
@@ -102,7 +147,7 @@ class InfiniHeadGates(nn.Module):
         return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)))
 
 
-class InfiniMemoryNorm(nn.Module):
+class InfiniMemoryNorm(WeightPerHead):
     """
     RMS-norm of each head's queries or keys on their way to the memory, times a learned scale: exp(weight) x / rms(x).
 
@@ -111,10 +156,8 @@ class InfiniMemoryNorm(nn.Module):
     """
 
     def __init__(self, config: InfiniConfig, num_heads: int):
-        super().__init__()
+        super().__init__(num_heads, math.log(config.memory_norm_init_scale))
         self.eps = config.rms_norm_eps
-        scale = math.log(config.memory_norm_init_scale or 1)
-        self.weight = nn.Parameter(torch.full((num_heads,), scale, dtype=memory_dtype(torch.get_default_dtype())))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`(..., heads, head_dim)` -> the same, at least in float32."""
@@ -134,9 +177,6 @@ class InfiniWriteGate(nn.Linear):
 
     INITIAL_LOGIT = 3.0
 
-    def __init__(self, config: InfiniConfig):
-        super().__init__(config.hidden_size, config.num_key_value_heads)
-
 
 def log_write_gates(logits: torch.Tensor) -> torch.Tensor:
     """log sigmoid of the logits of write gates `(..., kv_heads)`, at least in float32."""
@@ -144,6 +184,67 @@ def log_write_gates(logits: torch.Tensor) -> torch.Tensor:
         # Each process has the logits of its own heads. DTensors have no backward of logsigmoid.
         logits = logits.to_local()
     return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
+
+
+class InfiniMemory(nn.Module):
+    """
+    How a layer writes and reads its memory. What it has written is not here: M and z are states of the cache.
+
+    Modules, where the configuration asks for them: `query_norm`, `key_norm`, `write_gate`, and `write_strength`, whose
+    sigmoid is how strongly each token is written.
+    """
+
+    def __init__(self, config: InfiniConfig):
+        super().__init__()
+        self.config = config
+        if config.learned_delta_update:
+            self.write_strength = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
+        if config.memory_norm_init_scale is not None:
+            self.query_norm = InfiniMemoryNorm(config, config.num_attention_heads)
+            self.key_norm = InfiniMemoryNorm(config, config.num_key_value_heads)
+        if config.memory_write_gate:
+            self.write_gate = InfiniWriteGate(config.hidden_size, config.num_key_value_heads)
+
+    def token_states(self, hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> TokenStates:
+        """
+        What the tokens of a call write.
+
+        Args:
+            hidden_states: `(B, T, hidden_size)`, which gates and strengths depend on.
+            keys, values: `(B, T, kv_heads, head_dim)`, keys without RoPE.
+        """
+        strength = None
+        if self.config.learned_delta_update:
+            strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
+        memory_keys = keys if self.config.memory_norm_init_scale is None else self.key_norm(keys)
+        if self.config.memory_write_gate:
+            memory_keys = memory_keys + log_write_gates(self.write_gate(hidden_states)).unsqueeze(-1)
+        return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength)
+
+    def forward(
+        self, local: torch.Tensor, queries: torch.Tensor, memory: MemoryState, local_share: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        g * local + (1 - g) * read.
+
+        Args:
+            local: output of local attention, `(G, length, heads, head_dim)`.
+            queries: without RoPE, of the same shape.
+            memory: from before each segment, `(G, kv_heads, ...)`.
+            local_share: g, `(G or 1, heads)`; 1 in a stream's first segment.
+        """
+        read = self.read(queries, memory)
+        memory_share = (1 - local_share.to(read.dtype))[:, None, :, None]
+        # From `local`, whose strides the result takes: they are those that the output projection wants.
+        return torch.lerp(local.to(read.dtype), read, memory_share).to(local.dtype)
+
+    def read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
+        """What queries read, before the gate; arguments as of `forward`. Groups of query heads share a KV head's."""
+        if self.config.memory_norm_init_scale is not None:
+            queries = self.query_norm(queries)
+        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=memory.matrix.shape[1]).to(memory.matrix.dtype)
+        read = read_memory(feature_map(grouped.contiguous()), memory, self.config.memory_eps)
+        return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
 
 
 class InfiniAttention(nn.Module):
@@ -159,50 +260,40 @@ class InfiniAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
-        qkv_bias = config.attention_bias if config.qkv_bias is None else config.qkv_bias
-        output_bias = config.attention_output_bias
-        output_bias = config.attention_bias if output_bias is None else output_bias
-        query_dim, key_value_dim = (
-            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=output_bias)
+        biases = config.projection_biases
+        query_dim = config.num_attention_heads * self.head_dim
+        key_value_dim = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=biases["qkv_bias"])
+        self.k_proj = nn.Linear(config.hidden_size, key_value_dim, bias=biases["qkv_bias"])
+        self.v_proj = nn.Linear(config.hidden_size, key_value_dim, bias=biases["qkv_bias"])
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=biases["attention_output_bias"])
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.head_gates = InfiniHeadGates(config)
-        if config.learned_delta_update:
-            self.write_strength = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
-        if config.memory_norm_init_scale is not None:
-            self.memory_query_norm = InfiniMemoryNorm(config, config.num_attention_heads)
-            self.memory_key_norm = InfiniMemoryNorm(config, config.num_key_value_heads)
-        if config.memory_write_gate:
-            self.memory_write_gate = InfiniWriteGate(config)
+        self.memory = InfiniMemory(config)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: RotaryAngles,
         attention_mask: torch.Tensor | None,
-        layout: SegmentLayout | DecodeLayout,
-        past_key_values: InfiniCache | None = None,
+        layout: Layout,
+        past: LayerPast,
         window_columns: tuple[torch.Tensor, int] | None = None,
-        context_parallel: ContextParallel | None = None,
         writes_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: `(B, T, hidden_size)`.
-            position_embeddings: of the call's tokens, relative to their segments.
+            position_embeddings: angles of queries and keys, relative to segments.
             attention_mask: what the queries of each segment see of its window, in the attention backend's format.
             layout: where the call's tokens stand in their streams.
+            past: what the layer goes on from.
             window_columns: the column `(G, window)` in each window's slots and the number of columns in all, where
                 attention weights are to be returned.
-            context_parallel: the ranks that the sequence is split over, of which this one has `layout`'s columns.
-            writes_only: whether this layer writes to the cache, and nobody asks for what it computes.
+            writes_only: whether the layer is only to write what its tokens leave in `past`.
 
         Returns:
             `(B, T, hidden_size)`, `None` with `writes_only`; and the weights of local attention
@@ -213,45 +304,27 @@ class InfiniAttention(nn.Module):
         values = self.v_proj(hidden_states).view(hidden_shape)
         if self.config.qk_norm:
             keys = self.k_norm(keys)
-
-        strength = None
-        if self.config.learned_delta_update:
-            strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
-        memory_keys = None
-        if self.config.memory_norm_init_scale is not None:
-            memory_keys = self.memory_key_norm(keys)
-        if self.config.memory_write_gate:
-            memory_keys = keys if memory_keys is None else memory_keys
-            memory_keys = memory_keys + log_write_gates(self.memory_write_gate(hidden_states)).unsqueeze(-1)
-
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        key_states = KeyStates.rotated(keys, position_embeddings, layout, memory_keys)
-        if isinstance(layout, DecodeLayout):
-            window = layer.decode_window(key_states, values, layout, strength)
-            memory = MemoryState(layer.memory, layer.normaliser)
-            # A write makes new states, so that those that the token reads stay as they are.
-            layer.decode_memory(key_states.of_memory, values, layout, strength)
-        else:
-            window, memory = self._window_and_memory(key_states, values, layout, layer, strength, context_parallel)
+        states = kept = self.memory.token_states(hidden_states, keys, values)
+        if not self.config.is_sliding:
+            # A token is seen at one place alone: its key is kept as it is seen there.
+            memory_keys = keys if states.memory_keys is None else states.memory_keys
+            kept = states._replace(keys=rotate(keys, position_embeddings.keys), memory_keys=memory_keys)
+        window, memory = past.update(kept, layout)  # type: ignore[arg-type]
         if writes_only:
             return None, None
 
         queries = self.q_proj(hidden_states).view(hidden_shape)
         if self.config.qk_norm:
             queries = self.q_norm(queries)
-        has_norm = self.config.memory_norm_init_scale is not None
-        memory_queries = self.memory_query_norm(queries) if has_norm else queries
-        rotated_queries = rotate(queries, position_embeddings.own)
-        if not isinstance(layout, DecodeLayout):
-            memory_queries, rotated_queries = map(layout.to_segments, (memory_queries, rotated_queries))
-
+        queries = layout.to_segments(queries)
+        window_keys = rotate(window.keys, position_embeddings.keys) if self.config.is_sliding else window.keys
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention_interface(
             self,
-            rotated_queries.transpose(1, 2),
-            window.keys.transpose(1, 2),
+            rotate(queries, position_embeddings.queries).transpose(1, 2),
+            window_keys.transpose(1, 2),
             window.values.transpose(1, 2),
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
@@ -259,93 +332,71 @@ class InfiniAttention(nn.Module):
             **kwargs,
         )
         if memory is not None:
-            output = self._mix(output, self._read(memory_queries, memory), layout)
-        # What is written may be read in a later call alone.
-        if torch.is_grad_enabled() and (memory is None or strength is not None or memory_keys is not None):
-            # Without a norm, the memory's queries are those of local attention.
-            normed_queries = None if self.config.memory_norm_init_scale is None else memory_queries
-            output = output + self._zero(strength, normed_queries, memory_keys)
-        if not isinstance(layout, DecodeLayout):
-            output = layout.to_columns(output)
+            has_memory = (layout.segment_index > 0).unsqueeze(1)
+            output = self.memory(output, queries, memory, torch.where(has_memory, self.head_gates(), 1.0))
+        if torch.is_grad_enabled():
+            output = output + self._zero(states, queries, memory)
+        output = layout.to_columns(output)
 
         # Contiguous, since tensor parallelism takes it for that: the columns may be a slice of the segments' slots.
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
         return output, weights
 
-    def _window_and_memory(
-        self,
-        keys: KeyStates,
-        values: torch.Tensor,
-        layout: SegmentLayout,
-        layer: InfiniCacheLayer | None,
-        strength: torch.Tensor | None,
-        context_parallel: ContextParallel | None,
-    ):
-        if context_parallel is not None:
-            window = window_of_piece(keys, values, layout, context_parallel)
-            return window, memory_of_piece(keys.of_memory, values, layout, context_parallel, self.config, strength)
-        if layer is not None:
-            window, memory = layer.update(keys, values, layout, strength)
-            return window, memory if layout.reads_past else None
-        window = local_window(keys, values, layout, None)
-        if not layout.reads_past:
-            return window, None
-        return window, scan_memory(keys.of_memory, values, layout, None, self.config, strength).before
-
-    def _zero(self, *of_memory: torch.Tensor | None) -> torch.Tensor:
+    def _zero(self, states: TokenStates, queries: torch.Tensor, memory: MemoryState | None) -> torch.Tensor | int:
         """
-        0, and a gradient of 0 for what a text within one segment does not use: processes that train on texts of
-        different lengths exchange gradients of the same parameters.
+        Adds 0, so that what this call does not use has a gradient of 0 and not none: processes that train on texts of
+        different lengths exchange gradients of the same parameters. What is written may be read in a later call alone.
         """
-        unused = [self.head_gates(), *(states for states in of_memory if states is not None)]
-        return 0 * sum(states.sum() for states in unused)
-
-    def _read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
-        """Reads each segment's memory for `queries` `(G, length, heads, head_dim)`, whose groups share a KV head's."""
-        heads = memory.memory.shape[1]
-        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=heads).to(memory.memory.dtype)
-        features = feature_map(grouped.contiguous())
-        read = read_memory(features, *memory, self.config.memory_eps)
-        return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
-
-    def _mix(self, local: torch.Tensor, read: torch.Tensor, layout: SegmentLayout | DecodeLayout) -> torch.Tensor:
-        """g * local + (1 - g) * read, and local alone in a stream's first segment; `(G, length, heads, head_dim)`."""
-        has_memory = (layout.segment_index > 0).unsqueeze(1)
-        memory_share = has_memory * (1 - self.head_gates().to(read.dtype))
-        # From `local`, whose layout the result takes: it is the one that the output projection wants.
-        return torch.lerp(local.to(read.dtype), read, memory_share[:, None, :, None]).to(local.dtype)
+        unused = [states.memory_keys, states.write_strength]
+        if memory is None:
+            has_norm = self.config.memory_norm_init_scale is not None
+            unused += [self.head_gates(), self.memory.query_norm(queries) if has_norm else None]
+        return 0 * sum(of_memory.sum() for of_memory in unused if of_memory is not None)
 
 
-def _by_column(
-    weights: torch.Tensor, columns: torch.Tensor, num_columns: int, layout: SegmentLayout | DecodeLayout
-) -> torch.Tensor:
+def _by_column(weights: torch.Tensor, columns: torch.Tensor, num_columns: int, layout: Layout) -> torch.Tensor:
     """Attention weights over windows, `(G, heads, length, window)`, as `(B, heads, T, num_columns)`."""
     by_column = weights.new_zeros(*weights.shape[:-1], num_columns)
     by_column = by_column.scatter_add(-1, columns[:, None, None].expand_as(weights), weights)
-    if isinstance(layout, DecodeLayout):
-        return by_column
     return layout.to_columns(by_column.transpose(1, 2)).transpose(1, 2)
 
 
 class InfiniDecoderLayer(LlamaDecoderLayer):
-    # With a [`CheckpointedLayer`] for its cache, a layer that runs again starts from the same state.
-    _can_checkpoint_with_cache = True
-
     def __init__(self, config: InfiniConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
-        """
-        `(B, T, hidden_size)` -> the same; unchanged where the layer only writes to the cache. Not Llama's, whose name
-        for a cache depends on the version.
-        """
+        """`(B, T, hidden_size)` -> the same; unchanged where the layer only writes to the cache."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         if attended is None:
             return hidden_states
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class SharedByHeads(TensorParallelLayer):
+    """
+    Parameters that all heads share: whole in each process, which sums the gradients of its own heads with the others'.
+
+    Each backward pass adds the sum to `.grad`. "replicated_with_grad_allreduce" of transformers sums `.grad` itself
+    after each backward pass, so that what was accumulated before counts once more.
+    """
+
+    @contextmanager
+    def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
+        parameters = dict(module._parameters)
+        for name, parameter in parameters.items():
+            whole = DTensor.from_local(parameter, mesh, [Replicate()], run_check=False)
+            module._parameters[name] = whole.to_local(grad_placements=[Partial()])  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            module._parameters.update(parameters)
+
+
+ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeads())  # type: ignore[arg-type]
 
 
 @auto_docstring
@@ -354,7 +405,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "past"]
     # What every configuration has; an instance adds what its own has.
     _keep_in_fp32_modules_strict = ["head_gates"]
     _supports_flash_attn = True
@@ -362,14 +413,14 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _supports_context_parallel = False
-    _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
     def __init__(self, config: InfiniConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         if config.memory_norm_init_scale is not None:
-            norms = ("memory_query_norm", "memory_key_norm")
+            norms = ("query_norm", "key_norm")
             self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *norms]
+        self.register_load_state_dict_pre_hook(_rename_former_names)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -378,8 +429,13 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        if distributed_config is not None:
-            check_heads(model.config, distributed_config.tp_size)
+        if distributed_config is not None and model.config.num_key_value_heads % distributed_config.tp_size:
+            raise ValueError(
+                f"tp_size={distributed_config.tp_size} does not divide num_key_value_heads="
+                f"{model.config.num_key_value_heads}: tensor parallelism gives whole KV heads to each process, as "
+                "many to one as to another, with their query heads and their memory. Choose a tp_size that divides "
+                "them; fsdp_size may be any number."
+            )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def local_shares(self) -> torch.Tensor:
@@ -426,25 +482,26 @@ class InfiniPreTrainedModel(PreTrainedModel):
             write_missing_card(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, InfiniHeadGates):
-            init.constant_(module.weight, self.config.head_gate_init_value / self.config.head_gate_scale)
-        if isinstance(module, InfiniMemoryNorm):
-            init.constant_(module.weight, math.log(self.config.memory_norm_init_scale))
+        if isinstance(module, WeightPerHead):
+            init.constant_(module.weight, module.initial_weight)
         if isinstance(module, InfiniWriteGate):
             init.constant_(module.bias, InfiniWriteGate.INITIAL_LOGIT)
+
+
+def _plan_call(past: Past, *arguments) -> Layout:
+    return past.plan_call(*arguments)
+
+
+_plan_outside_of_graphs = torch.compiler.disable(_plan_call)
 
 
 @auto_docstring
 class InfiniModel(InfiniPreTrainedModel):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [InfiniDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -456,7 +513,7 @@ class InfiniModel(InfiniPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @auto_docstring
+    @auto_docstring(custom_args=ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -465,108 +522,131 @@ class InfiniModel(InfiniPreTrainedModel):
         past_key_values: InfiniCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        context_parallel: ContextParallel | None = None,
         cache: InfiniCache | None = None,
-        writes_only: bool = False,
+        columns_to_keep: torch.Tensor | None = None,
+        chunk_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        r"""
-        attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
-            0 for padding, wherever it stands, and 1 for tokens, or the numbers 1, 2, ... of packed documents, each of
-            which is a stream; of a longer history, only the last columns belong to this call.
-        position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-            Serve only to find where packed documents start: a new stream starts at each token whose id is 0. Others
-            must grow from token to token.
-        past_key_values ([`InfiniCache`], *optional*):
-            What was read so far; this call is read into it.
-        context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
-            The ranks that the sequence is split over; the inputs are this rank's columns.
-        cache ([`InfiniCache`], *optional*):
-            `past_key_values`, by the name that transformers has for it from 5.24 on.
-        writes_only (`bool`, *optional*, defaults to `False`):
-            Whether nothing is asked for but that `past_key_values` reads the call. The last layer then writes its
-            keys, values and memory and computes nothing else; `last_hidden_state` is `None`.
-        """
-        past_key_values = one_cache(past_key_values, cache)
+        past_key_values = one_past(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        if context_parallel is not None:
-            context_parallel.check_call(past_key_values is not None or use_cache, wants_attentions)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        self._check_cache(past_key_values, inputs_embeds)
-        if writes_only and past_key_values is None:
-            raise ValueError("writes_only=True needs past_key_values or use_cache=True: there is nothing to write to.")
-        if writes_only and kwargs.get("output_hidden_states", self.config.output_hidden_states):
-            raise ValueError("writes_only=True computes no last hidden states: leave output_hidden_states out.")
-
-        batch_size, length = inputs_embeds.shape[:2]
-        if length == 0:
-            raise ValueError("The inputs have no columns: there is nothing to read.")
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False is not supported: a memory holds what was read before.")
-        packing = taken_packing(kwargs)
-        shape, device = (batch_size, length), inputs_embeds.device
-        tokens_read = None if past_key_values is None else past_key_values.tokens_read
-        counters = None if past_key_values is None else past_key_values.start_call(batch_size, device)
-        layout: DecodeLayout | SegmentLayout
-        if context_parallel is not None:
-            tokens_read = context_parallel.has_read(batch_size, device)
-            tokens, restarts = streams_of_call(attention_mask, position_ids, *shape, tokens_read, packing)
-            layout = context_parallel.plan(shape, tokens, restarts, self.config, device)
-        elif counters is not None and length == 1:
-            tokens, restarts = streams_of_call(attention_mask, position_ids, *shape, tokens_read, packing)
-            layout = DecodeLayout(
-                counters.tokens_read,
-                None if tokens is None else tokens.squeeze(1),
-                None if restarts is None else restarts.squeeze(1),
-                self.config.segment_length,
+        for name, argument in kwargs.items():
+            if hasattr(argument, "plan_call"):
+                raise ValueError(f"{name} is what a call goes on from: pass it as past_key_values.")
+        if chunk_length is not None and chunk_length < 1:
+            raise ValueError(
+                f"chunk_length, prefill_chunk_size in generate(), must be at least 1, got {chunk_length}."
             )
-        else:
-            tokens, restarts, layout = plan_call(
-                attention_mask, position_ids, shape, tokens_read, self.config, device, packing
-            )
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if length == 0:
+            raise ValueError("The inputs have no columns: there is nothing to read.")
+        if columns_to_keep is not None:
+            if columns_to_keep.dim() != 2 or columns_to_keep.dtype == torch.bool:
+                raise ValueError("columns_to_keep must be numbers of columns, (batch or 1, columns).")
+            if self._returns(kwargs, "output_hidden_states"):
+                raise ValueError("output_hidden_states=True returns those of all columns: leave columns_to_keep out.")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **taken_packing(kwargs),
+        }
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        kept_from, starts, lengths = 0, [0], [length]
+        if (piece_length := self._piece_length(length, past_key_values, chunk_length, kwargs)) is not None:
+            # The last layer need not compute what nobody asks for.
+            if columns_to_keep is not None:
+                kept_from, last = map(int, columns_to_keep.aminmax())
+                if not 0 <= kept_from <= last < length:
+                    raise ValueError(f"columns_to_keep has columns from {kept_from} to {last}, the inputs {length}.")
+            starts = [*range(0, kept_from, piece_length), *range(kept_from, length, piece_length)]
+            lengths = [end - start for start, end in zip(starts, [*starts[1:], length])]
+        past = past_key_values
+        if past is None:
+            past = Past() if len(starts) == 1 else self.new_cache()
+
+        parts: list[torch.Tensor] = []
+        for start, piece in zip(starts, split_call(inputs, lengths, past.tokens_read)):
+            inputs_embeds = self.embed_tokens(piece["input_ids"]) if "input_ids" in piece else piece["inputs_embeds"]
+            if isinstance(past, InfiniCache):
+                self._check_cache(past, inputs_embeds)
+            mask, position_ids, shape = piece.get("attention_mask"), piece.get("position_ids"), inputs_embeds.shape[:2]
+            is_step = isinstance(past, InfiniCache) and shape[1] == 1
+            looks_at_values = not is_step and any(v is not None for v in (mask, position_ids, past.tokens_read))
+            # What looks at values breaks a graph, here once; deeper inside, once for each function around it.
+            plan = _plan_outside_of_graphs if looks_at_values and not torch.compiler.is_exporting() else _plan_call
+            layout = plan(past, mask, position_ids, shape, self.config, inputs_embeds.device, taken_packing(piece))
+            hidden_states = self._read(inputs_embeds, layout, past, start < kept_from, kwargs)
+            if columns_to_keep is None:
+                parts.append(hidden_states)
+            elif len(starts) == 1:
+                parts = [take(hidden_states, columns_to_keep.to(hidden_states.device))]
+            elif start >= kept_from:
+                columns = columns_to_keep.to(hidden_states.device) - start
+                is_here = ((columns >= 0) & (columns < hidden_states.shape[1])).unsqueeze(-1)
+                found = take(hidden_states, columns.clamp(0, hidden_states.shape[1] - 1))
+                parts = [torch.where(is_here, found, parts[0] if parts else 0)]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(torch.cat(parts, 1) if len(parts) > 1 else parts[0]),
+            **{CACHE_NAME: past_key_values if isinstance(past_key_values, InfiniCache) else None},  # type: ignore[arg-type]
+        )
+
+    def _returns(self, kwargs: dict, name: str) -> bool:
+        """Whether a call asks for what transformers collects from each layer."""
+        return bool(kwargs.get(name, getattr(self.config, name)))
+
+    def _piece_length(self, length: int, past: Past | None, chunk_length: int | None, kwargs: dict) -> int | None:
+        """How many columns of a call are read at a time; `None` if they are few, or something asks for all at once."""
+        # A graph is of one call: pieces would break it, each by a look at what was read before.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        segment_length = self.config.segment_length
+        piece_length = chunk_length or segment_length * max(1, PIECE_TOKENS // segment_length)
+        if length <= piece_length or not (past is None or isinstance(past, InfiniCache)):
+            return None
+        if any(self._returns(kwargs, name) for name in ("output_hidden_states", "output_attentions")):
+            return None
+        # Unless asked to: dropout and noise are drawn for a call, and a second run with gradients must draw them so;
+        # and weights that are sharded are gathered in each call, of which all processes must make equally many.
+        is_whole = chunk_length is None and (
+            is_deepspeed_zero3_enabled()
+            or any(module.training or is_fsdp_managed_module(module) for module in self.modules())
+        )
+        return None if is_whole else piece_length
+
+    def _read(
+        self, inputs_embeds: torch.Tensor, layout: Layout, past: Past, writes_only: bool, kwargs: dict
+    ) -> torch.Tensor:
+        """The output of the last layer `(B, T, hidden_size)` for a piece of a call; its input with `writes_only`."""
+        call = {
+            "attention_mask": local_attention_mask(self.config, layout, inputs_embeds),
+            "position_embeddings": self._angles(inputs_embeds, layout, past),
+            "layout": layout,
+            **kwargs,
+        }
+        if self._returns(kwargs, "output_attentions"):
+            call["window_columns"] = past.window_columns(layout, inputs_embeds.shape[:2])
+        has_sliding_window = self.config.is_sliding and not isinstance(layout, DecodeLayout)
+        if has_sliding_window and is_flash_attention_requested(self.config):
+            call["sliding_window"] = self.config.segment_length
 
         hidden_states = inputs_embeds
-        position_embeddings = self._rotary_angles(inputs_embeds, layout, past_key_values)
-        window_mask = local_attention_mask(self.config, layout, inputs_embeds)
-        if wants_attentions:
-            kwargs["window_columns"] = _window_columns(self.config, layout, counters, (batch_size, length))
-        if is_flash_attention_requested(self.config) and isinstance(layout, SegmentLayout) and self.config.is_sliding:
-            kwargs["sliding_window"] = self.config.segment_length
-        if past_key_values is not None:
-            past_key_values.begin_reading()
-        is_checkpointed = (
-            past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        )
-        for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            checkpointed = CheckpointedLayer(past_key_values.layers[index]) if is_checkpointed else None
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=window_mask,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values if checkpointed is None else checkpointed,
-                layout=layout,
-                context_parallel=context_parallel,
-                writes_only=writes_only and index == self.config.num_hidden_layers - 1,
-                **kwargs,
-            )
-            if checkpointed is not None:
-                past_key_values.layers[index] = checkpointed.after
-        if past_key_values is not None:
-            past_key_values.finish_call(layout, length, tokens, restarts)
+        layers = past.begin_call(layout, self._is_checkpointed)
+        for index, (decoder_layer, layer_past) in enumerate(zip(self.layers, layers)):
+            call["writes_only"] = writes_only and index == len(layers) - 1
+            hidden_states = decoder_layer(hidden_states, past=layer_past, **call)
+        past.finish_call(layout, inputs_embeds.shape[1], layers)
+        return hidden_states
 
-        return BaseModelOutputWithPast(
-            last_hidden_state=None if writes_only else self.norm(hidden_states),
-            **{CACHE_NAME: past_key_values},  # type: ignore[arg-type]
-        )
+    @property
+    def _is_checkpointed(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    def _check_cache(self, cache: InfiniCache | None, inputs_embeds: torch.Tensor) -> None:
-        if cache is None:
-            return
+    def _check_cache(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
         # A configuration may have been changed since the cache was made; a graph is not made anew for that.
         if cache.config is not self.config or not torch.compiler.is_compiling():
             self.config.require_same_memory(cache.memory_fields, "The cache")
@@ -575,59 +655,32 @@ class InfiniModel(InfiniPreTrainedModel):
         has_read_more = cache.tokens_read is not None and inputs_embeds.shape[1] > 1
         if not torch.compiler.is_compiling() or (has_read_more and not torch.compiler.is_exporting()):
             self._check_weights(cache, inputs_embeds)
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            checkpoint_arguments = getattr(self.layers[0]._gradient_checkpointing_func, "keywords", {})
-            if checkpoint_arguments.get("use_reentrant"):
-                raise ValueError(
-                    "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
-                    'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
-                )
+        checkpointing = self.layers[0]._gradient_checkpointing_func if self._is_checkpointed else None
+        if getattr(checkpointing, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
+                'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
+            )
 
     @torch.compiler.disable
     def _check_weights(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
-        name = name_of(self)
         # Training changes the weights while a memory goes on, and there is no time to look at them.
-        is_unknown = cache.weights is None or (cache.weights.model == name and cache.weights.fingerprint is None)
-        if self.training and (is_unknown or cache.allow_other_weights):
-            cache.weights = WeightsId(None, name)
+        unseen = WeightsId(None, name_of(self))
+        if self.training and (cache.allow_other_weights or cache.weights in (None, unseen)):
+            cache.weights = unseen
             return
         is_step = inputs_embeds.shape[1] == 1
         current = WeightsId.of(self, is_step and cache.was_step)
         cache.was_step = is_step
         cache.require_weights(current, self.training, inputs_embeds.dtype)
 
-    def _rotary_angles(
-        self, inputs_embeds: torch.Tensor, layout: SegmentLayout | DecodeLayout, cache: InfiniCache | None
-    ) -> RotaryAngles:
-        table = None if cache is None else cache.angle_table
+    def _angles(self, inputs_embeds: torch.Tensor, layout: Layout, past: Past) -> RotaryAngles:
+        table = past.angle_table
         if table is None or table[0].dtype != inputs_embeds.dtype:
-            positions = angle_positions(self.config, inputs_embeds.device)
-            table = angle_table(*self.rotary_emb(inputs_embeds, positions))
-            if cache is not None:
-                cache.angle_table = table
-        if isinstance(layout, DecodeLayout):
-            return relative_angles(table, layout.offset.unsqueeze(1), self.config, layout.position)
-        angles = relative_angles(table, layout.offsets, self.config)
-        return angles if cache is not None or layout.reads_past else RotaryAngles(angles.own)
-
-
-def _window_columns(
-    config: InfiniConfig, layout: SegmentLayout | DecodeLayout, counters: StreamCounters | None, shape: tuple[int, int]
-) -> tuple[torch.Tensor, int]:
-    """The column in each slot of the windows, `(G, window)`, arbitrary where nothing is seen; number of columns."""
-    batch_size, length = shape
-    if isinstance(layout, DecodeLayout):
-        slots = (config.num_sink_tokens + layout.offset).unsqueeze(1)
-        columns = counters.slot_columns.scatter(1, slots, counters.columns.expand(batch_size, 1))
-        return columns, int(counters.columns) + 1
-    if counters is None:
-        counters = StreamCounters(batch_size, config, layout.offsets.device)
-    columns, ring = counters.call_columns(length), counters.ring_columns()
-    parts = [layout.own(columns, ring)]
-    if config.is_sliding and layout.reads_past:
-        parts.insert(0, layout.previous(columns, ring))
-        parts.insert(0, layout.of_segment(counters.sink_columns(layout, columns)))
-    return torch.cat(parts, 1), int(counters.columns) + length
+            table = angle_table(self.rotary_emb, self.config, inputs_embeds)
+            if isinstance(past, InfiniCache):
+                past.angle_table = table
+        return angles_of_call(table, layout)
 
 
 @auto_docstring
@@ -646,7 +699,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -657,33 +710,12 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        context_parallel: ContextParallel | None = None,
         cache: InfiniCache | None = None,
         tokens_last: bool = False,
         chunk_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
-        attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
-            0 for padding, wherever it stands, and 1 for tokens, or the numbers 1, 2, ... of packed documents, each of
-            which is a stream; of a longer history, only the last columns belong to this call.
-        position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-            Serve only to find where packed documents start: a new stream starts at each token whose id is 0. Others
-            must grow from token to token.
-        past_key_values ([`InfiniCache`], *optional*):
-            What was read so far; this call is read into it.
-        context_parallel ([`~modeling_infini.context_parallel.ContextParallel`], *optional*):
-            The ranks that the sequence is split over; the inputs are this rank's columns.
-        cache ([`InfiniCache`], *optional*):
-            `past_key_values`, by the name that transformers has for it from 5.24 on.
-        tokens_last (`bool`, *optional*, defaults to `False`):
-            Whether the logits come with each row's padding first and its tokens last, wherever padding stands in the
-            inputs: the last column is then that of the last token that the row has read. An int `logits_to_keep`
-            counts these columns. Nothing else changes its order. `generate()` asks for it.
-        chunk_length (`int`, *optional*):
-            The number of columns that are read at a time where only the last logits and a cache are asked for, and no
-            gradient; about 2,048 if left out.
-
         Example:
 
         ```python
@@ -695,50 +727,43 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         >>> inputs = tokenizer(open("book.txt").read(), return_tensors="pt")
         >>> generated_ids = model.generate(**inputs, max_new_tokens=30)
         ```"""
-        past_key_values = one_cache(past_key_values, cache)
+        past_key_values = one_past(past_key_values, cache)
         if use_cache and past_key_values is None and not torch.is_grad_enabled():
-            # Else transformers would leave it out in training with gradient checkpointing, which does nothing here.
+            # Made here: in the base model, transformers turns use_cache off in training with gradient checkpointing,
+            # and without gradients nothing is checkpointed.
             past_key_values = self.new_cache()
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            **taken_packing(kwargs),
-        }
         has_targets = labels is not None or kwargs.get("shift_labels") is not None
-        if context_parallel is not None:
-            context_parallel.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
+        if past_key_values is not None:
+            past_key_values.check_targets(labels, has_targets, kwargs.get("num_items_in_batch"))
         if tokens_last and (has_targets or not isinstance(logits_to_keep, int)):
             raise ValueError("tokens_last=True changes the order of the logits, and not that of labels or indices.")
+        states = input_ids if inputs_embeds is None else inputs_embeds
         kept: int | torch.Tensor = logits_to_keep
-        if tokens_last and attention_mask is not None and isinstance(logits_to_keep, int):
-            states = input_ids if inputs_embeds is None else inputs_embeds
-            kept = columns_tokens_last(attention_mask, states.shape[1])[:, -logits_to_keep:]
-        reads_all = has_targets or context_parallel is not None
-        if chunk_length is not None and chunk_length < 1:
-            raise ValueError(
-                f"chunk_length, prefill_chunk_size in generate(), must be at least 1, got {chunk_length}."
-            )
-        keeps_last = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not reads_all
-        if keeps_last and self._can_read_in_chunks(inputs, past_key_values, use_cache, chunk_length, kwargs):
-            outputs = self._read_in_chunks(inputs, past_key_values, kept, chunk_length, kwargs)
-            hidden_states = outputs.last_hidden_state
-        else:
-            outputs = self.model(
-                **inputs,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                context_parallel=context_parallel,
-                **kwargs,
-            )
-            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, kept)
-        logits = self.lm_head(hidden_states)
+        if states is not None and isinstance(logits_to_keep, int) and (logits_to_keep or tokens_last):
+            if tokens_last and attention_mask is not None:
+                columns = columns_tokens_last(attention_mask, states.shape[1])
+            else:
+                columns = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+            kept = columns[:, -logits_to_keep:]
+        # The base model then computes no other last hidden states, unless they are to be returned.
+        is_by_base = kept is not logits_to_keep and not self.model._returns(kwargs, "output_hidden_states")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            columns_to_keep=kept if is_by_base else None,
+            chunk_length=chunk_length,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states if is_by_base else slice_logits_to_keep(hidden_states, kept))
         loss = None
         if has_targets:
-            starts_empty = past_key_values is None and context_parallel is None
-            if position_ids is not None and starts_empty and not torch.compiler.is_compiling():
-                warn_of_lost_start(position_ids, attention_mask, outputs.last_hidden_state.shape[1], None)
+            if position_ids is not None and past_key_values is None and not torch.compiler.is_compiling():
+                warn_of_lost_start(position_ids, attention_mask, states.shape[1], None)
             if attention_mask is not None and kwargs.get("shift_labels") is None:
                 kwargs["shift_labels"] = targets(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -749,57 +774,6 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _can_read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, use_cache: bool | None, chunk_length: int | None, kwargs: dict
-    ) -> bool:
-        """Whether a call is long, and nothing but a cache is asked for of its first columns."""
-        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        longest = self._chunk_length if chunk_length is None else chunk_length
-        if states is None or states.shape[1] <= longest or torch.is_grad_enabled():
-            return False
-        records = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name)) for name in records):
-            return False
-        if not (cache is not None or (self.config.use_cache if use_cache is None else use_cache)):
-            return False
-        # Unless asked to: dropout and noise are drawn for a call, and a second run with gradients must draw them so;
-        # and weights that are sharded are gathered in each call, of which all processes must make equally many.
-        is_sharded = is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled()
-        return chunk_length is not None or not (is_sharded or any(module.training for module in self.modules()))
-
-    @property
-    def _chunk_length(self) -> int:
-        return self.config.segment_length * max(1, PREFILL_TOKENS // self.config.segment_length)
-
-    def _read_in_chunks(
-        self, inputs: dict, cache: InfiniCache | None, kept: int | torch.Tensor, chunk_length: int | None, kwargs: dict
-    ) -> BaseModelOutputWithPast:
-        """
-        The hidden states of the columns that are `kept`, the last so many or those numbered in `(B, K)`, of a long
-        call that is read chunk after chunk in bounded memory.
-        """
-        states = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        length, chunk_length = states.shape[1], self._chunk_length if chunk_length is None else chunk_length
-        if isinstance(kept, int):
-            kept = torch.arange(max(0, length - kept), length, device=states.device).unsqueeze(0)
-        written = _split_length(int(kept.min()), chunk_length)
-        lengths = [*written, *_split_length(length - sum(written), chunk_length)]
-        cache = self.new_cache() if cache is None else cache
-        hidden_states = None
-        for index, chunk in enumerate(split_call(inputs, lengths, cache.tokens_read)):
-            writes_only = index < len(written)
-            outputs = self.model(**chunk, past_key_values=cache, writes_only=writes_only, **kwargs)
-            if not writes_only:
-                columns = (kept - sum(lengths[:index])).to(outputs.last_hidden_state.device)
-                found = take(outputs.last_hidden_state, columns.clamp(0, lengths[index] - 1))
-                is_here = ((columns >= 0) & (columns < lengths[index])).unsqueeze(-1)
-                hidden_states = torch.where(is_here, found, 0 if hidden_states is None else hidden_states)
-        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: cache})  # type: ignore[arg-type]
-
-
-def _split_length(length: int, chunk_length: int) -> list[int]:
-    return [min(chunk_length, length - start) for start in range(0, length, chunk_length)]
 
 
 class BaseModelByAutoModel:
@@ -814,11 +788,12 @@ class BaseModelByAutoModel:
         super().__init__(config)  # type: ignore[call-arg]
 
     def __call__(self, *args, **kwargs):
-        if kwargs.get("context_parallel") is not None:
-            raise ValueError(
-                "context_parallel is for InfiniForCausalLM and InfiniModel: the loss of other heads does not add up "
-                "over the ranks."
-            )
+        for argument in (*args, *kwargs.values()):
+            if hasattr(argument, "plan_call") and not isinstance(argument, InfiniCache):
+                raise ValueError(
+                    f"{type(argument).__name__} is for InfiniForCausalLM and InfiniModel: the loss of other heads "
+                    "does not add up over the parts of a sequence."
+                )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -830,8 +805,7 @@ class InfiniForSequenceClassification(BaseModelByAutoModel, GenericForSequenceCl
             pad_token_id = self.config.pad_token_id
             if input_ids is not None and pad_token_id is not None:
                 # transformers takes the last id that is not pad_token_id for a row's last token.
-                tokens = last_tokens(attention_mask, input_ids.shape[1])
-                input_ids = input_ids.masked_fill(~tokens, pad_token_id)
+                input_ids = input_ids.masked_fill(~last_tokens(attention_mask, input_ids.shape[1]), pad_token_id)
             elif not last_tokens(attention_mask, 1).all():
                 raise ValueError(
                     "The last column is classified, and it is padding in some row: pad inputs_embeds on the left; "

@@ -1,64 +1,42 @@
 """
-Streams: where the tokens of a call stand in the segments of their streams.
+Streams: from the user's ids, masks and positions to where the tokens of a call stand in the segments of their streams.
 
-A row of a batch reads a stream: its unmasked tokens, one call after the other, until `position_ids` restart and a new
-stream begins. Token number p of a stream stands in segment p // N at offset p mod N. A layout answers, for one call,
-which segments the call touches and which column of the call (or of the cache) each of their slots holds, so that no
-layer sees padding, unequal rows or packed documents. There are three:
+A row of a batch reads a stream: its tokens (unmasked columns), one call after the other, until a document ends and a
+new stream begins. Token number p of a stream stands in segment p // N at offset p mod N. A layout says, for one call,
+which segments the call touches and where their tokens are, so that no layer sees padding, unequal rows or packed
+documents. There are three:
 
 - [`DecodeLayout`]: one token per row on top of a cache. Only tensor operations of fixed shape, for `torch.compile`.
 - [`AlignedLayout`]: no padding, no restart, all rows at the same offset. Segments are views.
 - [`RaggedLayout`]: everything else, by gathering.
 
+What a layer keeps of the tokens stands in slots, `(B, num_sink_tokens + N, ...)`: the sinks, and a ring of the last N
+tokens, with position p in slot num_sink_tokens + p mod N. `update` writes a call into the slots and returns the window
+of each segment: what its queries may see, in the order sinks, segment before, own tokens; in a decode step, all slots.
+
 Symbols in shapes: B rows and T columns of the call; R streams, each with at most S segments in this call; G segments
-in all; N `segment_length`; the last N tokens of each row stand in the cache's ring, at slot p mod N.
+in all; N `segment_length`.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
+from transformers.utils import logging
+
+from .configuration_infini import InfiniConfig
 
 
-def find_restarts(
-    position_ids: torch.Tensor, tokens: torch.Tensor | None, tokens_read: torch.Tensor | None
-) -> torch.Tensor:
-    """
-    Where a new stream starts inside a row: at a token whose position id is 0, unless the row has read nothing yet.
+logger = logging.get_logger(__name__)
 
-    Args:
-        position_ids: `(B, T)`.
-        tokens: `(B, T)` bool, False for padding, whose ids mean nothing; `None`: no padding.
-        tokens_read: `(B,)`, tokens read before this call; `None`: nothing has been read.
+# Of packed sequences, for the attention backend: they describe columns, and the backend gets segments.
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
-    Returns:
-        `(B, T)` bool.
 
-    Raises:
-        ValueError: at an id that is neither 0 nor greater than that of the token before it, where values can be
-            looked at: not in a call of one column that is compiled, and when the program runs, if it is exported.
-    """
-    is_start = position_ids == 0
-    if tokens is not None:
-        is_start = is_start & tokens
-    first = torch.zeros_like(is_start[:, :1]) if tokens_read is None else (tokens_read > 0).unsqueeze(1)
-    if position_ids.shape[1] == 1:
-        return is_start & first
-    if tokens is None:
-        previous, follows = F.pad(position_ids[:, :-1], (1, 0), value=-1), torch.ones_like(is_start)
-        has_read = torch.cat([first, follows[:, 1:]], 1)
-    else:
-        columns = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last_token = F.pad(torch.where(tokens, columns, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
-        previous = torch.where(last_token >= 0, position_ids.gather(1, last_token.clamp(min=0)), -1)
-        has_read = (last_token >= 0) | first
-    is_meant = (position_ids == 0) | (position_ids > previous)
-    refuse_unless(
-        (is_meant if tokens is None else is_meant | ~tokens).all(),
-        "position_ids must grow from each token to the next, or start again at 0, where a new document begins. They "
-        "serve only to find where documents start: leave them out if there is one document per row.",
-    )
-    return is_start & has_read
+def taken_packing(kwargs: dict) -> dict[str, torch.Tensor]:
+    """Takes out of `kwargs` those of `PACKING_ARGUMENTS` that it has."""
+    packing = {name: kwargs.pop(name, None) for name in PACKING_ARGUMENTS}
+    return {name: argument for name, argument in packing.items() if argument is not None}
 
 
 def refuse_unless(condition: torch.Tensor, message: str) -> None:
@@ -69,10 +47,259 @@ def refuse_unless(condition: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def canonical_position_ids(restarts: torch.Tensor) -> torch.Tensor:
-    """Position ids `(B, T)` that are 0 where `restarts` `(B, T)` and increase elsewhere, also when cut into calls."""
-    columns = torch.arange(restarts.shape[1], device=restarts.device)
-    return columns - torch.where(restarts, columns, -1).cummax(1).values
+def last_tokens(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of the last `length` columns of a mask hold tokens, `(B, T)` bool."""
+    return attention_mask[:, -length:] != 0
+
+
+def columns_tokens_last(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The call's columns `(B, T)`, each row's padding first and then its tokens, both in their order."""
+    return last_tokens(attention_mask, length).byte().argsort(dim=1, stable=True)
+
+
+def streams_of_call(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    shape: tuple[int, int],
+    tokens_read: torch.Tensor | None,
+    packing: dict[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """
+    Which of a call's columns hold tokens, and which of these start a new stream inside of a row.
+
+    Args:
+        attention_mask: `(B, columns)`, 0 for padding and 1 for tokens, or the numbers 1, 2, ... of packed documents;
+            of a longer history, the last columns belong to the call.
+        position_ids: `(B or 1, columns)`, 0 where a document starts, and growing in it; ids of padding mean nothing.
+        shape: `(B, T)` of the call.
+        tokens_read: `(B,)`, tokens read before this call; `None`: nothing has been read.
+        packing: of `PACKING_ARGUMENTS`, those that the call has.
+
+    Returns:
+        `is_token` `(B, T)` bool, `None`: all; and `restarts` `(B, T)` bool, `None`: none.
+
+    Raises:
+        ValueError: for shapes and values that have no meaning. Values are looked at but in a compiled call of one
+            column; in an exported program, when it runs.
+    """
+    batch_size, length = shape
+    is_token = restarts = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+            raise ValueError(
+                f"attention_mask must be of shape (batch={batch_size}, columns), 0 for padding; got "
+                f"{tuple(attention_mask.shape)}. What a token sees of its segment is given by the model."
+            )
+        is_token = _columns_of_call(attention_mask, "attention_mask", length, tokens_read) != 0
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"position_ids must be of shape (batch={batch_size}, columns); got {tuple(position_ids.shape)}."
+            )
+        positions = _columns_of_call(position_ids, "position_ids", length, tokens_read).expand(batch_size, -1)
+        if positions.is_floating_point():
+            raise ValueError(f"position_ids must be whole numbers, got {positions.dtype}.")
+        restarts = _restarts_of_positions(positions.long(), is_token, tokens_read)
+    if is_token is not None and _numbers_documents(attention_mask, length):
+        new_documents = _restarts_of_documents(
+            attention_mask, length, tokens_read, is_start_known=position_ids is not None
+        )
+        restarts = new_documents if restarts is None else restarts | new_documents
+    if packing:
+        _check_packing(packing, is_token, restarts)
+    return is_token, restarts
+
+
+def _columns_of_call(states: torch.Tensor, name: str, length: int, tokens_read: torch.Tensor | None) -> torch.Tensor:
+    columns = states.shape[1]
+    if columns < length:
+        raise ValueError(f"{name} has {columns} columns, but the inputs have {length}.")
+    if columns > length and tokens_read is None:
+        raise ValueError(f"{name} has {columns} columns, but the inputs have {length}, and nothing was read before.")
+    return states[:, columns - length :]
+
+
+def _restarts_of_positions(
+    positions: torch.Tensor, is_token: torch.Tensor | None, tokens_read: torch.Tensor | None
+) -> torch.Tensor:
+    """A stream starts at a token whose id is 0, unless the row has read nothing yet; all arguments by column."""
+    if is_token is None:
+        is_token = torch.ones_like(positions, dtype=torch.bool)
+    is_start = (positions == 0) & is_token
+    has_read = torch.zeros_like(is_start[:, :1]) if tokens_read is None else (tokens_read > 0).unsqueeze(1)
+    if positions.shape[1] == 1:
+        return is_start & has_read
+    columns = torch.arange(positions.shape[1], device=positions.device)
+    token_before = F.pad(torch.where(is_token, columns, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    previous = torch.where(token_before >= 0, positions.gather(1, token_before.clamp(min=0)), -1)
+    refuse_unless(
+        ((positions == 0) | (positions > previous) | ~is_token).all(),
+        "position_ids must grow from each token to the next, or start again at 0, where a new document begins. They "
+        "serve only to find where documents start: leave them out if there is one document per row.",
+    )
+    return is_start & (has_read | (previous >= 0))
+
+
+def _is_compiled_step(length: int) -> bool:
+    """Whether the call is one of a graph that does not look at values."""
+    return length == 1 and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _numbers_documents(attention_mask: torch.Tensor, length: int) -> bool:
+    """Whether a mask has other values than 0 and 1. In a compiled step it may have, where it covers the history."""
+    if attention_mask.dtype == torch.bool:
+        return False
+    if _is_compiled_step(length):
+        return attention_mask.shape[1] > 1
+    is_one = attention_mask == 1
+    is_plain = (is_one | (attention_mask == 0)).all()
+    if attention_mask.is_floating_point():
+        # No token at all: an additive mask that hides none.
+        is_plain = is_plain & is_one.any()
+    if torch.compiler.is_exporting():
+        refuse_unless(is_plain, "attention_mask must hold 0 and 1: exported programs take one document per row.")
+        return False
+    return not is_plain
+
+
+def _newest_before(numbers: torch.Tensor) -> torch.Tensor:
+    """Of growing numbers of documents `(B, columns)`, 0 for padding, that of the last token before each column."""
+    return F.pad(numbers.cummax(1).values[:, :-1], (1, 0))
+
+
+def _restarts_of_documents(
+    attention_mask: torch.Tensor, length: int, tokens_read: torch.Tensor | None, is_start_known: bool
+) -> torch.Tensor:
+    """
+    A stream starts at a token whose document has another number than that of the token before it.
+
+    Args:
+        is_start_known: whether something else tells if the call's first token goes on with a document.
+    """
+    number, previous = (numbers[:, -length:] for numbers in (attention_mask, _newest_before(attention_mask)))
+    if not _is_compiled_step(length):
+        refuse_unless(
+            ((attention_mask >= 0) & (attention_mask == attention_mask.floor()) & attention_mask.isfinite()).all()
+            & (attention_mask > 0).any(),
+            "attention_mask must hold 0 for padding and 1 for tokens (or 1, 2, ... for packed documents). It has "
+            "other values, or none but 0.0, as an additive mask (0 and -inf) would.",
+        )
+        refuse_unless(
+            ((number == 0) | (number >= previous)).all(),
+            "attention_mask numbers packed documents (its values are above 1), and their numbers must grow along "
+            "each row: 1, 1, 2, 2, ...",
+        )
+        if tokens_read is not None and not is_start_known:
+            first = number.gather(1, (number != 0).long().argmax(1, keepdim=True))
+            refuse_unless(
+                ((previous[:, :1] > 0) | (first <= 1) | (tokens_read == 0).unsqueeze(1)).all(),
+                "attention_mask numbers packed documents (its values are above 1), but it does not cover what the "
+                "cache has read, so that nobody can tell whether the first token goes on with the last document. "
+                "Pass the mask of the whole history, or position_ids that start at 0 in each document.",
+            )
+    return (number > previous) & (previous > 0)
+
+
+def _check_packing(
+    packing: dict[str, torch.Tensor], is_token: torch.Tensor | None, restarts: torch.Tensor | None
+) -> None:
+    """Where documents start by the arguments of an attention backend, a stream must start."""
+    if restarts is None:
+        raise ValueError(f"{', '.join(packing)}: packed sequences need position_ids that start at 0 in each document.")
+    columns = torch.arange(restarts.numel(), device=restarts.device)
+    for name in packing.keys() & {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
+        if name == "seq_idx":
+            numbers = packing[name].expand_as(restarts) + 1
+        else:
+            numbers = torch.bucketize(columns, packing[name].flatten().long(), right=True).view_as(restarts)
+        if is_token is not None:
+            numbers = numbers * is_token
+        previous = _newest_before(numbers)
+        starts_document = (numbers > previous) & (previous > 0)
+        refuse_unless(
+            (restarts | ~starts_document).all(),
+            f"{name} and position_ids disagree: {name} starts a document where position_ids go on. What a token sees "
+            "follows position_ids, which must be 0 at the start of each document.",
+        )
+
+
+def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:
+    """
+    Cuts the inputs of one call into those of several calls that read the same.
+
+    Args:
+        inputs: `input_ids` or `inputs_embeds`, what has a column for each of theirs, `(B, T, ...)`, and anything else,
+            which goes into each call as it is.
+        lengths: number of columns of each call; their sum is T.
+        tokens_read: `(B,)`, tokens read before the call; `None`: nothing has been read.
+    """
+    inputs = {name: states for name, states in inputs.items() if states is not None}
+    if len(lengths) == 1:
+        return [inputs]
+    shape = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    packing = taken_packing(inputs)
+    is_token, restarts = streams_of_call(
+        inputs.get("attention_mask"), inputs.get("position_ids"), shape, tokens_read, packing
+    )
+    if is_token is not None:
+        inputs["attention_mask"] = is_token
+    if restarts is not None:
+        # 0 where a stream starts and growing elsewhere, so that a call may start at any of them.
+        columns = torch.arange(shape[1], device=restarts.device)
+        inputs["position_ids"] = columns - torch.where(restarts, columns, -1).cummax(1).values
+    by_column = {name: states for name, states in inputs.items() if has_columns(states, shape)}
+    whole = {name: state for name, state in inputs.items() if name not in by_column}
+    pieces = zip(*(states.split(list(lengths), 1) for states in by_column.values()))
+    return [{**whole, **dict(zip(by_column, (states.contiguous() for states in piece)))} for piece in pieces]
+
+
+def warn_of_lost_start(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    length: int,
+    tokens_read: torch.Tensor | None,
+) -> None:
+    """
+    Warns of learning from rows that go on with a document whose start nobody has read: their position ids start above
+    the number of columns before, which may be padding. Arguments as those of [`streams_of_call`].
+    """
+    if any(states is not None and states.dim() != 2 for states in (position_ids, attention_mask)):
+        return  # Refused where it is read.
+    position_ids = position_ids[:, -length:]
+    is_token = torch.ones_like(position_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        is_token = last_tokens(attention_mask, length)
+    is_first = is_token & (is_token.cumsum(1) == 1)
+    is_lost = is_first & (position_ids > torch.arange(length, device=is_first.device))
+    if tokens_read is not None:
+        is_lost = is_lost & (tokens_read == 0).unsqueeze(1)
+    if is_lost.any():
+        logger.warning_once(
+            "Rows that are learned from start at position ids above 0, but nothing was read before: if they go on "
+            "with documents, as DocumentStreams do, the starts of these are lost. Only InfiniTrainer carries the "
+            "memory from step to step, and it must get the DocumentStreams as they are, not wrapped."
+        )
+
+
+def targets(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    What each token predicts, `(B, T)`: the label of the next token of its row. -100 for padding, last tokens of rows,
+    and those of documents that the mask numbers.
+    """
+    length = labels.shape[1]
+    if attention_mask is None:
+        return F.pad(labels[:, 1:], (0, 1), value=-100)
+    numbers = attention_mask[:, -length:].long()
+    columns = torch.arange(length, device=labels.device)
+    column_after = torch.where(numbers != 0, columns, length).flip(1).cummin(1).values.flip(1)
+    column_after = F.pad(column_after[:, 1:], (0, 1), value=length)
+    label, number = (F.pad(of, (0, 1), value=-100).gather(1, column_after) for of in (labels, numbers))
+    return torch.where((numbers != 0) & (numbers == number), label, -100)
+
+
+def has_columns(states, shape: Sequence[int]) -> bool:
+    """Whether `states` is a tensor `(B, T, ...)`, with `shape` `(B, T)`."""
+    return isinstance(states, torch.Tensor) and states.shape[:2] == tuple(shape)
 
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -83,106 +310,151 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states[rows, index]
 
 
-class DecodeLayout:
+class Layout:
     """
-    One token per row, on top of a cache.
+    Where the tokens of a call stand in their streams.
 
     Attributes:
-        rows: `(B, 1)`, their numbers.
-        offset, segment_index: `(B,)`, where the token stands in its stream.
-        tokens: `(B,)` bool, False where the row has padding in this call; `None`: no padding.
-        restarts: `(B,)` bool, True where the token starts a new stream; `None`: nowhere.
-        tokens_read: `(B,)`, tokens of the stream after this call.
+        is_token: `(B, T)` bool, False for padding; `None`: no padding.
+        restarts: `(B, T)` bool, True where a token starts a new stream; `None`: nowhere.
+        tokens_read: `(B,)`, tokens of each row's last stream after this call.
+        segment_index: `(G or 1,)`, number of each segment in its stream.
+        sees_past: whether windows hold more than a segment's own tokens.
+        query_start: offset of the first query slot of a segment.
+        token_positions: `(B or 1, T)`, where the tokens stand, relative to the first token of their segment.
+        query_positions, window_positions: `(G or 1, slots)`, where the queries of a segment and the slots of its
+            window stand, relative to the segment's first token.
     """
+
+    config: InfiniConfig
+    is_token: torch.Tensor | None
+    restarts: torch.Tensor | None
+    tokens_read: torch.Tensor
+    segment_index: torch.Tensor
+    sees_past: bool
+    query_start: int = 0
+    token_positions: torch.Tensor
+    query_positions: torch.Tensor
+    window_positions: torch.Tensor
+
+    def update(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Writes `(B, T, ...)` into the slots, in place, and returns the windows, `(G, window, ...)`."""
+        raise NotImplementedError
+
+    def to_segments(self, states: torch.Tensor) -> torch.Tensor:
+        """`(B, T, ...)` to query slots `(G, query_length, ...)`; what is of no token is arbitrary but finite."""
+        return states
+
+    def to_columns(self, states: torch.Tensor) -> torch.Tensor:
+        """Query slots `(G, query_length, ...)` to `(B, T, ...)`; 0 where there is padding."""
+        return states
+
+    def first_states(self, states: torch.Tensor) -> torch.Tensor:
+        """State of the rows before this call, `(B, ...)`, to that of the streams: `(R, ...)`, zero for new streams."""
+        return states
+
+    def to(self, *args, **kwargs):
+        """A copy with its tensors moved, for models that are spread over several devices."""
+        moved = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(*args, **kwargs) if isinstance(value, torch.Tensor) else value)
+        return moved
+
+
+class DecodeLayout(Layout):
+    """
+    One token per row, on top of a cache: each row's open segment, with one query.
+
+    Attributes:
+        written: `(B, 1)` bool, the rows that have a token; `None`: all.
+        ends_segment: `(B,)` bool, True where the token is the last of its segment.
+    """
+
+    sees_past = True
 
     def __init__(
         self,
-        tokens_read: torch.Tensor,
-        tokens: torch.Tensor | None,
+        is_token: torch.Tensor | None,
         restarts: torch.Tensor | None,
-        segment_length: int,
+        tokens_read: torch.Tensor,
+        config: InfiniConfig,
     ):
+        self.config, self.is_token, self.restarts = config, is_token, restarts
+        self.written = is_token
         # A copy: counters advance in place, and gradient checkpointing runs layers again after that.
-        position = tokens_read.clone() if restarts is None else tokens_read.masked_fill(restarts, 0)
-        self.rows = torch.arange(position.shape[0], device=position.device).unsqueeze(1)
-        self.position = position
-        self.offset = position % segment_length
-        self.segment_index = position // segment_length
-        self.tokens = tokens
-        self.restarts = restarts
-        self.is_last_of_segment = self.offset == segment_length - 1
-        if tokens is not None:
-            self.is_last_of_segment = self.is_last_of_segment & tokens
-        self.tokens_read = position + 1 if tokens is None else position + tokens.long()
+        position = tokens_read.clone() if restarts is None else tokens_read.masked_fill(restarts.squeeze(1), 0)
+        length, sinks = config.segment_length, config.num_sink_tokens
+        self.segment_index, offset = position // length, position % length
+        self.ends_segment = offset == length - 1
+        self.tokens_read = position + 1
+        if is_token is not None:
+            self.ends_segment = self.ends_segment & is_token.squeeze(1)
+            self.tokens_read = position + is_token.squeeze(1).long()
 
-    def slots_with_sink(self, num_sink_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The slots of a layer's cache that each row's token may be written to, its sink's and its ring's, `(B, 2)`; and
-        whether it is, `(B, 2)` bool. The two slots differ, so that a scatter has one gradient for each.
-        """
-        sink_slot = self.position.clamp(max=max(num_sink_tokens - 1, 0))
-        slots = torch.stack([sink_slot, num_sink_tokens + self.offset], 1)
-        is_sink = self.position < num_sink_tokens
-        written = torch.stack([is_sink, torch.ones_like(is_sink)], 1)
-        return slots, written if self.tokens is None else written & self.tokens.unsqueeze(1)
+        self.token_positions = self.query_positions = offset.unsqueeze(1)
+        slots = torch.arange(-sinks, length, device=position.device).expand(position.shape[0], -1)
+        self.window_positions = slots
+        if config.is_sliding:
+            # Past the token's own slot, the ring still holds the segment before.
+            is_before = (slots > self.query_positions) | (slots < 0)
+            self.window_positions = torch.where(is_before, slots - length, slots)
 
-    def to(self, *args, **kwargs) -> "DecodeLayout":
-        return _move(self, *args, **kwargs)
+        # A token goes into the ring, and into its sink's slot if it is one. The two are never the same slot: a write
+        # has one gradient for each.
+        self._rows = torch.arange(position.shape[0], device=position.device).unsqueeze(1)
+        self._slots, self._is_written = sinks + self.query_positions, is_token
+        if sinks:
+            self._slots = torch.cat([position.clamp(max=sinks - 1).unsqueeze(1), self._slots], 1)
+            is_sink = (position < sinks).unsqueeze(1)
+            self._is_written = torch.cat([is_sink, torch.ones_like(is_sink)], 1)
+            if is_token is not None:
+                self._is_written = self._is_written & is_token
+
+    def update(self, states, slots):
+        states = states.expand(-1, self._slots.shape[1], *states.shape[2:])
+        if self._is_written is not None:
+            is_written = self._is_written.view(*self._is_written.shape, *(1,) * (states.dim() - 2))
+            states = torch.where(is_written, states, slots[self._rows, self._slots])
+        # On a CPU, scatter_ takes five times as long in bfloat16.
+        slots.index_put_((self._rows, self._slots), states)
+        return slots
+
+    def to_columns(self, states):
+        if self.is_token is None:
+            return states
+        return states.where(self.is_token.view(-1, *(1,) * (states.dim() - 1)), 0)
+
+    def first_states(self, states):
+        if self.restarts is None:
+            return states
+        return states.masked_fill(self.restarts.view(-1, *(1,) * (states.dim() - 1)), 0)
 
 
-class SegmentLayout:
+class SegmentLayout(Layout):
     """
     The segments that a call of any number of tokens touches; base of [`AlignedLayout`] and [`RaggedLayout`].
 
     Attributes:
-        offsets: `(B or 1, T)`, offset of each token in its segment.
-        segment_index: `(G or 1,)`, number of each segment in its stream.
         reads_past: whether any of the segments has one before it in its stream.
-        query_start: offset of the first query slot of a segment.
-        query_length, key_length: number of query slots and key slots of a segment.
+        query_length: number of query slots of a segment.
         written: `(G or 1, query_length)` bool, the slots that hold a token of this call; `None`: all.
         complete: `(R or 1, S)` bool, the segments that end in this call; `None`: all.
-        ends_segment: whether any segment ends in this call; if none does, each stream has one segment at most.
-        sink_is_new: `(R or 1, num_sink_tokens)` bool, the sinks that are in this call.
-        tokens_read: `(B,)`, tokens of each row's last stream after this call.
     """
 
-    segment_length: int
-    batch_size: int
-    offsets: torch.Tensor
-    segment_index: torch.Tensor
     reads_past: bool
-    query_start: int
     query_length: int
-    key_length: int
     written: torch.Tensor | None
     complete: torch.Tensor | None
-    ends_segment: bool
-    sink_is_new: torch.Tensor
-    tokens_read: torch.Tensor
 
-    def to_segments(self, states: torch.Tensor) -> torch.Tensor:
-        """`(B, T, ...)` to query slots `(G, query_length, ...)`; what `written` leaves out is arbitrary but finite."""
-        raise NotImplementedError
+    def _place_windows(self, device: torch.device) -> None:
+        self.sees_past = self.config.is_sliding and self.reads_past
+        first = -self.config.segment_length - self.config.num_sink_tokens if self.sees_past else 0
+        end = self.query_start + self.query_length
+        self.window_positions = torch.arange(first, end, device=device).unsqueeze(0)
+        self.query_positions = torch.arange(self.query_start, end, device=device).unsqueeze(0)
 
-    def to_columns(self, states: torch.Tensor) -> torch.Tensor:
-        """Query slots `(G, query_length, ...)` to `(B, T, ...)`; 0 where there is padding."""
-        raise NotImplementedError
-
-    def own(self, states: torch.Tensor, ring: torch.Tensor | None) -> torch.Tensor:
-        """Each segment's own tokens, from `(B, T, ...)` and the ring `(B, N, ...)`: `(G, key_length, ...)`."""
-        raise NotImplementedError
-
-    def previous(self, states: torch.Tensor, ring: torch.Tensor | None) -> torch.Tensor:
-        """The tokens of the segment before each segment: `(G, N, ...)`; arbitrary where there is none."""
-        raise NotImplementedError
-
-    def write_ring(self, states: torch.Tensor, ring: torch.Tensor) -> None:
-        """Writes the call's states `(B, T, ...)` into the ring `(B, N, ...)`, in place."""
-        raise NotImplementedError
-
-    def sinks(self, states: torch.Tensor) -> torch.Tensor:
-        """Each stream's first tokens, as far as in this call (`sink_is_new`): `(R, num_sink_tokens, ...)`."""
+    def windows(self, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+        """As [`update`], but nothing is written; with `slots` from before the call, `None` if nothing was read."""
         raise NotImplementedError
 
     def by_stream(self, states: torch.Tensor) -> torch.Tensor:
@@ -193,24 +465,9 @@ class SegmentLayout:
         """`(R, S, ...)` to `(G, ...)`."""
         raise NotImplementedError
 
-    def of_segment(self, states: torch.Tensor) -> torch.Tensor:
-        """What belongs to each segment's stream, `(R, ...)`: `(G, ...)`."""
-        raise NotImplementedError
-
-    def first_states(self, states: torch.Tensor) -> torch.Tensor:
-        """State of the rows before this call, `(B, ...)`, to that of the streams: `(R, ...)`, zero for new streams."""
-        raise NotImplementedError
-
     def last_states(self, states: torch.Tensor) -> torch.Tensor:
         """State of the streams after this call, `(R, ...)`, to that of the rows: `(B, ...)`."""
-        raise NotImplementedError
-
-    def last_segments(self, states: torch.Tensor) -> torch.Tensor:
-        """Each stream's last segment of `(R, S, ...)`: `(R, ...)`."""
-        raise NotImplementedError
-
-    def to(self, *args, **kwargs) -> "SegmentLayout":
-        return _move(self, *args, **kwargs)
+        return states
 
 
 class AlignedLayout(SegmentLayout):
@@ -218,276 +475,220 @@ class AlignedLayout(SegmentLayout):
 
     def __init__(
         self,
-        batch_size: int,
-        length: int,
+        shape: Sequence[int],
         start: int,
-        segment_length: int,
-        num_sink_tokens: int,
+        config: InfiniConfig,
         device: torch.device,
+        reads_past: bool = False,
     ):
-        self.batch_size, self.length, self.start, self.segment_length = batch_size, length, start, segment_length
-        self.offset, end = start % segment_length, start + length
+        self.config, self.is_token, self.restarts = config, None, None
+        batch_size, self.length = shape
+        self.start, segment_length = start, config.segment_length
+        self.offset, end = start % segment_length, start + self.length
         first = start // segment_length
         self.segments = (end - 1) // segment_length - first + 1
-        self.padding = self.segments * segment_length - self.offset - length
-        self.is_single = self.segments == 1
 
-        self.query_start = self.offset if self.is_single else 0
-        self.query_length = length if self.is_single else segment_length
-        self.key_length = self.query_start + self.query_length
-        self.reads_past = first + self.segments > 1
-        self.offsets = (torch.arange(length, device=device) + self.offset).unsqueeze(0) % segment_length
+        # A segment alone has a query slot for each column; several have all their slots, the ends of them empty.
+        is_single = self.segments == 1
+        self.query_start = self.offset if is_single else 0
+        self.query_length = self.length if is_single else segment_length
+        self.empty_before = self.offset - self.query_start
+        self.empty_after = 0 if is_single else self.segments * segment_length - self.offset - self.length
+        self.reads_past = reads_past or first + self.segments > 1
         # From the third segment on, all look alike: one entry stands for them, and what is made from it broadcasts.
-        is_uniform = first >= 2 or self.is_single
+        is_uniform = first >= 2 or is_single
         self.segment_index = torch.arange(first, first + (1 if is_uniform else self.segments), device=device)
         if not is_uniform:
             self.segment_index = self.segment_index.repeat(batch_size)
 
         self.written = self.complete = None
-        self.ends_segment = not (self.is_single and self.padding)
-        if not self.is_single and (self.offset or self.padding):
-            slots = torch.arange(self.segments * segment_length, device=device)
-            written = (slots >= self.offset) & (slots < self.offset + length)
-            self.written = written.view(self.segments, segment_length).repeat(batch_size, 1)
-        if self.padding:
+        if self.empty_before or self.empty_after:
+            self.written = self.to_segments(torch.ones(batch_size, self.length, dtype=torch.bool, device=device))
+        if end % segment_length:
             self.complete = torch.arange(self.segments, device=device).unsqueeze(0) < self.segments - 1
 
         self.tokens_read = torch.full((batch_size,), end, device=device)
+        self.token_positions = (torch.arange(start, end, device=device) % segment_length).unsqueeze(0)
+        newest = torch.arange(end - min(self.length, segment_length), end, device=device)
+        self._newest_slots = config.num_sink_tokens + newest % segment_length
+        self._place_windows(device)
 
-        self._newest_slots = torch.arange(end - min(length, segment_length), end, device=device) % segment_length
-        self._sink_columns = (torch.arange(num_sink_tokens, device=device) - start).unsqueeze(0)
-        self.sink_is_new = (self._sink_columns >= 0) & (self._sink_columns < length)
-
-    def _split(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(1, (self.segments, self.segment_length)).flatten(0, 1)
+    def _split(self, states: torch.Tensor, empty_before: int) -> torch.Tensor:
+        """Columns `(B, T, ...)` to `(B, S, slots, ...)`."""
+        if empty_before or self.empty_after:
+            states = F.pad(states, (0, 0) * (states.dim() - 2) + (empty_before, self.empty_after))
+        return states.unflatten(1, (self.segments, states.shape[1] // self.segments))
 
     def to_segments(self, states):
-        if self.is_single:
-            return states
-        if self.offset or self.padding:
-            states = F.pad(states, (0, 0) * (states.dim() - 2) + (self.offset, self.padding))
-        return self._split(states)
+        return self._split(states, self.empty_before).flatten(0, 1)
 
     def to_columns(self, states):
-        if self.is_single:
-            return states
-        states = states.unflatten(0, (self.batch_size, self.segments)).flatten(1, 2)
-        return states[:, self.offset : self.offset + self.length]
+        states = states.unflatten(0, (-1, self.segments)).flatten(1, 2)
+        return states[:, self.empty_before : self.empty_before + self.length]
 
-    def own(self, states, ring):
-        if self.offset == 0:
-            return self.to_segments(states)
-        states = torch.cat([ring[:, : self.offset], states], 1)
-        if self.is_single:
-            return states
-        return self._split(F.pad(states, (0, 0) * (states.dim() - 2) + (0, self.padding)))
+    def windows(self, states, slots):
+        sinks, segments = self.config.num_sink_tokens, self.segments
+        if self.sees_past and slots is None:
+            slots = states.new_zeros(states.shape[0], sinks + self.config.segment_length, *states.shape[2:])
+        own = states
+        if self.offset:
+            own = torch.cat([slots[:, sinks : sinks + self.offset], states], 1)
+        own = self._split(own, 0)
+        if not self.sees_past:
+            return own.flatten(0, 1)
+        before = slots[:, sinks:].unsqueeze(1)
+        if segments > 1:
+            before = torch.cat([before, own[:, :-1]], 1)
+        first = min(self.start, sinks)
+        parts = [slots[:, :first], states[:, : sinks - first], slots[:, first + self.length : sinks]]
+        first_tokens = torch.cat(parts, 1)
+        first_tokens = first_tokens.unsqueeze(1).expand(-1, segments, *first_tokens.shape[1:])
+        return torch.cat([first_tokens, before, own], 2).flatten(0, 1)
 
-    def previous(self, states, ring):
-        if ring is None:
-            ring = states.new_zeros(self.batch_size, self.segment_length, *states.shape[2:])
-        if self.is_single:
-            return ring
-        own = self.own(states, ring).unflatten(0, (self.batch_size, self.segments))
-        return torch.cat([ring.unsqueeze(1), own[:, :-1]], 1).flatten(0, 1)
-
-    def write_ring(self, states, ring):
-        ring.index_copy_(1, self._newest_slots, states[:, -self._newest_slots.shape[0] :])
-
-    def sinks(self, states):
-        return take(states, self._sink_columns.clamp(0, self.length - 1))
+    def update(self, states, slots):
+        windows = self.windows(states, slots)
+        slots.index_copy_(1, self._newest_slots, states[:, -self._newest_slots.shape[0] :])
+        new_sinks = min(self.config.num_sink_tokens - self.start, self.length)
+        if new_sinks > 0:
+            slots[:, self.start : self.start + new_sinks] = states[:, :new_sinks]
+        return windows
 
     def by_stream(self, states):
-        return states.unflatten(0, (self.batch_size, self.segments))
+        return states.unflatten(0, (-1, self.segments))
 
     def by_segment(self, states):
         return states.flatten(0, 1)
-
-    def of_segment(self, states):
-        return states.unsqueeze(1).expand(-1, self.segments, *states.shape[1:]).flatten(0, 1)
-
-    def first_states(self, states):
-        return states
-
-    def last_states(self, states):
-        return states
-
-    def last_segments(self, states):
-        return states[:, -1]
 
 
 class RaggedLayout(SegmentLayout):
     """
     Padding, rows at different offsets, or several streams in a row: slots are gathered by index.
 
-    With `restarts` unknown, `None`, nothing depends on the data but indices, for `torch.export`: each row is one
-    stream, of as many segments as T tokens may touch.
+    In an export, nothing depends on the data but indices: each row is one stream, of as many segments as T tokens may
+    touch.
     """
-
-    query_start = 0
 
     def __init__(
         self,
-        tokens: torch.Tensor,
+        is_token: torch.Tensor,
         restarts: torch.Tensor | None,
         tokens_read: torch.Tensor | None,
-        segment_length: int,
-        num_sink_tokens: int,
+        config: InfiniConfig,
     ):
-        self.batch_size, self.length = tokens.shape
-        self.segment_length = segment_length
-        batch_size, length, device = *tokens.shape, tokens.device
-        rows = torch.arange(batch_size, device=device)
-        columns = torch.arange(length, device=device)
-        is_static = restarts is None
+        self.config, self.is_token, self.restarts = config, is_token, restarts
+        batch_size, length, device = *is_token.shape, is_token.device
+        segment_length, sinks = config.segment_length, config.num_sink_tokens
+        is_static = torch.compiler.is_exporting()
+        if restarts is None:
+            restarts = torch.zeros_like(is_token)
         # A row that has read nothing starts at offset 0, and T tokens touch fewer segments.
         most_tokens = length if tokens_read is None else length + segment_length - 1
         if tokens_read is None:
-            tokens_read = torch.zeros_like(rows)
+            tokens_read = torch.zeros(batch_size, dtype=torch.long, device=device)
 
         # Streams of the call, row by row: first the one that the row continues, then one for each restart.
-        if is_static:
-            stream_in_row = torch.zeros_like(tokens, dtype=torch.long)
-            first_stream = self._last_stream = self._row_of_stream = rows
-        else:
-            stream_in_row = restarts.cumsum(1)
-            streams_of_row = stream_in_row[:, -1] + 1
-            first_stream = streams_of_row.cumsum(0) - streams_of_row
-            self._row_of_stream = rows.repeat_interleave(streams_of_row)
-            self._last_stream = first_stream + streams_of_row - 1
-        stream = first_stream.unsqueeze(1) + stream_in_row
-        num_streams = self._num_streams = self._row_of_stream.shape[0]
-        self._continues = torch.zeros_like(self._row_of_stream, dtype=torch.bool).index_fill(0, first_stream, True)
-
-        # Position of each token in its stream.
-        rank = tokens.cumsum(1) - 1
-        first_rank = 0 if is_static else torch.where(restarts, rank, 0).cummax(1).values
-        position = rank - first_rank + torch.where(stream_in_row == 0, tokens_read.unsqueeze(1), 0)
-        position = torch.where(tokens, position, 0)
-        self.offsets = position % segment_length
-        stream_start = torch.where(self._continues, tokens_read[self._row_of_stream], 0)
-        first_segment = stream_start // segment_length
+        streams_of_row = restarts.sum(1) + 1
+        self._last_stream = streams_of_row.cumsum(0) - 1
+        first_stream = self._last_stream - streams_of_row + 1
+        rows = torch.arange(batch_size, device=device)
+        self._row_of_stream = rows if is_static else rows.repeat_interleave(streams_of_row)
+        num_streams = self._row_of_stream.shape[0]
+        stream = first_stream.unsqueeze(1) + restarts.cumsum(1)
+        self._continues = torch.zeros(num_streams, dtype=torch.bool, device=device).index_fill(0, first_stream, True)
         tokens_of_stream = torch.zeros(num_streams, dtype=torch.long, device=device)
-        tokens_of_stream = tokens_of_stream.index_add(0, stream.flatten(), tokens.long().flatten())
+        tokens_of_stream = tokens_of_stream.index_add(0, stream.flatten(), is_token.long().flatten())
+        stream_start = torch.where(self._continues, tokens_read[self._row_of_stream], 0)
         stream_end = stream_start + tokens_of_stream
         self.tokens_read = stream_end[self._last_stream]
 
-        # Segments of the call, in the order of their first tokens.
-        if is_static:
-            self._segments = (most_tokens - 1) // segment_length + 1
-            order = torch.arange(self._segments, device=device).repeat(num_streams)
-            self._stream_of_segment = rows.repeat_interleave(self._segments)
-            self.segment_index = first_segment[self._stream_of_segment] + order
-            segment = (position // segment_length - first_segment[stream]) + stream * self._segments
-            self.reads_past = most_tokens > segment_length
-            self.query_length = self.key_length = min(most_tokens, segment_length)
-        else:
-            opens_segment = tokens & ((self.offsets == 0) | (rank == 0))
-            segment = opens_segment.flatten().cumsum(0).view(batch_size, length) - 1
-            opening = opens_segment.flatten().nonzero().squeeze(1)
-            if opening.numel() == 0:
-                # A call of padding alone: one segment without tokens stands in, since not every backend takes none.
-                opening = opening.new_zeros(1)
-            self._stream_of_segment = stream.flatten()[opening]
-            self.segment_index = position.flatten()[opening] // segment_length
-            order = (self.segment_index - first_segment[self._stream_of_segment]).clamp(min=0)
-            self._segments = int(order.max()) + 1
-            self.reads_past = bool((self.segment_index > 0).any())
-            self.query_length = self.key_length = max(1, int(torch.where(tokens, self.offsets + 1, 0).max()))
-        num_segments = self._stream_of_segment.shape[0]
-        row_of_segment = self._row_of_stream[self._stream_of_segment]
-        self._slot_in_streams = self._stream_of_segment * self._segments + order
-        slots = torch.arange(self.query_length, device=device)
+        # Tokens are numbered through the call: number = position + shift, with one shift for each stream.
+        number = is_token.flatten().cumsum(0).view(batch_size, length) - 1
+        shift = tokens_of_stream.cumsum(0) - tokens_of_stream - stream_start
+        position = torch.where(is_token, number - shift[stream], 0)
+        offset = self.token_positions = position % segment_length
 
-        # Column of the call in each slot, -1 for none. What is no token goes to a slot past the last.
-        num_slots = num_segments * self.query_length
-        slot_of_token = segment * self.query_length + self.offsets
-        self._tokens = tokens
-        self._slot_of_token = torch.where(tokens, slot_of_token, 0)
-        column = torch.full((num_slots + 1,), -1, device=device)
-        column = column.scatter(0, torch.where(tokens, slot_of_token, num_slots).flatten(), columns.repeat(batch_size))
-        column = column[:-1].view(num_segments, self.query_length)
-        self.written = column >= 0
-        self._query_source = row_of_segment.unsqueeze(1) * length + column.clamp(min=0)
-
-        # Keys come from the ring and the call, laid side by side: N + T columns per row.
-        width = segment_length + length
-        row_start = row_of_segment.unsqueeze(1) * width
-        self._own_source = row_start + torch.where(self.written, segment_length + column, slots)
-        self._previous_source = row_start + torch.arange(segment_length, device=device)
-        if self.query_length == segment_length and self._segments > 1:
-            follows = self._stream_of_segment[1:] == self._stream_of_segment[:-1]
-            followed = torch.where(follows.unsqueeze(1), self._own_source[:-1], self._previous_source[1:])
-            self._previous_source = torch.cat([self._previous_source[:1], followed])
-
-        # Each stream's segments that end in this call: all its tokens up to there have been read.
-        order_of_stream = torch.arange(self._segments, device=device)
-        segment_of_stream = first_segment.unsqueeze(1) + order_of_stream
+        # Each stream has room for the segments of the longest one, `(R, S)`.
+        first_segment = stream_start // segment_length
+        last_order = torch.where(tokens_of_stream > 0, (stream_end - 1) // segment_length - first_segment, 0)
+        self._segments = (most_tokens - 1) // segment_length + 1 if is_static else int(last_order.max()) + 1
+        order = torch.arange(self._segments, device=device)
+        segment_of_stream = first_segment.unsqueeze(1) + order
         self.complete = (segment_of_stream + 1) * segment_length <= stream_end.unsqueeze(1)
-        self.ends_segment = is_static or bool(self.complete.any())
-        last = (stream_end - 1).clamp(min=0) // segment_length - first_segment
-        self._last_order = torch.where(tokens_of_stream > 0, last, 0)
+        if is_static:
+            is_used = torch.ones_like(self.complete)
+            self._place_in_streams = torch.arange(num_streams * self._segments, device=device)
+            self.reads_past = most_tokens > segment_length
+            self.query_length = min(most_tokens, segment_length)
+        else:
+            is_used = (order <= last_order.unsqueeze(1)) & (tokens_of_stream > 0).unsqueeze(1)
+            # A call of padding alone has a segment without tokens, since not every backend takes none.
+            is_used[0, 0] = True
+            self._place_in_streams = is_used.flatten().nonzero().squeeze(1)
+            self.reads_past = bool((is_used & (segment_of_stream > 0)).any())
+            self.query_length = int(offset.max()) + 1
+        self._place_windows(device)
+        self.segment_index = segment_of_stream.flatten()[self._place_in_streams]
+        stream_of_segment = self._place_in_streams // self._segments
 
-        # The call's columns by row and rank, to find a token of a stream by its position.
-        column_of_rank = torch.zeros(batch_size, length + 1, dtype=torch.long, device=device)
-        column_of_rank = column_of_rank.scatter(1, torch.where(tokens, rank, length), columns.expand_as(tokens))
-        rank_of_start = torch.zeros(num_streams, dtype=torch.long, device=device)
-        if not is_static:
-            rank_of_start[stream[restarts]] = rank[restarts]
-        self._column_of_rank, self._rank_of_start, self._stream_start = column_of_rank, rank_of_start, stream_start
+        # Query slots of the tokens, `(B, T)`; and the columns of the tokens by their numbers.
+        place = torch.where(is_token, stream * self._segments + position // segment_length - first_segment[stream], 0)
+        self._slot_of_token = (is_used.flatten().cumsum(0) - 1)[place] * self.query_length + offset
+        column_of_number = (~is_token).flatten().byte().argsort(stable=True)
 
-        ring_slots = torch.arange(segment_length, device=device)
-        last_position = self.tokens_read.unsqueeze(1) - 1
-        newest = last_position - (last_position - ring_slots) % segment_length
-        is_new = newest >= stream_start[self._last_stream].unsqueeze(1)
-        source = segment_length + self._columns_of(self._last_stream, newest)
-        self._ring_source = torch.where(is_new, source, ring_slots)
+        def find(streams: torch.Tensor, positions: torch.Tensor, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+            """
+            The columns of the first `sinks` tokens of `streams` `(K,)` and then of `positions` `(K, P)`, -1 for what
+            is not of this call; and their places among slots and columns side by side, where the others are in slots.
+            """
+            first = torch.arange(sinks, device=device).expand(positions.shape[0], -1)
+            slots = torch.cat([first, config.num_sink_tokens + positions % segment_length], 1)
+            positions = torch.cat([first, positions], 1)
+            row, start, end, shift_of = (
+                of[streams].unsqueeze(1) for of in (self._row_of_stream, stream_start, stream_end, shift)
+            )
+            is_here = (positions >= start) & (positions < end)
+            columns = torch.where(is_here, column_of_number[torch.where(is_here, positions + shift_of, 0)], -1)
+            num_slots = config.num_sink_tokens + segment_length
+            return columns, torch.where(is_here, (row + 1) * num_slots + columns, row * (num_slots + length) + slots)
 
-        sinks = torch.arange(num_sink_tokens, device=device).expand(num_streams, -1)
-        self.sink_is_new = (sinks >= stream_start.unsqueeze(1)) & (sinks < stream_end.unsqueeze(1))
-        self._sink_columns = self._columns_of(torch.arange(num_streams, device=device), sinks)
-
-    def _columns_of(self, streams: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Columns `(K, P)` of the tokens at `positions` `(K, P)` of `streams` `(K,)`; arbitrary if not in the call."""
-        rank = positions - self._stream_start[streams].unsqueeze(1) + self._rank_of_start[streams].unsqueeze(1)
-        return self._column_of_rank[self._row_of_stream[streams]].gather(1, rank.clamp(0, self.length - 1))
+        past = segment_length if self.sees_past else 0
+        offsets = torch.arange(-past, self.query_length, device=device)
+        window = (self.segment_index * segment_length).unsqueeze(1) + offsets
+        columns, self._window_source = find(stream_of_segment, window, sinks if self.sees_past else 0)
+        own = columns[:, -self.query_length :]
+        self.written, self._query_source = own >= 0, own.clamp(min=0)
+        last = self.tokens_read.unsqueeze(1) - 1
+        ring = last - (last - torch.arange(segment_length, device=device)) % segment_length
+        _, self._slot_source = find(self._last_stream, ring, sinks)
 
     @staticmethod
     def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         return states.flatten(0, 1).index_select(0, source.flatten()).unflatten(0, source.shape)
-
-    def _with_ring(self, states: torch.Tensor, ring: torch.Tensor | None) -> torch.Tensor:
-        if ring is None:
-            ring = states.new_zeros(self.batch_size, self.segment_length, *states.shape[2:])
-        return torch.cat([ring, states], 1)
 
     def to_segments(self, states):
         return self._gather(states, self._query_source)
 
     def to_columns(self, states):
         columns = self._gather(states, self._slot_of_token)
-        return columns.where(self._tokens.view(*self._tokens.shape, *(1,) * (columns.dim() - 2)), 0)
+        return columns.where(self.is_token.view(*self.is_token.shape, *(1,) * (columns.dim() - 2)), 0)
 
-    def own(self, states, ring):
-        return self._gather(self._with_ring(states, ring), self._own_source)
+    def windows(self, states, slots):
+        if slots is None:
+            num_slots = self.config.num_sink_tokens + self.config.segment_length
+            slots = states.new_zeros(states.shape[0], num_slots, *states.shape[2:])
+        return self._gather(torch.cat([slots, states], 1), self._window_source)
 
-    def previous(self, states, ring):
-        return self._gather(self._with_ring(states, ring), self._previous_source)
-
-    def write_ring(self, states, ring):
-        ring.copy_(take(self._with_ring(states, ring), self._ring_source))
-
-    def sinks(self, states):
-        return states[self._row_of_stream.unsqueeze(1), self._sink_columns]
+    def update(self, states, slots):
+        states = torch.cat([slots, states], 1)
+        slots.copy_(self._gather(states, self._slot_source))
+        return self._gather(states, self._window_source)
 
     def by_stream(self, states):
-        streams = states.new_zeros(self._num_streams * self._segments, *states.shape[1:])
-        return streams.index_copy(0, self._slot_in_streams, states).unflatten(0, (-1, self._segments))
+        streams = states.new_zeros(self.complete.numel(), *states.shape[1:])
+        return streams.index_copy(0, self._place_in_streams, states).unflatten(0, (-1, self._segments))
 
     def by_segment(self, states):
-        return states.flatten(0, 1).index_select(0, self._slot_in_streams)
-
-    def of_segment(self, states):
-        return states.index_select(0, self._stream_of_segment)
+        return states.flatten(0, 1).index_select(0, self._place_in_streams)
 
     def first_states(self, states):
         continues = self._continues.view(-1, *(1,) * (states.dim() - 1))
@@ -496,54 +697,46 @@ class RaggedLayout(SegmentLayout):
     def last_states(self, states):
         return states.index_select(0, self._last_stream)
 
-    def last_segments(self, states):
-        return states[torch.arange(self._num_streams, device=states.device), self._last_order]
-
 
 def plan_segments(
-    shape: Sequence[int],
-    tokens: torch.Tensor | None,
+    is_token: torch.Tensor | None,
     restarts: torch.Tensor | None,
+    shape: Sequence[int],
     tokens_read: torch.Tensor | None,
-    segment_length: int,
-    num_sink_tokens: int,
+    config: InfiniConfig,
     device: torch.device,
 ) -> AlignedLayout | RaggedLayout:
     """
-    The layout of a call of any number of tokens. Looks at the values of its arguments, and so waits for the device;
-    not in an export, whose program takes one stream per row.
-
-    Args:
-        shape: `(B, T)` of the call.
-        tokens: `(B, T)` bool, False for padding; `None`: no padding.
-        restarts: `(B, T)` bool, see [`find_restarts`]; `None`: no restart.
-        tokens_read: `(B,)`, tokens read before this call; `None`: nothing has been read.
+    The layout of a call of any number of tokens; arguments as [`streams_of_call`] takes and returns them. Looks at
+    their values, and so waits for the device; not in an export, whose program takes one stream per row.
     """
-    if tokens is None and restarts is None and tokens_read is None:
-        return AlignedLayout(shape[0], shape[1], 0, segment_length, num_sink_tokens, device)
-    all_tokens = torch.ones(shape, dtype=torch.bool, device=device) if tokens is None else tokens
+    if is_token is None and restarts is None and tokens_read is None:
+        return AlignedLayout(shape, 0, config, device)
     if torch.compiler.is_exporting():
         if restarts is not None:
             refuse_unless(
                 ~restarts.any(), "position_ids must not start again: exported programs take one document per row."
             )
-        return RaggedLayout(all_tokens, None, tokens_read, segment_length, num_sink_tokens)
-    starts = [0] if tokens_read is None else tokens_read.tolist()
-    is_aligned = (
-        min(starts) == max(starts)
-        and (tokens is None or bool(tokens.all()))
-        and (restarts is None or not bool(restarts.any()))
-    )
-    if is_aligned:
-        return AlignedLayout(shape[0], shape[1], starts[0], segment_length, num_sink_tokens, device)
-    if restarts is None:
-        restarts = torch.zeros_like(all_tokens)
-    return RaggedLayout(all_tokens, restarts, tokens_read, segment_length, num_sink_tokens)
+            restarts = None
+    else:
+        starts = [0] if tokens_read is None else tokens_read.tolist()
+        has_streams = restarts is not None and bool(restarts.any())
+        if min(starts) == max(starts) and not has_streams and (is_token is None or bool(is_token.all())):
+            return AlignedLayout(shape, starts[0], config, device)
+    if is_token is None:
+        is_token = torch.ones(shape, dtype=torch.bool, device=device)
+    return RaggedLayout(is_token, restarts, tokens_read, config)
 
 
-def _move(layout, *args, **kwargs):
-    """A copy of `layout` with its tensors moved, for models that are spread over several devices."""
-    moved = object.__new__(type(layout))
-    for name, value in vars(layout).items():
-        setattr(moved, name, value.to(*args, **kwargs) if isinstance(value, torch.Tensor) else value)
-    return moved
+def plan_call(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    shape: tuple[int, int],
+    tokens_read: torch.Tensor | None,
+    config: InfiniConfig,
+    device: torch.device,
+    packing: dict[str, torch.Tensor],
+) -> SegmentLayout:
+    """The layout of a call of any number of tokens; arguments as those of [`streams_of_call`]."""
+    is_token, restarts = streams_of_call(attention_mask, position_ids, shape, tokens_read, packing)
+    return plan_segments(is_token, restarts, shape, tokens_read, config, device)

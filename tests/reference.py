@@ -105,15 +105,15 @@ def reference_stream(ids, weights, config):
                 keys = torch.stack([rms_norm(k, key_weight, config.rms_norm_eps) for k in keys])
             memory_queries, memory_keys = queries, keys
             if config.memory_norm_init_scale is not None:
-                scale = {n: weights[f"{at}.self_attn.memory_{n}_norm.weight"].exp() for n in ("query", "key")}
+                scale = {n: weights[f"{at}.self_attn.memory.{n}_norm.weight"].exp() for n in ("query", "key")}
                 memory_queries = [s * rms_norm(q, 1, config.rms_norm_eps) for s, q in zip(scale["query"], queries)]
                 memory_keys = [s * rms_norm(k, 1, config.rms_norm_eps) for s, k in zip(scale["key"], keys)]
             if config.memory_write_gate:
-                gates = torch.sigmoid(linear(h, f"{at}.self_attn.memory_write_gate"))
+                gates = torch.sigmoid(linear(h, f"{at}.self_attn.memory.write_gate"))
                 memory_keys = [key + gate.log() for key, gate in zip(memory_keys, gates)]
             strengths = torch.ones(kv_heads, dtype=torch.float64)
             if config.learned_delta_update:
-                strengths = torch.sigmoid(linear(h, f"{at}.self_attn.write_strength"))
+                strengths = torch.sigmoid(linear(h, f"{at}.self_attn.memory.write_strength"))
             for head, key, memory_key, value, strength in zip(states[layer], keys, memory_keys, values, strengths):
                 head.keys.append(key)
                 head.memory_keys.append(memory_key)

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers.integrations.neftune import activate_neftune
 
 from modeling_infini import InfiniForCausalLM, InfiniForTokenClassification, modeling_infini
-from modeling_infini.masks import targets
+from modeling_infini.streams import targets
 from modeling_infini.training import backpropagate, backpropagation, loss_in_chunks
 from modeling_infini.training.backpropagation import chunk_lengths, infini_module, prepared_inputs
 
@@ -268,7 +268,7 @@ def with_dropout_in_evaluation(model):
     return model
 
 
-@pytest.mark.parametrize("prefill_tokens", [5, 2048])
+@pytest.mark.parametrize("piece_tokens", [5, 2048])
 @pytest.mark.parametrize(
     "prepare",
     [
@@ -281,8 +281,8 @@ def with_dropout_in_evaluation(model):
     ],
 )
 @pytest.mark.parametrize("fields", MODES[1:])
-def test_a_chunk_starts_from_the_state_that_is_differentiated(monkeypatch, fields, prepare, prefill_tokens):
-    monkeypatch.setattr(modeling_infini, "PREFILL_TOKENS", prefill_tokens)
+def test_a_chunk_starts_from_the_state_that_is_differentiated(monkeypatch, fields, prepare, piece_tokens):
+    monkeypatch.setattr(modeling_infini, "PIECE_TOKENS", piece_tokens)
     model = prepare(tiny_model(torch.float64, attention_dropout=0.3, **fields))
     inputs = {"input_ids": random_ids(2, 43), "labels": random_ids(2, 43)}
     for start, end in states_at_boundaries(model, inputs, 3):
@@ -369,7 +369,7 @@ def test_activations_and_logits_are_those_of_one_chunk():
 
 
 def test_boundaries_between_segments_hold_no_keys_that_nobody_sees():
-    for fields, unseen in ((MODES[0], ("keys", "values")), (MODES[2], ("keys",))):
+    for fields, unseen in ((MODES[0], ("keys", "values")), (MODES[2], ())):
         model = tiny_model(**fields)
         cache = model(random_ids(2, 10), use_cache=True).past_key_values
         boundary = cache.detached()

@@ -43,7 +43,7 @@ def test_ratio_is_of_medians_and_its_spread_of_rounds():
 @pytest.mark.parametrize("local_attention", ["segment", "sliding"])
 def test_flops_of_a_prefill_are_those_counted(local_attention, is_long, monkeypatch):
     if is_long:
-        monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 2 * N)
+        monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 2 * N)
     contender = infini(SIZE, segment_length=N, local_attention=local_attention, attn_implementation="eager")
     tokens = 8 * N
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -175,7 +175,7 @@ def test_predicted_state_is_that_of_a_cache(local_attention, monkeypatch):
     contender = infini(SIZE, torch.bfloat16, segment_length=N, local_attention=local_attention)
     with torch.no_grad():
         state = contender.prefill(contender.build(), random_ids(2 * N))
-    assert scale.state_nbytes(local_attention) == state_nbytes(state)
+    assert scale.state_nbytes() == state_nbytes(state)
 
 
 def test_extrapolation_is_quadratic():

@@ -186,7 +186,7 @@ def test_cropping_gives_the_stream_without_what_was_cropped(data):
             feed(model, ids, cache, cuts=cuts, attention_mask=mask)
             kept_ids, kept_mask = torch.cat([kept_ids, ids], 1), torch.cat([kept_mask, mask], 1)
             # What one crop has taken back is no longer there for the next.
-            count = data.draw(st.integers(0, min(n, cache._recording.length)))
+            count = data.draw(st.integers(0, min(n, cache.recording.length)))
             cache.crop(-count)
             kept_ids = kept_ids[:, : kept_ids.shape[1] - count]
             kept_mask = kept_mask[:, : kept_ids.shape[1]]
@@ -340,6 +340,18 @@ def test_rows_selected_in_inference_mode_go_on_outside():
             cache.reorder_cache(torch.tensor([1, 0]))
         feed(model, random_ids(2, 3), cache, cuts=(1,))
     assert cache.get_seq_length() == 10
+
+
+def test_a_checkpointed_call_is_recorded_once():
+    model, ids = tiny_model(torch.float64, local_attention="sliding", segment_length=8), random_ids(1, 12)
+    expected, cache = model(ids).logits[:, 8:], InfiniCache(model.config)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    cache.activate_past_recording()
+    model.train()(ids[:, :5], past_key_values=cache).logits.sum().backward()
+    with torch.no_grad():
+        model(ids[:, 5:], past_key_values=cache)
+        cache.crop(-4)
+        assert relative_error(model(ids[:, 8:], past_key_values=cache).logits, expected) < 1e-5
 
 
 def test_a_reset_cache_is_as_new():

@@ -14,7 +14,7 @@ from safetensors.torch import load, save, save_file
 from tiny import MODES, random_ids, tiny_config, tiny_model
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
-from modeling_infini.cache_files import digest_of
+from modeling_infini.cache import digest_of
 
 
 def read(model, *lengths):
@@ -227,6 +227,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, name, change, message):
         InfiniCache.from_pretrained(tmp_path, model.config)
 
 
+@pytest.mark.core
 def test_what_is_damaged_or_foreign_is_refused(tmp_path):
     model, file = tiny_model(), tmp_path / "infini_cache.safetensors"
     with pytest.raises(FileNotFoundError, match="holds no saved cache"):

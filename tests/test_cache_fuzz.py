@@ -20,7 +20,7 @@ from safetensors.torch import save
 from tiny import MODES, random_ids, tiny_model
 
 from modeling_infini import InfiniCache
-from modeling_infini.cache_files import digest_of
+from modeling_infini.cache import digest_of
 
 
 HOSTILE = [

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hub_server import TOKEN, USER, local_hub
+from safetensors.torch import load_file
 from test_publishing import expected_answer, load_elsewhere, run
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -55,6 +57,10 @@ def test_every_auto_class_loads_the_folder_and_saves_its_code(tmp_path):
     assert dict(line.split() for line in loaded.splitlines()) == {
         name: reference.split(".")[1] for name, reference in AUTO_MAP.items()
     }
+    # By their present names, although the folder has former ones.
+    weights, saved = load_model(FOLDER).state_dict(), load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() | {"lm_head.weight"} == weights.keys()
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
     assert {file.name for file in (tmp_path / "saved").glob("*.py")} == {file.name for file in FOLDER.glob("*.py")}
     assert not any(file.is_symlink() for file in (tmp_path / "saved").iterdir())
 

@@ -76,7 +76,7 @@ def test_weights_in_bfloat16_are_offloaded_with_gates_and_norms_in_float32(tmp_p
     assert len(on_meta(model)) == len(list(model.parameters()))
     assert_same(model, plain)
     for loaded in (model, plain):
-        exact = [p.dtype for name, p in loaded.named_parameters() if "head_gates" in name or "memory_" in name]
+        exact = [p.dtype for name, p in loaded.named_parameters() if "head_gates" in name or "memory." in name]
         assert exact == [torch.float32] * 3 * model.config.num_hidden_layers
 
 

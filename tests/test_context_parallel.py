@@ -17,8 +17,9 @@ from tiny import (
 )
 from torch import distributed
 from torch.nn import functional as F
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_infini import InfiniForSequenceClassification
+from modeling_infini import InfiniForQuestionAnswering, InfiniForSequenceClassification, InfiniForTokenClassification
 from modeling_infini.training import ContextParallel
 
 
@@ -98,7 +99,7 @@ def errors_of(case: Case, context_parallel: ContextParallel) -> dict[str, float]
         expected = model(ids, labels=labels, num_items_in_batch=inputs["num_items_in_batch"], use_cache=False)
         expected.loss.backward()
         expected_gradients = gradients(model)
-        outputs = model(**inputs, context_parallel=context_parallel, use_cache=False)
+        outputs = model(**inputs, past_key_values=context_parallel)
         outputs.loss.backward()
     context_parallel.reduce_gradients(model)
 
@@ -118,7 +119,7 @@ def bytes_of(context_parallel: ContextParallel, length: int, **fields) -> int:
     model, ids = tiny_model(**fields), random_ids(1, length)
     before = context_parallel.bytes_sent
     inputs = context_parallel.shard(model.config, input_ids=ids, labels=ids)
-    model(**inputs, context_parallel=context_parallel, use_cache=False).loss.backward()
+    model(**inputs, past_key_values=context_parallel).loss.backward()
     return context_parallel.bytes_sent - before
 
 
@@ -139,14 +140,14 @@ def refusals(context_parallel: ContextParallel) -> list[tuple[str, str]]:
     """Patterns, and the messages that should match them."""
     model, found = tiny_model(), []
     rank, size = context_parallel.rank, context_parallel.size
-    call = {"context_parallel": context_parallel, "use_cache": False}
+    call = {"past_key_values": context_parallel}
     mask = torch.ones(1, 20, dtype=torch.long)
 
     def refuse(pattern, function, *args, **kwargs):
         try:
             function(*args, **kwargs)
             found.append((pattern, "no error"))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             found.append((pattern, str(error)))
 
     ids, positions = random_ids(1, 20), torch.arange(20).unsqueeze(0)
@@ -156,13 +157,17 @@ def refusals(context_parallel: ContextParallel) -> list[tuple[str, str]]:
     refuse("one document per row", context_parallel.shard, **shard, position_ids=positions % 10)
     refuse("exactly one of", context_parallel.shard, model.config)
 
-    refuse("use_cache=False", model, ids, context_parallel=context_parallel)
-    refuse("use_cache=False", model, ids, context_parallel=context_parallel, logits_to_keep=1)
+    refuse("two names of the same", model, ids, cache=model.new_cache(), **call)
     refuse("output_attentions", model, ids, output_attentions=True, **call)
     refuse("shift_labels instead of labels", model, ids, labels=ids, **call)
     refuse("needs num_items_in_batch", model, ids, shift_labels=ids, **call)
-    classifier = InfiniForSequenceClassification(tiny_config(pad_token_id=0))
-    refuse("other heads", classifier, ids, **call)
+    refuse("must be an InfiniCache, got ContextParallel", model.generate, ids, **call)
+    refuse("context_parallel is what a call goes on from", model, ids, context_parallel=context_parallel)
+    for head in (InfiniForSequenceClassification, InfiniForTokenClassification, InfiniForQuestionAnswering):
+        classifier = head(tiny_config(pad_token_id=0))
+        refuse("ContextParallel is for InfiniForCausalLM and InfiniModel", classifier, ids, **call)
+        refuse("ContextParallel is for InfiniForCausalLM and InfiniModel", classifier, ids, cache=context_parallel)
+        refuse("is for InfiniForCausalLM and InfiniModel", classifier, ids, None, None, context_parallel)
 
     # What is wrong on one rank only is refused by all.
     is_first = rank == 0
@@ -218,15 +223,51 @@ def test_targets_may_be_shifted_by_the_caller():
     assert torch.equal(model(ids, shift_labels=next_of(ids)).loss, model(ids, labels=ids).loss)
 
 
-def test_targets_that_do_not_fit_the_inputs_are_refused(tmp_path):
+@pytest.fixture
+def only_rank(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        context_parallel, model, ids = ContextParallel(), tiny_model(), random_ids(1, 12)
-        with pytest.raises(ValueError, match=r"labels are of shape \(1, 24\), but the inputs of \(1, 12\)"):
-            context_parallel.shard(model.config, input_ids=ids, labels=random_ids(1, 24))
-        with pytest.raises(ValueError, match="labels and shift_labels contradict each other"):
-            context_parallel.shard(model.config, input_ids=ids, labels=ids, shift_labels=ids)
-        nothing = context_parallel.shard(model.config, input_ids=ids, labels=torch.full_like(ids, -100))
-        assert model(**nothing, context_parallel=context_parallel, use_cache=False).loss == 0
-    finally:
-        distributed.destroy_process_group()
+    yield ContextParallel()
+    distributed.destroy_process_group()
+
+
+def test_targets_that_do_not_fit_the_inputs_are_refused(only_rank):
+    model, ids = tiny_model(), random_ids(1, 12)
+    with pytest.raises(ValueError, match=r"labels are of shape \(1, 24\), but the inputs of \(1, 12\)"):
+        only_rank.shard(model.config, input_ids=ids, labels=random_ids(1, 24))
+    with pytest.raises(ValueError, match="labels and shift_labels contradict each other"):
+        only_rank.shard(model.config, input_ids=ids, labels=ids, shift_labels=ids)
+    nothing = only_rank.shard(model.config, input_ids=ids, labels=torch.full_like(ids, -100))
+    assert model(**nothing, past_key_values=only_rank).loss == 0
+
+
+def test_a_piece_is_read_at_once_without_gradients_too(only_rank, monkeypatch):
+    model, ids, lengths = tiny_model(**EVERY_OPTION), random_ids(2, 13), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 5)
+    with torch.no_grad():
+        found = model(ids, past_key_values=only_rank, logits_to_keep=2)
+        assert lengths == [13]
+        torch.testing.assert_close(found.logits, model(ids).logits[:, -2:])
+
+
+@pytest.mark.usefixtures("float64_norm_and_rope")
+def test_a_group_of_one_rank_is_one_process(only_rank):
+    for case in cases():
+        if not case.lengths and not case.autocast:
+            errors = errors_of(case, only_rank)
+            assert all(error < 1e-10 for error in errors.values()), (case.name, errors)
+
+
+def test_published_code_takes_its_piece_from_this_package(only_rank, tmp_path):
+    model, ids = tiny_model(**EVERY_OPTION), random_ids(2, 13)
+    model.save_pretrained(tmp_path / "published")
+    own_class = get_class_from_dynamic_module("modeling_infini.InfiniForCausalLM", tmp_path / "published")
+    assert not issubclass(own_class, type(model))
+    remote = own_class.from_pretrained(tmp_path / "published")
+    inputs = only_rank.shard(remote.config, input_ids=ids, labels=ids)
+    outputs = remote(**inputs, past_key_values=only_rank)
+    torch.testing.assert_close(outputs.logits, model(ids).logits)
+    assert outputs.past_key_values is None
+    # But a cache holds what its own code understands.
+    with pytest.raises(TypeError, match="must be an InfiniCache, got InfiniCache"):
+        remote(ids, past_key_values=model.new_cache())

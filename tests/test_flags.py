@@ -22,7 +22,7 @@ MODELS = [
     InfiniForTokenClassification,
     InfiniForQuestionAnswering,
 ]
-NORMS = {"memory_query_norm", "memory_key_norm"}
+NORMS = {"query_norm", "key_norm"}
 
 
 @pytest.mark.parametrize("kind", MODELS)

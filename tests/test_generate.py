@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tiny import MODES, VOCABULARY, random_ids, tiny_config, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_infini import InfiniCache, InfiniForSequenceClassification
@@ -88,6 +88,10 @@ def test_prompt_lookup_and_assisted_decoding_change_no_token(fields, delta):
     with torch.no_grad():
         near.lm_head.weight.add_(0.02 * torch.randn(near.lm_head.weight.shape))
     assert torch.equal(generate(model, ids, assistant_model=near), expected)
+    fields = {name: getattr(model.config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    llama = LlamaForCausalLM(LlamaConfig(intermediate_size=8, num_hidden_layers=1, **fields)).eval()
+    llama.generation_config.update(num_assistant_tokens=3, num_assistant_tokens_schedule="constant")
+    assert torch.equal(generate(model, ids, assistant_model=llama), expected)
 
 
 @pytest.mark.core
@@ -206,69 +210,14 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     mask[0, :9] = 0
     expected = generate(model, ids, attention_mask=mask, use_cache=False)
     lengths = []
-    model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 10)
     assert torch.equal(generate(model, ids, attention_mask=mask), expected)
     # The token whose logits are asked for, and the tokens that are generated, are on their own.
     assert lengths[:9] == [10, 10, 10, 10, 10, 10, 3, 1, 1]
     lengths.clear()
     generate(model, ids[:1], prompt_lookup_num_tokens=2)
     assert max(lengths) == 10
-
-
-def test_reading_in_chunks_keeps_packed_documents_apart(monkeypatch):
-    model, ids = generator({}), random_ids(1, 32)
-    # The second document starts where a chunk does; the first one in the middle.
-    positions = torch.cat([torch.arange(50, 70), torch.arange(12)]).unsqueeze(0)
-    with torch.no_grad():
-        expected = model(ids[:, 20:]).logits[:, -3:]
-        monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
-        found = model(ids, position_ids=positions, logits_to_keep=3)
-    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
-    assert found.past_key_values.tokens_read.item() == 12
-
-
-@both_rules
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *MODES,
-        {"learned_delta_update": True, "qk_norm": True},
-        {"memory_norm_init_scale": 2.0, "memory_write_gate": True},
-    ],
-)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("last_columns", [1, 2, 17, 40])  # with 2, the last part that is only written has one column
-def test_what_the_last_layer_leaves_out_of_a_long_prompt_is_not_missed(
-    fields, delta, padded, last_columns, monkeypatch
-):
-    model, ids = generator(fields, delta), random_ids(2, 33)
-    inputs = {"input_ids": ids, **(left_padded(ids) if padded else {})}
-    whole, in_chunks = InfiniCache(model.config), InfiniCache(model.config)
-    with torch.no_grad():
-        for cache in (whole, in_chunks):  # the prompt goes on in the middle of a segment
-            model(random_ids(2, 3, seed=1), past_key_values=cache)
-        expected = model(**inputs, past_key_values=whole).logits[:, -last_columns:]
-        monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
-        computed = []
-        model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
-        # A hook that changes a layer's output finds a tensor, whatever the layer leaves out.
-        model.model.layers[-1].register_forward_hook(lambda _, args, output: output * 1.0)
-        found = model(**inputs, past_key_values=in_chunks, logits_to_keep=last_columns).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(in_chunks.state_dict(), whole.state_dict(), atol=1e-4, rtol=1e-4)
-    assert sum(computed) == min(last_columns, 33)
-
-
-def test_a_call_that_only_writes_needs_a_cache():
-    model = generator({})
-    with pytest.raises(ValueError, match="writes_only=True needs past_key_values or use_cache=True"):
-        model.model(random_ids(1, 7), use_cache=False, writes_only=True)
-    assert model.model(random_ids(1, 7), writes_only=True).last_hidden_state is None
-    with pytest.raises(ValueError, match="computes no last hidden states"):
-        model.model(random_ids(1, 7), writes_only=True, output_hidden_states=True)
 
 
 NOT_FOR_THIS_MODEL = ["static", "offloaded", "quantized", "offloaded_static", "sliding_window", "hybrid_chunked"]
@@ -297,7 +246,7 @@ FOREIGN_CACHES = {
 
 @pytest.mark.parametrize("name", FOREIGN_CACHES)
 def test_foreign_caches_are_refused_in_the_same_words(name, monkeypatch):
-    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 10)
     model, cache = generator({}), FOREIGN_CACHES[name]
     classifier = InfiniForSequenceClassification(tiny_config())
     calls = [
@@ -334,7 +283,7 @@ def test_a_cache_without_a_use_is_refused():
 @all_modes
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_in_training_generate_needs_no_gradients(fields, use_reentrant, monkeypatch):
-    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 10)
     model, ids = generator(fields), random_ids(2, 33)
     expected = generate(model, ids)
     model.train().activation_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -82,11 +82,9 @@ def test_a_long_padded_prompt_is_read_in_chunks(fields, monkeypatch):
     model = generator(fields)
     ids, mask = padded("1" * 9 + "0" * 55, "1" * 64, "0" * 7 + "1" * 30 + "0" * 27)
     expected = alone(model, ids, mask)
-    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 10)
     lengths = []
-    model.model.register_forward_pre_hook(
-        lambda _, a, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     assert torch.equal(generate(model, ids, attention_mask=mask)[:, 64:], expected)
     assert max(lengths) == 10
     lengths.clear()
@@ -189,7 +187,7 @@ def test_a_prompt_without_a_token_is_refused():
 def test_a_large_chunk_is_read_at_once(fields, monkeypatch):
     model, ids = generator(fields), random_ids(2, 33)
     expected = generate(model, ids)
-    monkeypatch.setattr("modeling_infini.modeling_infini.PREFILL_TOKENS", 10)
+    monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 10)
     assert torch.equal(generate(model, ids, prefill_chunk_size=20), expected)
     for size in (0, -1):
         with pytest.raises(ValueError, match="must be at least 1"):

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, masks
+from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification
 from modeling_infini.training import (
     DocumentStreams,
     InfiniTrainer,
@@ -717,7 +717,7 @@ def test_streams_that_do_not_go_on_where_the_memory_stopped_are_refused(tmp_path
 def warned_of_lost_starts(run) -> bool:
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks.logger, "warning_once", said.append, raising=False)
+        patch.setattr("modeling_infini.streams.logger.warning_once", said.append, raising=False)
         run()
     return any("the starts of these are lost" in message for message in said)
 

@@ -3,14 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_infini.memory import (
-    affine_scan,
-    delta_correction,
-    exclusive_cumsum,
-    feature_map,
-    read_memory,
-    segment_write,
-)
+from modeling_infini.memory import MemoryState, delta_correction, feature_map, linear_write, read_memory, scan
 
 
 def random(*shape, seed=0):
@@ -32,25 +25,25 @@ def test_feature_map_keeps_the_digits_of_small_features():
 
 def test_an_empty_memory_reads_as_zero():
     features = feature_map(random(3, 4))
-    read = read_memory(features, torch.zeros(4, 4).double(), torch.zeros(4).double(), 1e-10)
+    read = read_memory(features, MemoryState(torch.zeros(4, 4).double(), torch.zeros(4).double()), 1e-10)
     assert torch.equal(read, torch.zeros(3, 4).double())
 
 
 def test_reading_one_written_token_gives_its_value():
     features, value = feature_map(random(1, 4)), random(1, 4, seed=1)
-    memory, normaliser = segment_write(features, value)
-    torch.testing.assert_close(read_memory(feature_map(random(1, 4, seed=2)), memory, normaliser, 1e-10), value)
+    memory = linear_write(features, value)
+    torch.testing.assert_close(read_memory(feature_map(random(1, 4, seed=2)), memory, 1e-10), value)
 
 
 @pytest.mark.core
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
-def test_the_affine_scan_equals_the_delta_rule_segment_by_segment(segments, length, seed):
+def test_the_scan_equals_the_delta_rule_segment_by_segment(segments, length, seed):
     features = feature_map(random(2, segments, length, 3, seed=seed))
     values = random(2, segments, length, 3, seed=seed + 1)
-    writes, normaliser_writes = segment_write(features, values)
+    writes, normaliser_writes = linear_write(features, values)
     empty, empty_normaliser = torch.zeros(2, 3, 3).double(), torch.zeros(2, 3).double()
-    normalisers = exclusive_cumsum(empty_normaliser, normaliser_writes)
-    scanned = affine_scan(empty, writes, delta_correction(features, normalisers[:, :-1], 1e-10))
+    normalisers = scan(empty_normaliser, normaliser_writes)
+    scanned = scan(empty, writes, delta_correction(features, normalisers[:, :-1], 1e-10))
 
     memory, normaliser = empty, empty_normaliser
     for s in range(segments):
@@ -58,7 +51,7 @@ def test_the_affine_scan_equals_the_delta_rule_segment_by_segment(segments, leng
         torch.testing.assert_close(normalisers[:, s], normaliser)
         target = values[:, s]
         if s > 0:
-            target = target - read_memory(features[:, s], memory, normaliser, 1e-10)
+            target = target - read_memory(features[:, s], MemoryState(memory, normaliser), 1e-10)
         memory = memory + features[:, s].transpose(1, 2) @ target
         normaliser = normaliser + features[:, s].sum(1)
     torch.testing.assert_close(scanned[:, segments], memory)

@@ -260,7 +260,7 @@ def test_gates_and_norms_of_a_half_model_are_made_in_float32():
         torch.set_default_dtype(default)
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.weight.dtype == torch.bfloat16
-    exact = (attention.head_gates, attention.memory_query_norm, attention.memory_key_norm)
+    exact = (attention.head_gates, attention.memory.query_norm, attention.memory.key_norm)
     assert [module.weight.dtype for module in exact] == [torch.float32] * 3
 
 

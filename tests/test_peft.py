@@ -95,7 +95,7 @@ def test_adapters_of_all_linear_layers_are_merged_write_gates_included():
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(tiny_model(memory_write_gate=True, learned_delta_update=True), config)
-    assert "lora" in str(model.base_model.model.model.layers[0].self_attn.memory_write_gate)
+    assert "lora" in str(model.base_model.model.model.layers[0].self_attn.memory.write_gate)
     expected = logits_of(model)
     torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
 

@@ -23,7 +23,7 @@ from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
 PASSKEY_MODEL = Path(__file__).parent.parent / "checkpoints" / "passkey"
-OF_THE_MEMORY = [r".*\.write_strength", r".*\.memory_write_gate"]
+OF_THE_MEMORY = [r".*\.write_strength", r".*\.write_gate"]
 KEPT = ["lm_head", *OF_THE_MEMORY]
 PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 PROJECTIONS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -116,7 +116,7 @@ def test_write_gates_that_are_rounded_are_gates_still(folder):
     model, expected = (InfiniForCausalLM.from_pretrained(folder) for _ in range(2))
     quanto.quantize(model, weights=quanto.qint8, include=["*write_gate"])
     quanto.freeze(model)
-    assert "QLinear" in type(model.model.layers[0].self_attn.memory_write_gate).__name__
+    assert "QLinear" in type(model.model.layers[0].self_attn.memory.write_gate).__name__
     with torch.no_grad():
         assert relative_error(model(ids).logits, expected(ids).logits) < 0.05
 

@@ -130,9 +130,9 @@ def test_registering_the_name_of_the_class_adds_no_other_model():
 def test_bf16_autocast_trains_in_bfloat16_and_remembers_in_float32(tmp_path, monkeypatch, fields):
     dtypes = set()
 
-    def read_memory(features, memory, normaliser, eps):
-        dtypes.update({features.dtype, memory.dtype, normaliser.dtype})
-        return read(features, memory, normaliser, eps)
+    def read_memory(features, memory, eps):
+        dtypes.update({features.dtype, memory.matrix.dtype, memory.normaliser.dtype})
+        return read(features, memory, eps)
 
     read = modeling_infini.modeling_infini.read_memory
     monkeypatch.setattr(modeling_infini.modeling_infini, "read_memory", read_memory)

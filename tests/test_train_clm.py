@@ -92,7 +92,7 @@ def test_lora_trains_every_part_of_the_memory(tmp_path):
     model, _ = train_clm.load_model(train_clm.ModelArguments(model=str(tmp_path), lora_rank=2), [], "text")
     base = {name for name, _ in tiny_model().named_parameters()}
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    for part in ("head_gates", "memory_write_gate", "memory_query_norm", "memory_key_norm", "write_strength"):
+    for part in ("head_gates", "write_gate", "query_norm", "key_norm", "write_strength"):
         assert any(f"{part}.modules_to_save" in name for name in trained), part
     of_memory = [name for name, _ in tiny_model(**fields).named_parameters() if name not in base]
     assert len(of_memory) == len([name for name in trained if "modules_to_save" in name and "head_gates" not in name])

@@ -44,7 +44,7 @@ def test_backward_adds_the_gradient_of_the_penalty():
     for hook in hooks:
         hook.remove()
     penalty = sum(
-        write_penalty(logsigmoid(states @ layer.memory_write_gate.weight.T + layer.memory_write_gate.bias), MARGIN)
+        write_penalty(logsigmoid(states @ layer.memory.write_gate.weight.T + layer.memory.write_gate.bias), MARGIN)
         for layer, states in zip(layers, seen)
     )
     (WEIGHT * penalty).backward()
@@ -72,7 +72,7 @@ def test_chunks_that_run_backward_by_themselves_have_it_too():
     with sparse_writes(model, WEIGHT):
         backpropagate(model, inputs, chunk_segments=2)
     found = gradients(model)
-    name = "model.layers.0.self_attn.memory_write_gate.bias"
+    name = "model.layers.0.self_attn.memory.write_gate.bias"
     assert (found[name] > plain[name]).all()
 
 
@@ -118,7 +118,7 @@ def test_a_model_that_was_compiled_before_has_it_too():
         expected = gradients(model)
         compiled(ids, labels=ids, use_cache=False).loss.backward()
         found = gradients(model)
-    name = "model.layers.0.self_attn.memory_write_gate.bias"
+    name = "model.layers.0.self_attn.memory.write_gate.bias"
     torch.testing.assert_close(found[name], expected[name])
 
 

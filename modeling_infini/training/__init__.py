@@ -1,7 +1,7 @@
 """Training of Infini-attention models: nothing of it is published with a model, which does not import it."""
 
-from ..context_parallel import ContextParallel
 from .backpropagation import backpropagate, loss_in_chunks
+from .context_parallel import ContextParallel
 from .documents import DocumentStreams, collate_documents, load_documents, tokenize_documents
 from .trainer import InfiniTrainer, InfiniTrainingArguments, last_whole_checkpoint
 from .write_sparsity import sparse_writes

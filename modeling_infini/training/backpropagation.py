@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import TransformersKwargs
 
 from ..cache import InfiniCache
-from ..masks import PACKING_ARGUMENTS, checked_targets, labels_of, split_call, warn_of_lost_start
+from ..streams import PACKING_ARGUMENTS, columns_tokens_last, split_call, targets, warn_of_lost_start
 from .write_sparsity import part_of_row
 
 
@@ -38,7 +39,7 @@ ComputeLoss = Callable[[dict], tuple[torch.Tensor, dict]]
 
 
 # What the forward takes and a sequence has not: it says what to do with one call.
-OF_A_CALL = ("past_key_values", "cache", "num_items_in_batch", "logits_to_keep", "context_parallel", "tokens_last")
+OF_A_CALL = ("past_key_values", "cache", "num_items_in_batch", "logits_to_keep", "tokens_last", "chunk_length")
 
 
 def infini_module(model: nn.Module) -> Any:
@@ -110,6 +111,44 @@ def chunk_lengths(
             lengths[-1].append(end - done)
             done = end
     return lengths
+
+
+def labels_of(targets: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The labels `(B, T)` whose [`targets`] these are; -100 for each row's first token, which nothing predicts."""
+    if attention_mask is None:
+        return F.pad(targets[:, :-1], (1, 0), value=-100)
+    columns = columns_tokens_last(attention_mask, targets.shape[1])
+    of_tokens = F.pad(targets.gather(1, columns)[:, :-1], (1, 0), value=-100)
+    return torch.full_like(targets, -100).scatter(1, columns, of_tokens)
+
+
+def checked_targets(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """
+    `shift_labels`, or else the [`targets`] of `labels`, for inputs of `shape` `(B, T)`; one of the two is given.
+
+    Raises:
+        ValueError: if a shape is another one, or if both are given and contradict each other.
+    """
+    for states in (labels, shift_labels):
+        if states is not None and states.shape != shape:
+            raise ValueError(f"labels are of shape {tuple(states.shape)}, but the inputs of {tuple(shape)}.")
+    if labels is None:
+        return shift_labels
+    expected = targets(labels, attention_mask)
+    if shift_labels is None:
+        return expected
+    # The label after the last column is known to shift_labels alone.
+    if not torch.equal(expected[:, :-1], shift_labels[:, :-1]):
+        raise ValueError(
+            "labels and shift_labels contradict each other: shift_labels must be the labels, one column to the left, "
+            "or further over padding, which predicts nothing. Leave one of them out."
+        )
+    return shift_labels
 
 
 def prepared_inputs(inputs: Inputs) -> Inputs:

@@ -26,7 +26,7 @@ from transformers.training_args import OptimizerNames
 
 from ..cache import CACHE_NAME, InfiniCache
 from ..configuration_infini import copy_whole
-from ..masks import has_columns, targets
+from ..streams import has_columns, targets
 from .backpropagation import (
     backpropagate,
     has_own_loss,
@@ -371,7 +371,7 @@ class InfiniTrainer(Trainer):
         padding = {"labels": -100, "shift_labels": -100}
         return {
             name: F.pad(states, (0, 0) * (states.dim() - 2) + (0, longest - length), value=padding.get(name, 0))
-            if has_columns(states, *inputs["shift_labels"].shape)
+            if has_columns(states, inputs["shift_labels"].shape)
             else states
             for name, states in inputs.items()
         }

@@ -76,7 +76,7 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
         raise ValueError(f"weight={weight} and margin={margin} must not be negative: nothing is to be written more.")
     layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
     # What wraps them included, as PEFT does.
-    gates = [layer.memory_write_gate for layer in layers if layer.config.memory_write_gate]
+    gates = [layer.memory.write_gate for layer in layers if layer.config.memory_write_gate]
     if not gates:
         raise TypeError("The model has no write gates: make it with memory_write_gate=True.")
 

@@ -172,7 +172,7 @@ def main(folder: str) -> None:
         save_file(results, path / f"results-{rank}.safetensors")
         model.save_pretrained(path / "saved")
     # Prompts of more than a segment are read in several calls, where that is allowed.
-    modeling_infini.PREFILL_TOKENS = 1
+    modeling_infini.PIECE_TOKENS = 1
     for path in sorted(Path(folder, "rows").iterdir()):
         model = load(path, fsdp_size=world)
         save_file(of_rows(model) | conversation(model.eval(), rank), path / f"fsdp2-{rank}.safetensors")

@@ -17,31 +17,25 @@ what is ready and was made last: it is the reverse order on every rank, as long 
 each exchange. So what a rank does not use of one (rank 0 has nothing before it), it uses with weight 0.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import distributed
 from torch.autograd.function import once_differentiable
 
-from .cache_layer import KeyStates, MemoryState, Window, keep, local_window, segment_writes
-from .configuration_infini import InfiniConfig
-from .masks import checked_targets, streams_of_call
-from .memory import affine_prefixes, affine_scan, apply_correction, delta_correction, exclusive_cumsum
-from .streams import AlignedLayout, SegmentLayout
+from ..cache import Past
+from ..cache_layer import LayerPast, TokenStates
+from ..configuration_infini import InfiniConfig
+from ..memory import apply_correction, scan
+from ..streams import AlignedLayout, SegmentLayout, streams_of_call
+from .backpropagation import checked_targets
 
 
-IGNORED_LABEL = -100
-
-
-class ContextParallel:
+class ContextParallel(Past):
     """
     The ranks that share a sequence, and what they say to each other.
 
         context_parallel = ContextParallel()
         outputs = model(
-            **context_parallel.shard(model.config, input_ids=ids, labels=ids),
-            context_parallel=context_parallel,
-            use_cache=False,
+            **context_parallel.shard(model.config, input_ids=ids, labels=ids), past_key_values=context_parallel
         )
         outputs.loss.backward()
         context_parallel.reduce_gradients(model)
@@ -104,9 +98,9 @@ class ContextParallel:
             raise ValueError("ContextParallel.shard needs exactly one of input_ids or inputs_embeds.")
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         batch_size, length = next(iter(inputs.values())).shape[:2]
-        tokens, restarts = streams_of_call(attention_mask, position_ids, batch_size, length, None)
+        is_token, restarts = streams_of_call(attention_mask, position_ids, (batch_size, length), None)
         _refuse_ragged(
-            has_padding=tokens is not None and not bool(tokens.all()),
+            has_padding=is_token is not None and not bool(is_token.all()),
             has_restarts=restarts is not None and bool(restarts.any()),
         )
 
@@ -114,7 +108,7 @@ class ContextParallel:
             shift_labels = checked_targets(labels, shift_labels, None, (batch_size, length))
             inputs["shift_labels"] = shift_labels
             if num_items_in_batch is None:
-                num_items_in_batch = (shift_labels != IGNORED_LABEL).sum().clamp(min=1)
+                num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
         start, end = (self._first_column(rank, length, config.segment_length) for rank in (self.rank, self.rank + 1))
         sharded: dict[str, torch.Tensor | int] = {
             name: states[:, start:end].contiguous() for name, states in inputs.items()
@@ -148,56 +142,32 @@ class ContextParallel:
                     parameter.grad = torch.zeros_like(parameter)
                 distributed.all_reduce(parameter.grad, group=self.group)
 
-    def check_call(self, has_cache: bool, wants_attentions: bool) -> None:
-        if has_cache:
-            raise ValueError(
-                "context_parallel reads a whole sequence in one call, without a cache: call the model with "
-                "use_cache=False and no past_key_values."
-            )
-        if wants_attentions:
-            raise ValueError(
-                "context_parallel cannot return attention weights, whose columns are those of all ranks: leave "
-                "output_attentions out."
-            )
-
     def check_targets(
         self, labels: torch.Tensor | None, has_targets: bool, num_items_in_batch: torch.Tensor | int | None
     ) -> None:
         if labels is not None:
             raise ValueError(
-                "With context_parallel, the target of a piece's last token is on the next rank. Pass shift_labels "
+                "With ContextParallel, the target of a piece's last token is on the next rank. Pass shift_labels "
                 "instead of labels: ContextParallel.shard makes them."
             )
         if has_targets and num_items_in_batch is None:
             raise ValueError(
-                "With context_parallel, a loss needs num_items_in_batch, the number of targets on all ranks: "
+                "With ContextParallel, a loss needs num_items_in_batch, the number of targets on all ranks: "
                 "ContextParallel.shard counts it."
             )
 
-    def has_read(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """Whether rows have tokens before this rank's piece, `(B,)`: at an id of 0, a document would start there."""
-        return torch.full((batch_size,), self.rank > 0, device=device)
-
-    def plan(
-        self,
-        shape: tuple[int, int],
-        tokens: torch.Tensor | None,
-        restarts: torch.Tensor | None,
-        config: InfiniConfig,
-        device: torch.device,
-    ) -> AlignedLayout:
+    def plan_call(self, attention_mask, position_ids, shape, config, device, packing):
         """
         The layout of this rank's piece. The ranks tell each other what they hold: if it does not fit together, all
-        of them raise, and none is left waiting for the others.
-
-        Args:
-            shape: `(B, T)` of this rank's piece.
-            tokens, restarts: `(B, T)` bool, see [`plan_segments`]; no padding and no restart are allowed.
+        of them raise, and none is left waiting for the others. Arguments as those of [`streams.plan_call`].
 
         Raises:
             ValueError: padding, packed documents, different numbers of rows, or a piece that is not of whole segments.
         """
-        has_padding = tokens is not None and not bool(tokens.all())
+        # At an id of 0, a document would start where rows have tokens before this piece.
+        tokens_read = torch.full((shape[0],), int(self.rank > 0), device=device)
+        is_token, restarts = streams_of_call(attention_mask, position_ids, shape, tokens_read, packing)
+        has_padding = is_token is not None and not bool(is_token.all())
         has_restarts = restarts is not None and bool(restarts.any())
         piece = torch.tensor([*shape, has_padding, has_restarts], device=device)
         batch_sizes, lengths, are_padded, restart = self.gather(piece).T.tolist()
@@ -209,11 +179,18 @@ class ContextParallel:
                 f"Every rank but the last must hold whole segments of segment_length={config.segment_length} tokens, "
                 f"but the ranks hold {lengths} tokens. Split batches with ContextParallel.shard."
             )
-        start = sum(lengths[: self.rank])
-        layout = AlignedLayout(*shape, start, config.segment_length, config.num_sink_tokens, device)
-        # Where rank 0 has one segment only, it reads (with weight 0) as the others do, lest it miss their collectives.
-        layout.reads_past = True
-        return layout
+        # Where rank 0 has one segment only, it reads (with weight 0) as the others do: else it would miss their
+        # collectives.
+        return AlignedLayout(shape, sum(lengths[: self.rank]), config, device, reads_past=True)
+
+    def window_columns(self, layout, shape):
+        raise ValueError(
+            "ContextParallel cannot return attention weights, whose columns are those of all ranks: leave "
+            "output_attentions out."
+        )
+
+    def begin_call(self, layout, is_checkpointed):
+        return [PieceOfLayer(self)] * layout.config.num_hidden_layers
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """What each rank holds, `(...)`, to all ranks: `(size, ...)`. Not differentiable."""
@@ -253,13 +230,13 @@ class ContextParallel:
 def _refuse_ragged(has_padding: bool, has_restarts: bool) -> None:
     if has_padding:
         raise ValueError(
-            "context_parallel takes rows without padding (attention_mask has zeros). Pack rows of equal length, or "
-            "train without context_parallel."
+            "ContextParallel takes rows without padding (attention_mask has zeros). Pack rows of equal length, or "
+            "train without it."
         )
     if has_restarts:
         raise ValueError(
-            "context_parallel takes one document per row (position_ids restart). Split packed documents into rows, or "
-            "train without context_parallel."
+            "ContextParallel takes one document per row (position_ids restart). Split packed documents into rows, or "
+            "train without it."
         )
 
 
@@ -294,7 +271,7 @@ class MapsOfEarlier(torch.autograd.Function):
         rank = context_parallel.rank
         maps = context_parallel.gather(torch.cat([writes, corrections], -1)).movedim(0, 1)
         all_writes, all_corrections = maps.tensor_split([writes.shape[-1]], -1)
-        start = affine_scan(torch.zeros_like(writes), all_writes[:, :rank], all_corrections[:, :rank])[:, -1]
+        start = scan(torch.zeros_like(writes), all_writes[:, :rank], all_corrections[:, :rank])[:, -1]
         ctx.context_parallel = context_parallel
         ctx.save_for_backward(start, all_corrections[:, rank + 1 :].clone())
         return start
@@ -306,7 +283,7 @@ class MapsOfEarlier(torch.autograd.Function):
         context_parallel = ctx.context_parallel
         gradients_after = context_parallel.gather(gradient)[context_parallel.rank + 1 :].movedim(0, 1)
         transposed = corrections_after.flip(1).transpose(-1, -2)
-        of_writes = affine_scan(torch.zeros_like(gradient), gradients_after.flip(1), transposed)[:, -1]
+        of_writes = scan(torch.zeros_like(gradient), gradients_after.flip(1), transposed)[:, -1]
         return of_writes, -apply_correction(of_writes, start.transpose(-1, -2)), None
 
 
@@ -342,69 +319,35 @@ class FromFirst(torch.autograd.Function):
         return ctx.context_parallel.reduce(gradient), None
 
 
-class PastOfPiece(NamedTuple):
-    """The segment before a rank's piece and the sinks; where a call on a cache has the cache's layer."""
+class PieceOfLayer(LayerPast):
+    """What a layer goes on from in this rank's piece: the segment before it, the sinks, and the memory so far."""
 
-    window: Window
-    first_tokens: Window
+    def __init__(self, context_parallel: ContextParallel):
+        self.context_parallel = context_parallel
 
-    def rings(self) -> tuple[torch.Tensor | None, ...]:
-        """As of a cache layer. A piece starts with a segment: nobody sees older tokens at their own angles."""
-        return None, self.window.keys, self.window.values
+    def slots(self, states: TokenStates, layout: SegmentLayout):
+        if not layout.config.is_sliding:
+            return None, None
+        sinks, length = layout.config.num_sink_tokens, layout.config.segment_length
+        both = torch.cat(states[:2], -1)
+        slots = FromLeft.apply(both[:, -length:], length, self.context_parallel)
+        if sinks:
+            # The last piece may have fewer tokens, and receives as many.
+            first = both[:, torch.arange(sinks, device=both.device).clamp(max=both.shape[1] - 1)]
+            slots = torch.cat([FromFirst.apply(first, self.context_parallel), slots], 1)
+        return slots.chunk(2, -1)
 
-    def sinks(self) -> Window:
-        return self.first_tokens
+    def first_normaliser(self, added, layout):
+        return SumOfEarlier.apply(added.sum(1), self.context_parallel)
 
-
-def window_of_piece(
-    keys: KeyStates, values: torch.Tensor, layout: SegmentLayout, context_parallel: ContextParallel
-) -> Window:
-    """
-    The local window of each segment of this rank's piece; see [`local_window`].
-
-    Args:
-        keys, values: of the piece, `(B, T, kv_heads, head_dim)`.
-    """
-    if keys.next is None:
-        return local_window(keys, values, layout, None)
-    head_dim, length = values.shape[-1], layout.segment_length
-    newest = torch.cat([keys.next[:, -length:], values[:, -length:]], -1)
-    past = sinks = Window(*FromLeft.apply(newest, length, context_parallel).split(head_dim, -1))
-    if keys.sinks is not None:
-        first_tokens = torch.cat([keys.sinks, layout.sinks(values)], -1)
-        sinks = Window(*FromFirst.apply(first_tokens, context_parallel).split(head_dim, -1))
-    return local_window(keys, values, layout, PastOfPiece(past, sinks))
+    def first_matrix(self, added, corrections, layout):
+        if corrections is None:
+            return SumOfEarlier.apply(added.sum(1), self.context_parallel)
+        # A piece maps M to writes + M - corrections M. I - corrections is the product of those of its segments, so
+        # that corrections are a state with those of segments for writes.
+        both = torch.cat([added, corrections], -1)
+        total = scan(torch.zeros_like(both[:, 0]), both, corrections)[:, -1]
+        return MapsOfEarlier.apply(*total.tensor_split([added.shape[-1]], -1), self.context_parallel)
 
 
-def memory_of_piece(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    layout: SegmentLayout,
-    context_parallel: ContextParallel,
-    config: InfiniConfig,
-    write_strength: torch.Tensor | None = None,
-) -> MemoryState:
-    """
-    The memory before each segment `(G, ...)` of this rank's piece: scanned from an empty one, all ranks at once, and
-    corrected by what the ranks before have written.
-
-    Args:
-        keys: without RoPE, `(B, T, kv_heads, head_dim)`.
-        values: `(B, T, kv_heads, head_dim)`.
-        write_strength: beta of each token, `(B, T, kv_heads)`; `None` is 1.
-    """
-    features, strength, writes = segment_writes(keys, values, layout, write_strength)
-    writes = MemoryState(*(keep(write, layout.complete) for write in writes))
-    if not config.use_mem_delta_rule:
-        total = torch.cat([writes.memory, writes.normaliser.unsqueeze(-1)], -1).sum(1)
-        start = SumOfEarlier.apply(total, context_parallel)
-        starts = MemoryState(start[..., :-1], start[..., -1])
-        return MemoryState(*(layout.by_segment(exclusive_cumsum(*pair)[:, :-1]) for pair in zip(starts, writes)))
-
-    start_normaliser = SumOfEarlier.apply(writes.normaliser.sum(1), context_parallel)
-    normaliser = layout.by_segment(exclusive_cumsum(start_normaliser, writes.normaliser)[:, :-1])
-    corrections = layout.by_stream(delta_correction(features, normaliser, config.memory_eps, strength))
-    memories, corrections = affine_prefixes(writes.memory, keep(corrections, layout.complete))
-    start_memory = MapsOfEarlier.apply(memories[:, -1], corrections[:, -1], context_parallel).unsqueeze(1)
-    before = memories[:, :-1] + start_memory - apply_correction(corrections[:, :-1], start_memory)
-    return MemoryState(layout.by_segment(before), normaliser)
+__all__ = ["ContextParallel"]

@@ -1,1 +1,0 @@
-../../modeling_infini/cache_files.py

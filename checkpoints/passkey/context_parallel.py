@@ -1,1 +1,0 @@
-../../modeling_infini/context_parallel.py

@@ -1,0 +1,1 @@
+../../modeling_infini/local_attention.py

@@ -1,1 +1,0 @@
-../../modeling_infini/rotary.py

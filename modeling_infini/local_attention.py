@@ -1,0 +1,117 @@
+"""
+What a token sees locally: the angles of RoPE in its window, and the mask over it.
+
+Angles are taken at places relative to the first token of the segment that reads: none grows with the length of a
+stream. In `"sliding"`, keys are kept without RoPE, and the slots of a window are rotated where they are read. In
+`"segment"`, a token is seen at one place alone, and its key is kept as it is seen there.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import is_flash_attention_requested
+
+from .configuration_infini import InfiniConfig
+from .streams import Layout
+
+
+# cos, and sin with the signs of rotate_half: negative in the first half of the head; `(..., head_dim)` each.
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class RotaryAngles(NamedTuple):
+    """
+    cos and sin of the queries of a segment, `(G or 1, query_length, head_dim)` each; and of keys: in `"sliding"` of
+    the slots of its window, `(G or 1, window, head_dim)`, in `"segment"` of the tokens of the call,
+    `(B or 1, T, head_dim)`.
+    """
+
+    queries: Angles
+    keys: Angles
+
+
+def rotate(states: torch.Tensor, angles: Angles) -> torch.Tensor:
+    """RoPE of `states` `(G, slots, heads, head_dim)`, bit for bit Llama's, in their dtype (autocast has another)."""
+    cos, sin = (table.unsqueeze(2) for table in angles)
+    half, dtype, states = states.shape[-1] // 2, states.dtype, states.to(cos.dtype)
+    rotated = states * cos
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # A roll for Llama's rotate_half, whose two slices autograd would pad with zeros and add up.
+        return (rotated + states.roll(half, -1) * sin).to(dtype)
+    # Each decode step rotates a window: fewer passes, and the strides of `states`, which attention wants.
+    rotated[..., :half] += states[..., half:] * sin[..., :half]
+    rotated[..., half:] += states[..., :half] * sin[..., half:]
+    return rotated.to(dtype)
+
+
+def angle_table(rotary_embedding: LlamaRotaryEmbedding, config: InfiniConfig, states: torch.Tensor) -> Angles:
+    """
+    The angles at all places relative to a segment's first token, `(K, head_dim)`: from the first sink to the last
+    token of the segment. In the dtype and on the device of `states`.
+    """
+    first = -config.segment_length - config.num_sink_tokens if config.is_sliding else 0
+    positions = torch.arange(first, config.segment_length, device=states.device).unsqueeze(0)
+    cos, sin = (table.squeeze(0) for table in rotary_embedding(states, positions))
+    left, right = sin.chunk(2, -1)
+    return cos, torch.cat([-left, right], -1)
+
+
+def angles_of_call(table: Angles, layout: Layout) -> RotaryAngles:
+    """The angles of a call, looked up in an [`angle_table`]."""
+    origin = table[0].shape[0] - layout.config.segment_length
+    keys = layout.window_positions if layout.config.is_sliding else layout.token_positions
+    places = (layout.query_positions + origin, keys + origin)
+    return RotaryAngles(*((table[0][place], table[1][place]) for place in places))
+
+
+def local_attention_mask(config: InfiniConfig, layout: Layout, states: torch.Tensor):
+    """
+    What the queries of each segment see of its window (sinks, segment before, own tokens), in the format of the
+    attention backend: its own mask function makes it, as for any model.
+
+    Args:
+        states: any tensor with the dtype and device of the attention.
+    """
+    implementation, is_flash = config._attn_implementation, is_flash_attention_requested(config)
+    sinks, segment_length = config.num_sink_tokens, config.segment_length
+    if is_flash and sinks:
+        raise ValueError(
+            f'attn_implementation="{implementation}" cannot express attention sinks (num_sink_tokens={sinks}). Use '
+            '"sdpa" or "flex_attention".'
+        )
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f'attn_implementation="{implementation}" has no mask function: register one with '
+            "transformers.AttentionMaskInterface.register, under the same name."
+        )
+
+    queries, window = layout.query_positions, layout.window_positions
+    sees, padding_mask, batch_size = causal_mask_function, None, 1
+    if layout.sees_past:
+        start = layout.segment_index * segment_length
+        batch_size, is_by_row = start.shape[0], window.shape[0] > 1
+
+        def sees(batch, head, query, slot):
+            row = batch * is_by_row
+            query, position = queries[row, query - layout.query_start], window[row, slot]
+            in_window = (start[batch] + position >= 0) & (position <= query) & (query - position < segment_length)
+            return torch.where(slot < sinks, start[batch] + query - slot >= segment_length, in_window)
+
+        if is_flash:
+            padding_mask = (start.unsqueeze(1) + window >= 0) & (window <= queries[:, -1:])
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        batch_size=batch_size,
+        q_length=queries.shape[1],
+        kv_length=window.shape[1],
+        q_offset=layout.query_start,
+        kv_offset=0,
+        mask_function=sees,
+        attention_mask=padding_mask,
+        allow_is_causal_skip=not layout.sees_past,
+        dtype=states.dtype,
+        device=states.device,
+        config=config,
+    )
