@@ -622,7 +622,7 @@ def test_page_reads_a_text_answers_and_keeps_its_memory(page, address, tmp_path)
     shows(page, "#status", "Read the pasted text")
     status = page.locator("#status").inner_text()
     assert re.search(r"6,000\s+of 6,000 tokens\s+[\d,]+\s+tokens/s", status)
-    assert re.search(r"0\.43 MB, whatever the length\s+A KV cache\s+18\.4 MB, growing", status)
+    assert re.search(r"0\.33 MB, whatever the length\s+A KV cache\s+18\.4 MB, growing", status)
     for plot in ("#gates img", "#norms img"):
         page.wait_for_function(f"document.querySelector('{plot}')?.naturalWidth > 300")
 
