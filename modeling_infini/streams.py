@@ -211,7 +211,8 @@ def _check_packing(
         if name == "seq_idx":
             numbers = packing[name].expand_as(restarts) + 1
         else:
-            numbers = torch.bucketize(columns, packing[name].flatten().long(), right=True).view_as(restarts)
+            starts = packing[name].flatten().long().sort().values
+            numbers = torch.bucketize(columns, starts, right=True).view_as(restarts)
         if is_token is not None:
             numbers = numbers * is_token
         previous = _newest_before(numbers)

@@ -227,6 +227,10 @@ def test_what_says_that_sequences_are_packed_is_held_to_the_position_ids(length)
         for name in ("cu_seq_lens_q", "seq_idx"):
             with pytest.raises(ValueError, match=f"{name} and position_ids disagree"):
                 model(ids, position_ids=torch.arange(length)[None], logits_to_keep=1, **{name: packing[name]})
+        # Starts in any order.
+        positions = torch.arange(8).unsqueeze(0)
+        with pytest.raises(ValueError, match="cu_seq_lens_q and position_ids disagree"):
+            model(ids[:, :8], position_ids=positions, cu_seq_lens_q=torch.tensor([0, 8, 3]))
 
 
 def test_a_long_call_numbers_its_documents_as_its_chunks_would():
