@@ -35,17 +35,13 @@ def live_states(cache):
     in_segment = slots < read % length
     was_written = (read - 1 - slots) // length * length + slots >= 0
     in_window = was_written & (read > 0)
-    is_sink = torch.arange(sinks) < read
+    is_live = torch.cat([torch.arange(sinks) < read, in_window if config.is_sliding else in_segment], 1)
     for name, state in cache.state_dict().items():
         kind = name.split(".")[-1]
-        if kind == "keys":
-            state = state[:, :, sinks:] * in_segment[:, None, :, None]
-        elif kind in ("next_keys", "values"):
-            ring = in_window if config.is_sliding else in_segment
-            state = state * torch.cat([is_sink, ring], 1)[:, None, :, None]
+        if kind in ("keys", "values"):
+            state = state * is_live[:, None, :, None]
         elif kind == "slot_columns":
-            ring = in_window if config.is_sliding else in_segment
-            state = state * torch.cat([is_sink, ring], 1)
+            state = state * is_live
         states[name] = state
     return states
 
