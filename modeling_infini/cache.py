@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 CACHE_FILE = "infini_cache.safetensors"
 FORMAT = "infini_cache"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FIELDS = {"format_version": (int,), "model": (dict,), "weights": (str, type(None))}
 REMEDY = f"This code reads version {FORMAT_VERSION}: read the text again with the model, and save the cache anew."
 # Bytes of a header that no cache needs: Python's objects take many times the room of the JSON that they are read from.
@@ -125,7 +125,8 @@ class Past:
 
     def begin_call(self, layout: Layout, is_checkpointed: bool) -> Sequence[LayerPast | CheckpointedLayer]:
         """What each layer goes on from; with `is_checkpointed`, a layer may run again."""
-        return [LayerPast()] * layout.config.num_hidden_layers
+        config = layout.config
+        return [LayerPast(layer in config.layers_with_memory) for layer in range(config.num_hidden_layers)]
 
     def finish_call(self, layout: Layout, length: int, layers: Sequence[LayerPast | CheckpointedLayer]) -> None:
         """Counts a call that all `layers` of `begin_call` have read."""
@@ -162,7 +163,7 @@ class InfiniCache(Past, Cache):
     max_cache_len = -1
 
     def __init__(self, config: InfiniConfig):
-        Cache.__init__(self, layers=[InfiniCacheLayer(config) for _ in range(config.num_hidden_layers)])
+        Cache.__init__(self, layers=[InfiniCacheLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.config = config
         self.memory_fields = config.memory_fields()
         self._recording: _Recording | None = None

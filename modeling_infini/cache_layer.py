@@ -8,10 +8,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_infini import InfiniConfig
 from .memory import (
+    FEATURE_MAPS,
     MemoryState,
     apply_correction,
     delta_correction,
-    feature_map,
     linear_write,
     memory_dtype,
     read_memory,
@@ -27,7 +27,7 @@ class TokenStates(NamedTuple):
 
     Attributes:
         keys, values: `(B, T, kv_heads, head_dim)`, keys without RoPE in `"sliding"`, rotated in `"segment"`.
-        memory_keys: as the memory gets them; `None`: as `keys`.
+        memory_keys: as the feature map of the memory gets them, `(B, T, kv_heads, ...)`; `None`: as `keys`.
         write_strength: beta, `(B, T, kv_heads)`; `None` is 1.
     """
 
@@ -56,12 +56,13 @@ def written_states(
     states: TokenStates, layout: DecodeLayout | SegmentLayout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
-    What the tokens of each segment write: sigma(K) `(G, kv_heads, query_length, head_dim)`, zero where there is no
-    token; V of the same shape; and beta `(G, kv_heads, query_length, 1)`, `None` is 1.
+    What the tokens of each segment write: their features `(G, kv_heads, query_length, key_dim)`, zero where there is
+    no token; V `(G, kv_heads, query_length, head_dim)`; and beta `(G, kv_heads, query_length, 1)`, `None` is 1.
     """
     keys = states.keys if states.memory_keys is None else states.memory_keys
     dtype = memory_dtype(keys.dtype)
     # Contiguous: else each product of the features makes a copy that autograd keeps.
+    feature_map = FEATURE_MAPS[layout.config.memory_feature_map]
     features = feature_map(layout.to_segments(keys).transpose(1, 2).to(dtype).contiguous())
     if layout.written is not None:
         features = features * layout.written[:, None, :, None]
@@ -94,15 +95,22 @@ class LayerPast:
     """
     What a layer goes on from in a call: here, nothing was read before, and the call is not kept. Others say what was
     read ([`InfiniCacheLayer`], and the other ranks of a sequence that is split over several).
+
+    Attributes:
+        has_memory: whether the layer writes and reads a memory, or sees its window alone.
     """
+
+    def __init__(self, has_memory: bool):
+        self.has_memory = has_memory
 
     def update(self, states: TokenStates, layout: SegmentLayout) -> tuple[Window, MemoryState | None]:
         """
-        What each segment of a call sees: its local window, and the memory before it, `None` if all are the first ones
-        of their streams.
+        What each segment of a call sees: its local window, and the memory before it, `None` if the layer has none or
+        all are the first ones of their streams.
         """
         window = Window(*map(layout.windows, states[:2], self.slots(states, layout)))
-        return window, self.scan(states, layout).before(layout) if layout.reads_past else None
+        reads_memory = self.has_memory and layout.reads_past
+        return window, self.scan(states, layout).before(layout) if reads_memory else None
 
     def slots(self, states: TokenStates, layout: SegmentLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Keys and values of the slots before the call, `(B, num_sink_tokens + N, kv_heads, head_dim)`; or `None`."""
@@ -149,23 +157,25 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
     Attributes:
         keys, values: `(batch, kv_heads, num_sink_tokens + N, head_dim)`: the sinks, and a ring of the last N tokens,
             with the token at position p in slot num_sink_tokens + p mod N. Keys are as in [`TokenStates`].
-        memory, normaliser: M `(batch, kv_heads, head_dim, head_dim)` and z `(batch, kv_heads, head_dim)` over the
-            complete segments; float32, or float64 in a float64 model.
+        memory, normaliser: M `(batch, kv_heads, key_dim, head_dim)` and z `(batch, kv_heads, key_dim)` over the
+            complete segments; float32, or float64 in a float64 model. These and the next two: in a layer with memory.
         pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
         record: while recording, the last calls.
     """
 
     is_croppable = True
 
-    STATES = ("keys", "values", "memory", "normaliser", "pending_memory", "pending_normaliser")
+    WINDOW_STATES = ("keys", "values")
+    MEMORY_STATES = ("memory", "normaliser", "pending_memory", "pending_normaliser")
 
     memory: torch.Tensor
     normaliser: torch.Tensor
     pending_memory: torch.Tensor
     pending_normaliser: torch.Tensor
 
-    def __init__(self, config: InfiniConfig):
-        super().__init__()
+    def __init__(self, config: InfiniConfig, layer_idx: int):
+        CacheLayerMixin.__init__(self)
+        LayerPast.__init__(self, layer_idx in config.layers_with_memory)
         self.config = config
         self.record: list[TokenStates] | None = None
         self._is_shared_with_graph = False
@@ -183,13 +193,14 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         """Empty states for keys and values of `(batch, kv_heads, any, head_dim)`."""
         batch, heads, _, head_dim = key_states.shape
         slots = self.config.num_sink_tokens + self.config.segment_length
-        dtype = memory_dtype(key_states.dtype)
         self.keys = key_states.new_zeros(batch, heads, slots, head_dim)
         self.values = value_states.new_zeros(batch, heads, slots, head_dim)
-        self.memory = key_states.new_zeros(batch, heads, head_dim, head_dim, dtype=dtype)
-        self.normaliser = key_states.new_zeros(batch, heads, head_dim, dtype=dtype)
-        self.pending_memory = torch.zeros_like(self.memory)
-        self.pending_normaliser = torch.zeros_like(self.normaliser)
+        if self.has_memory:
+            dtype, key_dim = memory_dtype(key_states.dtype), self.config.memory_key_dim
+            self.memory = key_states.new_zeros(batch, heads, key_dim, head_dim, dtype=dtype)
+            self.normaliser = key_states.new_zeros(batch, heads, key_dim, dtype=dtype)
+            self.pending_memory = torch.zeros_like(self.memory)
+            self.pending_normaliser = torch.zeros_like(self.normaliser)
         self.device = key_states.device
         self.is_initialized = True
 
@@ -199,7 +210,8 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
 
     def states(self) -> dict[str, torch.Tensor]:
         """The tensors of this layer by name."""
-        return {name: getattr(self, name) for name in self.STATES} if self.is_initialized else {}
+        names = (*self.WINDOW_STATES, *(self.MEMORY_STATES if self.has_memory else ()))
+        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def map_states(self, function) -> None:
         """Replaces each tensor, recorded ones included, by `function` of it; all have the batch as dimension 0."""
@@ -248,6 +260,8 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         if self.record is not None:
             self.record.append(states)
         window = Window(*map(layout.update, states[:2], (self.keys.transpose(1, 2), self.values.transpose(1, 2))))
+        if not self.has_memory:
+            return window, None
         if isinstance(layout, DecodeLayout):
             return window, self._write_token(states, layout)
         return window, self._write_segments(states, layout)

@@ -6,6 +6,7 @@ import re
 import reprlib
 import shutil
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 POSITIVE_FIELDS = ("head_gate_scale", "memory_eps", "memory_norm_init_scale")
 FLOAT_FIELDS = ("head_gate_init_value", *POSITIVE_FIELDS)
 
-# What a memory means depends on these fields, and on `projection_biases`.
+# What a memory means depends on these fields, on `projection_biases` and on `layers_with_memory`.
 MEMORY_FIELDS = (
     "model_type",
     "hidden_size",
@@ -58,6 +59,8 @@ MEMORY_FIELDS = (
     "num_sink_tokens",
     "use_mem_delta_rule",
     "learned_delta_update",
+    "memory_feature_map",
+    "token_gates",
     "memory_norm_init_scale",
     "memory_write_gate",
     "memory_eps",
@@ -148,6 +151,15 @@ class InfiniConfig(LlamaConfig):
             Learn how much of each token is remembered, per KV head: log g, with the gate g = sigmoid(W x + b), is
             added to the key that the memory gets. Where sigma is exponential, that multiplies what the token adds to M
             and z by g, so that a token may weigh nothing in later reads. Starts at g = 0.95.
+        memory_layers (`list[int]`, *optional*):
+            Indices of the layers that have a memory. The others are local attention alone, without the state and the
+            cost of a memory. `None`: all layers have one.
+        memory_feature_map (`"elu"` or `"exp"`, defaults to `"elu"`):
+            What takes the place of the softmax's exponential in the memory. `"elu"`: sigma(x) = elu(x) + 1, as in the
+            paper. `"exp"`: a map that each head learns, exp(W x + b) and exp(-W x - b) side by side (Hedgehog,
+            arXiv 2402.04347), in which M and z have twice as many rows.
+        token_gates (`bool`, defaults to `False`):
+            Let the gate of a head depend on the token that reads, too: a learned W x is added to the gate's logit.
         converted_from (`dict`, *optional*):
             What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
             besides those of its fields that have no meaning here. Written by conversions, read by model cards.
@@ -172,19 +184,25 @@ class InfiniConfig(LlamaConfig):
     learned_delta_update: bool = False
     memory_norm_init_scale: float | int | None = None
     memory_write_gate: bool = False
+    memory_layers: list[int] | None = None
+    memory_feature_map: Literal["elu", "exp"] = "elu"
+    token_gates: bool = False
     converted_from: dict | None = None
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How tensor parallelism shards the modules that there are: everything of a head goes with it."""
-        norms = [] if self.memory_norm_init_scale is None else ["memory.query_norm", "memory.key_norm"]
         of_attention: dict[str, str] = {}
-        for name in ("head_gates", *norms):
+        for name in self.float32_modules:
             of_attention |= {f"{name}.weight": "colwise", name: "local_params"}
+            if name.endswith("_map"):
+                of_attention[f"{name}.bias"] = "colwise"
         if self.learned_delta_update:
             of_attention["memory.write_strength"] = "colwise"
         if self.memory_write_gate:
             of_attention["memory.write_gate"] = "colwise"
+        if self.token_gates:
+            of_attention["memory.token_gate"] = "colwise"
         if self.qk_norm:
             of_attention |= {"q_norm": SHARED_BY_HEADS, "k_norm": SHARED_BY_HEADS}
         of_llama = LlamaConfig.base_model_tp_plan
@@ -195,6 +213,23 @@ class InfiniConfig(LlamaConfig):
         """`qkv_bias` and `attention_output_bias`, with the default that `None` stands for."""
         given = {name: getattr(self, name) for name in ("qkv_bias", "attention_output_bias")}
         return {name: self.attention_bias if bias is None else bias for name, bias in given.items()}
+
+    @property
+    def layers_with_memory(self) -> list[int]:
+        """`memory_layers`, with the default that `None` stands for."""
+        return list(range(self.num_hidden_layers)) if self.memory_layers is None else self.memory_layers
+
+    @property
+    def memory_key_dim(self) -> int:
+        """Number of features of a key: the rows of a head's M."""
+        return 2 * self.head_dim if self.memory_feature_map == "exp" else self.head_dim
+
+    @property
+    def float32_modules(self) -> list[str]:
+        """The modules of an attention with memory whose parameters are of heads, and at least in float32."""
+        names = [] if self.memory_norm_init_scale is None else ["query_norm", "key_norm"]
+        names += ["query_map", "key_map"] if self.memory_feature_map == "exp" else []
+        return ["head_gates", *(f"memory.{name}" for name in names)]
 
     @property
     def is_sliding(self) -> bool:
@@ -212,6 +247,7 @@ class InfiniConfig(LlamaConfig):
         configurations that say the same in other words.
         """
         fields = {name: getattr(self, name) for name in MEMORY_FIELDS} | self.projection_biases
+        fields["memory_layers"] = self.layers_with_memory
         fields["rope_parameters"] = {
             name: value
             for name, value in self.rope_parameters.items()
@@ -302,6 +338,13 @@ class InfiniConfig(LlamaConfig):
                 f'num_sink_tokens={self.num_sink_tokens} needs local_attention="sliding"; with '
                 f'local_attention="{self.local_attention}" it must be 0.'
             )
+        if self.memory_layers is not None:
+            places = [*self.memory_layers, self.num_hidden_layers]
+            if any(not 0 <= layer < after for layer, after in pairwise(places)):
+                raise ValueError(
+                    f"memory_layers={self.memory_layers} must be indices of the num_hidden_layers="
+                    f"{self.num_hidden_layers} layers, from 0 on, each greater than the one before."
+                )
         self._validate_floats()
         if getattr(self, "is_causal", True) is False:
             raise ValueError("is_causal=False is not supported: a memory holds what was read before.")

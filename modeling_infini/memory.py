@@ -2,7 +2,7 @@
 The mathematics of the compressive memory of Infini-attention (arXiv 2404.07143, section 2.1), on plain tensors.
 
 A memory is a matrix M `(..., key_dim, value_dim)` with a normaliser z `(..., key_dim)`. Keys and queries enter through
-the feature map sigma(x) = elu(x) + 1 and carry no position.
+a feature map and carry no position: sigma(x) = elu(x) + 1, or, of log-features that a learned map gives, exp(x).
 
     read    sigma(q) M / (sigma(q) . z)
     write   linear  M += sigma(K)^T V
@@ -64,6 +64,28 @@ class _FeatureMap(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         (features,) = ctx.saved_tensors
         return gradient * features.clamp(max=1)
+
+
+FEATURE_MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"elu": feature_map, "exp": torch.exp}
+
+
+@without_autocast
+def log_features(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """
+    u and -u side by side, with u = W x + b of each head: logarithms of the features of Hedgehog (arXiv 2402.04347).
+
+    The sum of exp(u_q + u_k) and exp(-u_q - u_k) is never below 2, so that no denominator of a read gets small.
+
+    Args:
+        states: x, `(..., heads, head_dim)`.
+        weight, bias: W `(heads, head_dim, head_dim)` and b `(heads, head_dim)`.
+
+    Returns:
+        `(..., heads, 2 head_dim)`, between -20 and 20: sums of their products over millions of tokens are finite.
+    """
+    mapped = torch.einsum("...hj,hij->...hi", states.to(weight.dtype), weight) + bias
+    mapped = mapped.clamp(-20, 20)
+    return torch.cat([mapped, -mapped], -1)
 
 
 @without_autocast

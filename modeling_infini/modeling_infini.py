@@ -54,7 +54,7 @@ from .local_attention import (
     local_attention_mask,
     rotate,
 )
-from .memory import MemoryState, feature_map, memory_dtype, read_memory
+from .memory import FEATURE_MAPS, MemoryState, log_features, memory_dtype, read_memory
 from .streams import (
     DecodeLayout,
     Layout,
@@ -139,12 +139,15 @@ class InfiniHeadGates(WeightPerHead):
         super().__init__(config.num_attention_heads, config.head_gate_init_value / config.head_gate_scale)
         self.scale = config.head_gate_scale
 
-    def forward(self) -> torch.Tensor:
-        """The share of local attention, `(num_attention_heads,)`, at least in float32."""
-        return self.share(self.weight)
+    def forward(self, token_logits: torch.Tensor | int = 0) -> torch.Tensor:
+        """
+        The share of local attention, `(num_attention_heads,)`, at least in float32; or `(..., num_attention_heads)`,
+        with logits of this shape that tokens add.
+        """
+        return self.share(self.weight, token_logits)
 
-    def share(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)))
+    def share(self, weight: torch.Tensor, token_logits: torch.Tensor | int = 0) -> torch.Tensor:
+        return torch.sigmoid(self.scale * weight.to(memory_dtype(weight.dtype)) + token_logits)
 
 
 class InfiniMemoryNorm(WeightPerHead):
@@ -166,6 +169,23 @@ class InfiniMemoryNorm(WeightPerHead):
         return normed * self.weight.to(states.dtype).exp().unsqueeze(-1)
 
 
+class InfiniFeatureMap(nn.Module):
+    """A learned map of each head in front of exponential features, at least in float32."""
+
+    # Of the identity: with less, the features tell keys apart less than training can mend in its first steps.
+    INITIAL_SCALE = 0.7
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        dtype = memory_dtype(torch.get_default_dtype())
+        self.weight = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim, dtype=dtype))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`(..., heads, head_dim)` to [`memory.log_features`], `(..., heads, 2 head_dim)`."""
+        return log_features(states, self.weight, self.bias)
+
+
 class InfiniWriteGate(nn.Linear):
     """
     How much of each token is remembered: the logits W x + b of the gates g, one per KV head. No more than a linear
@@ -178,20 +198,28 @@ class InfiniWriteGate(nn.Linear):
     INITIAL_LOGIT = 3.0
 
 
+class InfiniTokenGate(nn.Linear):
+    """What the token that reads adds to the logits of the head gates: W x, one per query head; at first, nothing."""
+
+
+def of_own_heads(logits: torch.Tensor) -> torch.Tensor:
+    """Logits `(..., heads)`, at least in float32; those of its own heads in each process of tensor parallelism."""
+    # DTensors have no backward of logsigmoid.
+    logits = logits.to_local() if isinstance(logits, DTensor) else logits
+    return logits.to(memory_dtype(logits.dtype))
+
+
 def log_write_gates(logits: torch.Tensor) -> torch.Tensor:
     """log sigmoid of the logits of write gates `(..., kv_heads)`, at least in float32."""
-    if isinstance(logits, DTensor):
-        # Each process has the logits of its own heads. DTensors have no backward of logsigmoid.
-        logits = logits.to_local()
-    return nn.functional.logsigmoid(logits.to(memory_dtype(logits.dtype)))
+    return nn.functional.logsigmoid(of_own_heads(logits))
 
 
 class InfiniMemory(nn.Module):
     """
     How a layer writes and reads its memory. What it has written is not here: M and z are states of the cache.
 
-    Modules, where the configuration asks for them: `query_norm`, `key_norm`, `write_gate`, and `write_strength`, whose
-    sigmoid is how strongly each token is written.
+    Modules, where the configuration asks for them: `query_norm`, `key_norm`; `query_map`, `key_map` of `"exp"`;
+    `write_gate`; `token_gate`; and `write_strength`, whose sigmoid is how strongly each token is written.
     """
 
     def __init__(self, config: InfiniConfig):
@@ -202,6 +230,11 @@ class InfiniMemory(nn.Module):
         if config.memory_norm_init_scale is not None:
             self.query_norm = InfiniMemoryNorm(config, config.num_attention_heads)
             self.key_norm = InfiniMemoryNorm(config, config.num_key_value_heads)
+        if config.memory_feature_map == "exp":
+            self.query_map = InfiniFeatureMap(config.num_attention_heads, config.head_dim)
+            self.key_map = InfiniFeatureMap(config.num_key_value_heads, config.head_dim)
+        if config.token_gates:
+            self.token_gate = InfiniTokenGate(config.hidden_size, config.num_attention_heads, bias=False)
         if config.memory_write_gate:
             self.write_gate = InfiniWriteGate(config.hidden_size, config.num_key_value_heads)
 
@@ -217,6 +250,8 @@ class InfiniMemory(nn.Module):
         if self.config.learned_delta_update:
             strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
         memory_keys = keys if self.config.memory_norm_init_scale is None else self.key_norm(keys)
+        if self.config.memory_feature_map == "exp":
+            memory_keys = self.key_map(memory_keys)
         if self.config.memory_write_gate:
             memory_keys = memory_keys + log_write_gates(self.write_gate(hidden_states)).unsqueeze(-1)
         return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength)
@@ -231,20 +266,26 @@ class InfiniMemory(nn.Module):
             local: output of local attention, `(G, length, heads, head_dim)`.
             queries: without RoPE, of the same shape.
             memory: from before each segment, `(G, kv_heads, ...)`.
-            local_share: g, `(G or 1, heads)`; 1 in a stream's first segment.
+            local_share: g, `(G or 1, length or 1, heads)`; 1 in a stream's first segment.
         """
         read = self.read(queries, memory)
-        memory_share = (1 - local_share.to(read.dtype))[:, None, :, None]
+        memory_share = (1 - local_share.to(read.dtype)).unsqueeze(-1)
         # From `local`, whose strides the result takes: they are those that the output projection wants.
         return torch.lerp(local.to(read.dtype), read, memory_share).to(local.dtype)
 
     def read(self, queries: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """What queries read, before the gate; arguments as of `forward`. Groups of query heads share a KV head's."""
+        queries = self.query_states(queries)
+        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=memory.matrix.shape[1]).to(memory.matrix.dtype)
+        features = FEATURE_MAPS[self.config.memory_feature_map](grouped.contiguous())
+        read = read_memory(features, memory, self.config.memory_eps)
+        return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
+
+    def query_states(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries `(..., heads, head_dim)` as the feature map gets them."""
         if self.config.memory_norm_init_scale is not None:
             queries = self.query_norm(queries)
-        grouped = rearrange(queries, "g l (h r) d -> g h (r l) d", h=memory.matrix.shape[1]).to(memory.matrix.dtype)
-        read = read_memory(feature_map(grouped.contiguous()), memory, self.config.memory_eps)
-        return rearrange(read, "g h (r l) d -> g l (h r) d", l=queries.shape[1])
+        return self.query_map(queries) if self.config.memory_feature_map == "exp" else queries
 
 
 class InfiniAttention(nn.Module):
@@ -270,8 +311,10 @@ class InfiniAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.head_gates = InfiniHeadGates(config)
-        self.memory = InfiniMemory(config)
+        self.has_memory = layer_idx in config.layers_with_memory
+        if self.has_memory:
+            self.head_gates = InfiniHeadGates(config)
+            self.memory = InfiniMemory(config)
 
     def forward(
         self,
@@ -304,10 +347,13 @@ class InfiniAttention(nn.Module):
         values = self.v_proj(hidden_states).view(hidden_shape)
         if self.config.qk_norm:
             keys = self.k_norm(keys)
-        states = kept = self.memory.token_states(hidden_states, keys, values)
+        states = TokenStates(keys, values)
+        if self.has_memory:
+            states = self.memory.token_states(hidden_states, keys, values)
+        kept = states
         if not self.config.is_sliding:
             # A token is seen at one place alone: its key is kept as it is seen there.
-            memory_keys = keys if states.memory_keys is None else states.memory_keys
+            memory_keys = keys if self.has_memory and states.memory_keys is None else states.memory_keys
             kept = states._replace(keys=rotate(keys, position_embeddings.keys), memory_keys=memory_keys)
         window, memory = past.update(kept, layout)  # type: ignore[arg-type]
         if writes_only:
@@ -332,10 +378,10 @@ class InfiniAttention(nn.Module):
             **kwargs,
         )
         if memory is not None:
-            has_memory = (layout.segment_index > 0).unsqueeze(1)
-            output = self.memory(output, queries, memory, torch.where(has_memory, self.head_gates(), 1.0))
-        if torch.is_grad_enabled():
-            output = output + self._zero(states, queries, memory)
+            local_share = self._local_share(hidden_states, layout)
+            output = self.memory(output, queries, memory, local_share)
+        if self.has_memory and torch.is_grad_enabled():
+            output = output + self._zero(states, queries, hidden_states, layout, memory)
         output = layout.to_columns(output)
 
         # Contiguous, since tensor parallelism takes it for that: the columns may be a slice of the segments' slots.
@@ -343,15 +389,30 @@ class InfiniAttention(nn.Module):
         weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
         return output, weights
 
-    def _zero(self, states: TokenStates, queries: torch.Tensor, memory: MemoryState | None) -> torch.Tensor | int:
+    def _local_share(self, hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """g, `(G or 1, query_length or 1, heads)`; 1 in the first segments of streams."""
+        if self.config.token_gates:
+            share = layout.to_segments(self.head_gates(of_own_heads(self.memory.token_gate(hidden_states))))
+        else:
+            share = self.head_gates().view(1, 1, -1)
+        return torch.where((layout.segment_index > 0).view(-1, 1, 1), share, 1.0)
+
+    def _zero(
+        self,
+        states: TokenStates,
+        queries: torch.Tensor,
+        hidden_states: torch.Tensor,
+        layout: Layout,
+        memory: MemoryState | None,
+    ) -> torch.Tensor | int:
         """
         Adds 0, so that what this call does not use has a gradient of 0 and not none: processes that train on texts of
         different lengths exchange gradients of the same parameters. What is written may be read in a later call alone.
         """
         unused = [states.memory_keys, states.write_strength]
         if memory is None:
-            has_norm = self.config.memory_norm_init_scale is not None
-            unused += [self.head_gates(), self.memory.query_norm(queries) if has_norm else None]
+            memory_queries = self.memory.query_states(queries)
+            unused += [self._local_share(hidden_states, layout), None if memory_queries is queries else memory_queries]
         return 0 * sum(of_memory.sum() for of_memory in unused if of_memory is not None)
 
 
@@ -404,10 +465,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
     config: InfiniConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # An instance says it for its configuration.
+    _keep_in_fp32_modules_strict = ["head_gates"]
     _no_split_modules = ["InfiniDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache", "past"]
-    # What every configuration has; an instance adds what its own has.
-    _keep_in_fp32_modules_strict = ["head_gates"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -417,9 +478,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: InfiniConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if config.memory_norm_init_scale is not None:
-            norms = ("query_norm", "key_norm")
-            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *norms]
+        kept = config.float32_modules if config.layers_with_memory else []
+        self._keep_in_fp32_modules_strict = [name.split(".")[-1] for name in kept]
         self.register_load_state_dict_pre_hook(_rename_former_names)
 
     @classmethod
@@ -440,16 +500,21 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
     def local_shares(self) -> torch.Tensor:
         """
-        What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32. Where
-        the gates are sharded over processes, each of them must call it.
+        What the gates give to local attention, `(num_hidden_layers, num_attention_heads)`, at least in float32: 1 in
+        layers without memory; without what tokens add to the gates. Where the gates are sharded over processes, each
+        of them must call it.
         """
+        shares = []
         # By layer, since PEFT keeps the gates that it trains beside the original ones.
-        gates = [module.head_gates for module in self.modules() if isinstance(module, InfiniAttention)]
-        # Of sharded gates, each process has the heads that it runs, or none.
-        shares = [
-            gate.share(gate.weight.full_tensor()) if isinstance(gate.weight, DTensor) else gate() for gate in gates
-        ]
-        return torch.stack([share.cpu() for share in shares])
+        for module in (module for module in self.modules() if isinstance(module, InfiniAttention)):
+            if not module.has_memory:
+                shares.append(torch.ones(self.config.num_attention_heads))
+                continue
+            # Of sharded gates, each process has the heads that it runs, or none.
+            gate = module.head_gates
+            share = gate.share(gate.weight.full_tensor()) if isinstance(gate.weight, DTensor) else gate()
+            shares.append(share.cpu())
+        return torch.stack(shares)
 
     def weights_fingerprint(self) -> str | None:
         """
@@ -488,6 +553,12 @@ class InfiniPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.initial_weight)
         if isinstance(module, InfiniWriteGate):
             init.constant_(module.bias, InfiniWriteGate.INITIAL_LOGIT)
+        if isinstance(module, InfiniTokenGate):
+            init.zeros_(module.weight)
+        if isinstance(module, InfiniFeatureMap):
+            heads, head_dim = module.bias.shape
+            init.copy_(module.weight, torch.eye(head_dim).mul(module.INITIAL_SCALE).expand(heads, -1, -1))
+            init.zeros_(module.bias)
 
 
 def _plan_call(past: Past, *arguments) -> Layout:

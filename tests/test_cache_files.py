@@ -110,6 +110,9 @@ OTHERS = {
     "learned_delta_update": True,
     "memory_norm_init_scale": 1.5,
     "memory_write_gate": True,
+    "memory_feature_map": "exp",
+    "token_gates": True,
+    "memory_layers": [1],
     "memory_eps": 1e-6,
     "head_gate_scale": 5.0,
 }

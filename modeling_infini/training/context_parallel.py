@@ -190,7 +190,8 @@ class ContextParallel(Past):
         )
 
     def begin_call(self, layout, is_checkpointed):
-        return [PieceOfLayer(self)] * layout.config.num_hidden_layers
+        config = layout.config
+        return [PieceOfLayer(layer in config.layers_with_memory, self) for layer in range(config.num_hidden_layers)]
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """What each rank holds, `(...)`, to all ranks: `(size, ...)`. Not differentiable."""
@@ -322,7 +323,8 @@ class FromFirst(torch.autograd.Function):
 class PieceOfLayer(LayerPast):
     """What a layer goes on from in this rank's piece: the segment before it, the sinks, and the memory so far."""
 
-    def __init__(self, context_parallel: ContextParallel):
+    def __init__(self, has_memory: bool, context_parallel: ContextParallel):
+        super().__init__(has_memory)
         self.context_parallel = context_parallel
 
     def slots(self, states: TokenStates, layout: SegmentLayout):
