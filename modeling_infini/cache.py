@@ -530,7 +530,13 @@ def read_cache(folder: Path, config: InfiniConfig) -> tuple[str | None, dict[str
         if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
             raise ValueError(f"{damage} {name} holds NaN or infinity.")
     columns, read, slots = (tensors[name] for name in ("columns", "tokens_read", "slot_columns"))
-    limits = ((columns, MAX_COLUMNS), (read, columns + 1), (slots, max(columns, 1)))
+    kept = [tensor for name, tensor in tensors.items() if name.endswith(".slot_places")]
+    limits = (
+        (columns, MAX_COLUMNS),
+        (read, columns + 1),
+        (slots, max(columns, 1)),
+        *((places, columns + 1) for places in kept),
+    )
     if any(values.min() < 0 or values.max() >= limit for values, limit in limits):
         raise ValueError(f"{damage} what it says to have read where cannot be.")
     return fields["weights"], tensors

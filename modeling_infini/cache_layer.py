@@ -18,6 +18,7 @@ from .memory import (
     scan,
     write_token,
 )
+from .memory_slots import MemorySlots, relative_places, scan_slots, tokens_of_segments
 from .streams import DecodeLayout, SegmentLayout
 
 
@@ -29,12 +30,14 @@ class TokenStates(NamedTuple):
         keys, values: `(B, T, kv_heads, head_dim)`, keys without RoPE in `"sliding"`, rotated in `"segment"`.
         memory_keys: as the feature map of the memory gets them, `(B, T, kv_heads, ...)`; `None`: as `keys`.
         write_strength: beta, `(B, T, kv_heads)`; `None` is 1.
+        slot_scores: by which tokens are kept in slots, `(B, T, 1)`; `None`: there are no slots.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     memory_keys: torch.Tensor | None = None
     write_strength: torch.Tensor | None = None
+    slot_scores: torch.Tensor | None = None
 
     def map(self, function) -> "TokenStates":
         return TokenStates(*(None if states is None else function(states) for states in self))
@@ -46,10 +49,36 @@ class TokenStates(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What the queries of each segment see locally, `(G, window, kv_heads, head_dim)`."""
+    """
+    What the queries of each segment see in their softmax.
+
+    Attributes:
+        keys, values: `(G, window, kv_heads, head_dim)`.
+        slot_places: `(G, m)`, where the tokens of the first m of them stand, relative to the segment's first token:
+            they are slots of the memory. `None`: there are none.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    slot_places: torch.Tensor | None = None
+
+    def after(self, slots: MemorySlots, layout: DecodeLayout | SegmentLayout) -> "Window":
+        """With slots `(G, m, ...)` before it."""
+        # Side by side in the order of strides that attention wants.
+        keys, values = (
+            torch.cat([first.transpose(1, 2), second.transpose(1, 2)], 2).transpose(1, 2)
+            for first, second in zip(slots[:2], self[:2])
+        )
+        return Window(keys, values, relative_places(slots.places, layout))
+
+    def tokens(self, scores: torch.Tensor, layout: DecodeLayout | SegmentLayout) -> MemorySlots:
+        """The own tokens of each segment `(G, length, ...)` as candidates for slots, by `scores` `(G, window, 1)`."""
+        length = layout.config.segment_length
+        # The ring of a decode step is whole where the segment ends, and not looked at elsewhere.
+        if not isinstance(layout, DecodeLayout):
+            length = layout.query_start + layout.query_length
+        keys, values, scores = (states[:, -length:] for states in (*self[:2], scores))
+        return MemorySlots(keys, values, scores[..., 0], tokens_of_segments(layout, length).expand(len(keys), -1))
 
 
 def written_states(
@@ -108,11 +137,18 @@ class LayerPast:
         What each segment of a call sees: its local window, and the memory before it, `None` if the layer has none or
         all are the first ones of their streams.
         """
-        window = Window(*map(layout.windows, states[:2], self.slots(states, layout)))
-        reads_memory = self.has_memory and layout.reads_past
-        return window, self.scan(states, layout).before(layout) if reads_memory else None
+        window = Window(*map(layout.windows, states[:2], self.ring(states, layout)))
+        if not (self.has_memory and layout.reads_past):
+            return window, None
+        memory = self.scan(states, layout).before(layout)
+        if states.slot_scores is not None:
+            tokens = window.tokens(layout.windows(states.slot_scores, None), layout).map(layout.by_stream)
+            nothing = tokens.map(lambda of: of.new_zeros(len(of), layout.config.num_memory_slots, *of.shape[3:]))
+            found = scan_slots(nothing, tokens, layout.complete)
+            window = window.after(found.map(lambda of: layout.by_segment(of[:, :-1])), layout)
+        return window, memory
 
-    def slots(self, states: TokenStates, layout: SegmentLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def ring(self, states: TokenStates, layout: SegmentLayout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Keys and values of the slots before the call, `(B, num_sink_tokens + N, kv_heads, head_dim)`; or `None`."""
         return None, None
 
@@ -160,6 +196,9 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         memory, normaliser: M `(batch, kv_heads, key_dim, head_dim)` and z `(batch, kv_heads, key_dim)` over the
             complete segments; float32, or float64 in a float64 model. These and the next two: in a layer with memory.
         pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
+        slot_keys, slot_values: `(batch, kv_heads, m, head_dim)`; slot_scores, slot_places: `(batch, m)`; as in
+            [`MemorySlots`]. In a layer with slots, as what follows.
+        token_scores: `(batch, num_sink_tokens + N)`, by which the tokens of the ring will be kept in slots.
         record: while recording, the last calls.
     """
 
@@ -167,16 +206,23 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
 
     WINDOW_STATES = ("keys", "values")
     MEMORY_STATES = ("memory", "normaliser", "pending_memory", "pending_normaliser")
+    SLOT_STATES = ("slot_keys", "slot_values", "slot_scores", "slot_places", "token_scores")
 
     memory: torch.Tensor
     normaliser: torch.Tensor
     pending_memory: torch.Tensor
     pending_normaliser: torch.Tensor
+    slot_keys: torch.Tensor
+    slot_values: torch.Tensor
+    slot_scores: torch.Tensor
+    slot_places: torch.Tensor
+    token_scores: torch.Tensor
 
     def __init__(self, config: InfiniConfig, layer_idx: int):
         CacheLayerMixin.__init__(self)
         LayerPast.__init__(self, layer_idx in config.layers_with_memory)
         self.config = config
+        self.has_slots = self.has_memory and config.num_memory_slots > 0
         self.record: list[TokenStates] | None = None
         self._is_shared_with_graph = False
 
@@ -201,6 +247,13 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
             self.normaliser = key_states.new_zeros(batch, heads, key_dim, dtype=dtype)
             self.pending_memory = torch.zeros_like(self.memory)
             self.pending_normaliser = torch.zeros_like(self.normaliser)
+        if self.has_slots:
+            count = self.config.num_memory_slots
+            self.slot_keys = key_states.new_zeros(batch, heads, count, head_dim)
+            self.slot_values = value_states.new_zeros(batch, heads, count, head_dim)
+            self.slot_scores = key_states.new_zeros(batch, count, dtype=dtype)
+            self.slot_places = torch.zeros_like(self.slot_scores, dtype=torch.long)
+            self.token_scores = key_states.new_zeros(batch, slots, dtype=dtype)
         self.device = key_states.device
         self.is_initialized = True
 
@@ -210,7 +263,11 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
 
     def states(self) -> dict[str, torch.Tensor]:
         """The tensors of this layer by name."""
-        names = (*self.WINDOW_STATES, *(self.MEMORY_STATES if self.has_memory else ()))
+        names = (
+            *self.WINDOW_STATES,
+            *(self.MEMORY_STATES if self.has_memory else ()),
+            *(self.SLOT_STATES if self.has_slots else ()),
+        )
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def map_states(self, function) -> None:
@@ -256,15 +313,40 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         # What stands in the slots is overwritten in place, except where autograd may have saved it.
         if torch.is_grad_enabled() or self._is_shared_with_graph:
             self.keys, self.values = self.keys.clone(), self.values.clone()
+            if self.has_slots:
+                self.token_scores = self.token_scores.clone()
         self._is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
             self.record.append(states)
         window = Window(*map(layout.update, states[:2], (self.keys.transpose(1, 2), self.values.transpose(1, 2))))
         if not self.has_memory:
             return window, None
+        if self.has_slots:
+            window = self._fill_slots(states, window, layout)
         if isinstance(layout, DecodeLayout):
             return window, self._write_token(states, layout)
         return window, self._write_segments(states, layout)
+
+    def _fill_slots(self, states: TokenStates, window: Window, layout: DecodeLayout | SegmentLayout) -> Window:
+        """Lets the tokens of the segments that end compete for the slots; returns the windows with what they see."""
+        keys, values = self.slot_keys.transpose(1, 2), self.slot_values.transpose(1, 2)
+        before = MemorySlots(keys, values, self.slot_scores, self.slot_places).map(layout.first_states)
+        scores = layout.update(states.slot_scores.detach(), self.token_scores.unsqueeze(-1))
+        tokens = window.tokens(scores, layout)
+        if isinstance(layout, DecodeLayout):
+            seen = after = before
+            if layout.may_end_segments:
+                tokens = tokens.map(lambda of: of.unsqueeze(1))
+                found = scan_slots(before, tokens, layout.ends_segment.unsqueeze(1))
+                after = found.map(lambda of: of[:, -1])
+        else:
+            found = scan_slots(before, tokens.map(layout.by_stream), layout.complete)
+            seen = found.map(lambda of: layout.by_segment(of[:, :-1]))
+            # Clone: a slice would keep the slots of all segments alive.
+            after = found.map(lambda of: layout.last_states(of[:, -1]).clone())
+        self.slot_keys, self.slot_values = after.keys.transpose(1, 2), after.values.transpose(1, 2)
+        self.slot_scores, self.slot_places = after.scores, after.places
+        return window.after(seen, layout) if layout.sees_past else window
 
     def first_normaliser(self, added, layout):
         return layout.first_states(self.normaliser)

@@ -61,6 +61,7 @@ MEMORY_FIELDS = (
     "learned_delta_update",
     "memory_feature_map",
     "token_gates",
+    "num_memory_slots",
     "memory_norm_init_scale",
     "memory_write_gate",
     "memory_eps",
@@ -160,6 +161,11 @@ class InfiniConfig(LlamaConfig):
             arXiv 2402.04347), in which M and z have twice as many rows.
         token_gates (`bool`, defaults to `False`):
             Let the gate of a head depend on the token that reads, too: a learned W x is added to the gate's logit.
+        num_memory_slots (`int`, defaults to 0):
+            Number of tokens whose exact keys and values each layer with memory keeps beside the matrix, chosen where a
+            segment ends by a score that the layer gives each token: W x, one for all heads. They are seen in the
+            softmax of local attention. Needs `"sliding"`. With weights of 0, as at initialization, the latest tokens
+            stay: a longer window.
         converted_from (`dict`, *optional*):
             What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
             besides those of its fields that have no meaning here. Written by conversions, read by model cards.
@@ -187,6 +193,7 @@ class InfiniConfig(LlamaConfig):
     memory_layers: list[int] | None = None
     memory_feature_map: Literal["elu", "exp"] = "elu"
     token_gates: bool = False
+    num_memory_slots: int = 0
     converted_from: dict | None = None
 
     @property
@@ -239,7 +246,9 @@ class InfiniConfig(LlamaConfig):
     @property
     def longest_distance(self) -> int:
         """Upper bound, in tokens, of the distance between a token and what it sees locally."""
-        return 2 * self.segment_length + self.num_sink_tokens if self.is_sliding else self.segment_length
+        if not self.is_sliding:
+            return self.segment_length
+        return 2 * self.segment_length + self.num_memory_slots + self.num_sink_tokens
 
     def memory_fields(self) -> dict[str, Any]:
         """
@@ -336,6 +345,13 @@ class InfiniConfig(LlamaConfig):
         if self.num_sink_tokens > 0 and not self.is_sliding:
             raise ValueError(
                 f'num_sink_tokens={self.num_sink_tokens} needs local_attention="sliding"; with '
+                f'local_attention="{self.local_attention}" it must be 0.'
+            )
+        if self.num_memory_slots < 0:
+            raise ValueError(f"num_memory_slots={self.num_memory_slots} must be at least 0.")
+        if self.num_memory_slots > 0 and not self.is_sliding:
+            raise ValueError(
+                f'num_memory_slots={self.num_memory_slots} needs local_attention="sliding"; with '
                 f'local_attention="{self.local_attention}" it must be 0.'
             )
         if self.memory_layers is not None:

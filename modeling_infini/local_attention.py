@@ -25,11 +25,12 @@ class RotaryAngles(NamedTuple):
     """
     cos and sin of the queries of a segment, `(G or 1, query_length, head_dim)` each; and of keys: in `"sliding"` of
     the slots of its window, `(G or 1, window, head_dim)`, in `"segment"` of the tokens of the call,
-    `(B or 1, T, head_dim)`.
+    `(B or 1, T, head_dim)`. And of windows with the slots of the memory before them, if there are any.
     """
 
     queries: Angles
     keys: Angles
+    keys_with_slots: Angles | None = None
 
 
 def rotate(states: torch.Tensor, angles: Angles) -> torch.Tensor:
@@ -51,7 +52,7 @@ def angle_table(rotary_embedding: LlamaRotaryEmbedding, config: InfiniConfig, st
     The angles at all places relative to a segment's first token, `(K, head_dim)`: from the first sink to the last
     token of the segment. In the dtype and on the device of `states`.
     """
-    first = -config.segment_length - config.num_sink_tokens if config.is_sliding else 0
+    first = config.segment_length - config.longest_distance
     positions = torch.arange(first, config.segment_length, device=states.device).unsqueeze(0)
     cos, sin = (table.squeeze(0) for table in rotary_embedding(states, positions))
     left, right = sin.chunk(2, -1)
@@ -62,24 +63,31 @@ def angles_of_call(table: Angles, layout: Layout) -> RotaryAngles:
     """The angles of a call, looked up in an [`angle_table`]."""
     origin = table[0].shape[0] - layout.config.segment_length
     keys = layout.window_positions if layout.config.is_sliding else layout.token_positions
-    places = (layout.query_positions + origin, keys + origin)
+    places = [layout.query_positions + origin, keys + origin]
+    if layout.sees_past and (count := layout.config.num_memory_slots):
+        slots = torch.arange(-count, 0, device=keys.device) - layout.config.segment_length
+        places.append(torch.cat([slots.expand(len(keys), -1), keys], 1) + origin)
     return RotaryAngles(*((table[0][place], table[1][place]) for place in places))
 
 
-def local_attention_mask(config: InfiniConfig, layout: Layout, states: torch.Tensor):
+def local_attention_mask(
+    config: InfiniConfig, layout: Layout, states: torch.Tensor, slot_places: torch.Tensor | None = None
+):
     """
     What the queries of each segment see of its window (sinks, segment before, own tokens), in the format of the
     attention backend: its own mask function makes it, as for any model.
 
     Args:
         states: any tensor with the dtype and device of the attention.
+        slot_places: `(G, m)`, where the tokens in the slots of a layer's memory stand, relative to the segment's first
+            token; the slots then come before the window.
     """
     implementation, is_flash = config._attn_implementation, is_flash_attention_requested(config)
     sinks, segment_length = config.num_sink_tokens, config.segment_length
-    if is_flash and sinks:
+    if is_flash and (sinks or config.num_memory_slots):
         raise ValueError(
-            f'attn_implementation="{implementation}" cannot express attention sinks (num_sink_tokens={sinks}). Use '
-            '"sdpa" or "flex_attention".'
+            f'attn_implementation="{implementation}" cannot express attention sinks (num_sink_tokens={sinks}) or '
+            f'slots (num_memory_slots={config.num_memory_slots}). Use "sdpa" or "flex_attention".'
         )
     if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise ValueError(
@@ -88,7 +96,7 @@ def local_attention_mask(config: InfiniConfig, layout: Layout, states: torch.Ten
         )
 
     queries, window = layout.query_positions, layout.window_positions
-    sees, padding_mask, batch_size = causal_mask_function, None, 1
+    sees, padding_mask, batch_size, count = causal_mask_function, None, 1, 0
     if layout.sees_past:
         start = layout.segment_index * segment_length
         batch_size, is_by_row = start.shape[0], window.shape[0] > 1
@@ -99,13 +107,22 @@ def local_attention_mask(config: InfiniConfig, layout: Layout, states: torch.Ten
             in_window = (start[batch] + position >= 0) & (position <= query) & (query - position < segment_length)
             return torch.where(slot < sinks, start[batch] + query - slot >= segment_length, in_window)
 
+        if slot_places is not None:
+            (batch_size, count), sees_window, starts = slot_places.shape, sees, start.shape[0]
+
+            def sees(batch, head, query, slot):
+                place = slot_places[batch, slot.clamp(max=count - 1)]
+                has_left = queries[batch * is_by_row, query - layout.query_start] - place >= segment_length
+                in_window = sees_window(batch * (starts > 1), head, query, (slot - count).clamp(min=0))
+                return torch.where(slot < count, has_left, in_window)
+
         if is_flash:
             padding_mask = (start.unsqueeze(1) + window >= 0) & (window <= queries[:, -1:])
 
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
         batch_size=batch_size,
         q_length=queries.shape[1],
-        kv_length=window.shape[1],
+        kv_length=count + window.shape[1],
         q_offset=layout.query_start,
         kv_offset=0,
         mask_function=sees,

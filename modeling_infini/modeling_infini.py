@@ -202,6 +202,10 @@ class InfiniTokenGate(nn.Linear):
     """What the token that reads adds to the logits of the head gates: W x, one per query head; at first, nothing."""
 
 
+class InfiniSlotScore(nn.Linear):
+    """The score W x of a token, by which it stays in a slot or not; at first the same for all."""
+
+
 def of_own_heads(logits: torch.Tensor) -> torch.Tensor:
     """Logits `(..., heads)`, at least in float32; those of its own heads in each process of tensor parallelism."""
     # DTensors have no backward of logsigmoid.
@@ -219,7 +223,7 @@ class InfiniMemory(nn.Module):
     How a layer writes and reads its memory. What it has written is not here: M and z are states of the cache.
 
     Modules, where the configuration asks for them: `query_norm`, `key_norm`; `query_map`, `key_map` of `"exp"`;
-    `write_gate`; `token_gate`; and `write_strength`, whose sigmoid is how strongly each token is written.
+    `write_gate`; `token_gate`; `slot_score`; and `write_strength`, whose sigmoid is how strongly a token is written.
     """
 
     def __init__(self, config: InfiniConfig):
@@ -233,6 +237,8 @@ class InfiniMemory(nn.Module):
         if config.memory_feature_map == "exp":
             self.query_map = InfiniFeatureMap(config.num_attention_heads, config.head_dim)
             self.key_map = InfiniFeatureMap(config.num_key_value_heads, config.head_dim)
+        if config.num_memory_slots:
+            self.slot_score = InfiniSlotScore(config.hidden_size, 1, bias=False)
         if config.token_gates:
             self.token_gate = InfiniTokenGate(config.hidden_size, config.num_attention_heads, bias=False)
         if config.memory_write_gate:
@@ -254,7 +260,11 @@ class InfiniMemory(nn.Module):
             memory_keys = self.key_map(memory_keys)
         if self.config.memory_write_gate:
             memory_keys = memory_keys + log_write_gates(self.write_gate(hidden_states)).unsqueeze(-1)
-        return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength)
+        scores = None
+        if self.config.num_memory_slots:
+            # Rounded, so that tokens of the same score have the same however a text is cut into calls.
+            scores = self.slot_score(hidden_states).to(torch.bfloat16).to(memory_dtype(hidden_states.dtype))
+        return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength, scores)
 
     def forward(
         self, local: torch.Tensor, queries: torch.Tensor, memory: MemoryState, local_share: torch.Tensor
@@ -363,7 +373,12 @@ class InfiniAttention(nn.Module):
         if self.config.qk_norm:
             queries = self.q_norm(queries)
         queries = layout.to_segments(queries)
-        window_keys = rotate(window.keys, position_embeddings.keys) if self.config.is_sliding else window.keys
+        window_keys = window.keys
+        if window.slot_places is not None:
+            attention_mask = local_attention_mask(self.config, layout, hidden_states, window.slot_places)
+            window_keys = rotate(window_keys, position_embeddings.keys_with_slots)
+        elif self.config.is_sliding:
+            window_keys = rotate(window_keys, position_embeddings.keys)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -409,7 +424,7 @@ class InfiniAttention(nn.Module):
         Adds 0, so that what this call does not use has a gradient of 0 and not none: processes that train on texts of
         different lengths exchange gradients of the same parameters. What is written may be read in a later call alone.
         """
-        unused = [states.memory_keys, states.write_strength]
+        unused = [states.memory_keys, states.write_strength, states.slot_scores]
         if memory is None:
             memory_queries = self.memory.query_states(queries)
             unused += [self._local_share(hidden_states, layout), None if memory_queries is queries else memory_queries]
@@ -553,7 +568,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.initial_weight)
         if isinstance(module, InfiniWriteGate):
             init.constant_(module.bias, InfiniWriteGate.INITIAL_LOGIT)
-        if isinstance(module, InfiniTokenGate):
+        if isinstance(module, (InfiniTokenGate, InfiniSlotScore)):
             init.zeros_(module.weight)
         if isinstance(module, InfiniFeatureMap):
             heads, head_dim = module.bias.shape
@@ -700,6 +715,11 @@ class InfiniModel(InfiniPreTrainedModel):
             **kwargs,
         }
         if self._returns(kwargs, "output_attentions"):
+            if self.config.num_memory_slots:
+                raise ValueError(
+                    "output_attentions=True cannot say in which columns the tokens of the slots stand "
+                    f"(num_memory_slots={self.config.num_memory_slots}): each layer has others."
+                )
             call["window_columns"] = past.window_columns(layout, inputs_embeds.shape[:2])
         has_sliding_window = self.config.is_sliding and not isinstance(layout, DecodeLayout)
         if has_sliding_window and is_flash_attention_requested(self.config):

@@ -324,7 +324,7 @@ class Layout:
         query_start: offset of the first query slot of a segment.
         token_positions: `(B or 1, T)`, where the tokens stand, relative to the first token of their segment.
         query_positions, window_positions: `(G or 1, slots)`, where the queries of a segment and the slots of its
-            window stand, relative to the segment's first token.
+            window stand, relative to the segment's first token. Sinks stand behind the slots of the memory.
     """
 
     config: InfiniConfig
@@ -354,6 +354,11 @@ class Layout:
         """State of the rows before this call, `(B, ...)`, to that of the streams: `(R, ...)`, zero for new streams."""
         return states
 
+    def _behind_memory(self, window_positions: torch.Tensor) -> torch.Tensor:
+        """With room for the slots of the memory between the sinks and the window."""
+        is_sink = window_positions < -self.config.segment_length
+        return window_positions - self.config.num_memory_slots * is_sink
+
     def to(self, *args, **kwargs):
         """A copy with its tensors moved, for models that are spread over several devices."""
         moved = object.__new__(type(self))
@@ -369,6 +374,7 @@ class DecodeLayout(Layout):
     Attributes:
         written: `(B, 1)` bool, the rows that have a token; `None`: all.
         ends_segment: `(B,)` bool, True where the token is the last of its segment.
+        may_end_segments: whether any of them is; in a graph, where nobody may look, always.
     """
 
     sees_past = True
@@ -391,6 +397,8 @@ class DecodeLayout(Layout):
         if is_token is not None:
             self.ends_segment = self.ends_segment & is_token.squeeze(1)
             self.tokens_read = position + is_token.squeeze(1).long()
+        is_graph = torch.compiler.is_compiling()
+        self.may_end_segments = config.num_memory_slots > 0 and (is_graph or bool(self.ends_segment.any()))
 
         self.token_positions = self.query_positions = offset.unsqueeze(1)
         slots = torch.arange(-sinks, length, device=position.device).expand(position.shape[0], -1)
@@ -398,7 +406,7 @@ class DecodeLayout(Layout):
         if config.is_sliding:
             # Past the token's own slot, the ring still holds the segment before.
             is_before = (slots > self.query_positions) | (slots < 0)
-            self.window_positions = torch.where(is_before, slots - length, slots)
+            self.window_positions = self._behind_memory(torch.where(is_before, slots - length, slots))
 
         # A token goes into the ring, and into its sink's slot if it is one. The two are never the same slot: a write
         # has one gradient for each.
@@ -451,7 +459,7 @@ class SegmentLayout(Layout):
         self.sees_past = self.config.is_sliding and self.reads_past
         first = -self.config.segment_length - self.config.num_sink_tokens if self.sees_past else 0
         end = self.query_start + self.query_length
-        self.window_positions = torch.arange(first, end, device=device).unsqueeze(0)
+        self.window_positions = self._behind_memory(torch.arange(first, end, device=device).unsqueeze(0))
         self.query_positions = torch.arange(self.query_start, end, device=device).unsqueeze(0)
 
     def windows(self, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
@@ -497,7 +505,7 @@ class AlignedLayout(SegmentLayout):
         self.empty_after = 0 if is_single else self.segments * segment_length - self.offset - self.length
         self.reads_past = reads_past or first + self.segments > 1
         # From the third segment on, all look alike: one entry stands for them, and what is made from it broadcasts.
-        is_uniform = first >= 2 or is_single
+        is_uniform = is_single or (first >= 2 and not config.num_memory_slots)
         self.segment_index = torch.arange(first, first + (1 if is_uniform else self.segments), device=device)
         if not is_uniform:
             self.segment_index = self.segment_index.repeat(batch_size)

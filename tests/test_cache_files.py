@@ -113,6 +113,7 @@ OTHERS = {
     "memory_feature_map": "exp",
     "token_gates": True,
     "memory_layers": [1],
+    "num_memory_slots": 3,
     "memory_eps": 1e-6,
     "head_gate_scale": 5.0,
 }

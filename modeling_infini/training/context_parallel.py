@@ -164,6 +164,11 @@ class ContextParallel(Past):
         Raises:
             ValueError: padding, packed documents, different numbers of rows, or a piece that is not of whole segments.
         """
+        if config.num_memory_slots:
+            raise ValueError(
+                f"ContextParallel cannot fill num_memory_slots={config.num_memory_slots}: which tokens stay depends "
+                "on all ranks before. Set config.num_memory_slots to 0, or train without it."
+            )
         # At an id of 0, a document would start where rows have tokens before this piece.
         tokens_read = torch.full((shape[0],), int(self.rank > 0), device=device)
         is_token, restarts = streams_of_call(attention_mask, position_ids, shape, tokens_read, packing)
@@ -327,7 +332,7 @@ class PieceOfLayer(LayerPast):
         super().__init__(has_memory)
         self.context_parallel = context_parallel
 
-    def slots(self, states: TokenStates, layout: SegmentLayout):
+    def ring(self, states: TokenStates, layout: SegmentLayout):
         if not layout.config.is_sliding:
             return None, None
         sinks, length = layout.config.num_sink_tokens, layout.config.segment_length

@@ -1,0 +1,1 @@
+../../modeling_infini/memory_slots.py
