@@ -342,10 +342,13 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         else:
             found = scan_slots(before, tokens.map(layout.by_stream), layout.complete)
             seen = found.map(lambda of: layout.by_segment(of[:, :-1]))
-            # Clone: a slice would keep the slots of all segments alive.
-            after = found.map(lambda of: layout.last_states(of[:, -1]).clone())
-        self.slot_keys, self.slot_values = after.keys.transpose(1, 2), after.values.transpose(1, 2)
-        self.slot_scores, self.slot_places = after.scores, after.places
+            after = found.map(lambda of: layout.last_states(of[:, -1]))
+        if after.scores is not self.slot_scores:
+            # Clones with strides of their own, for what is said in `_write_segments`.
+            self.slot_keys, self.slot_values, self.slot_scores, self.slot_places = (
+                states.clone(memory_format=torch.contiguous_format)
+                for states in (after.keys.transpose(1, 2), after.values.transpose(1, 2), *after[2:])
+            )
         return window.after(seen, layout) if layout.sees_past else window
 
     def first_normaliser(self, added, layout):
