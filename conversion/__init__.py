@@ -2,7 +2,9 @@
 
 from .from_infini import convert_from_infini
 from .from_lucidrains import load_lucidrains
+from .memory_weights import load_memory, save_memory
+from .replace_memory import apply_memory
 from .to_infini import convert_to_infini
 
 
-__all__ = ["convert_from_infini", "convert_to_infini", "load_lucidrains"]
+__all__ = ["apply_memory", "convert_from_infini", "convert_to_infini", "load_lucidrains", "load_memory", "save_memory"]

@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
+from .architectures import MEMORY_OPTIONS
 from .checkpoints import new_folder, require_free
+from .config_overrides import config_fields
 from .from_infini import convert_from_infini
 from .from_lucidrains import load_lucidrains
 from .inspection import inspect_checkpoint
+from .memory_weights import save_memory as save_memory_of
 from .model_card import model_card
+from .replace_memory import apply_memory as apply_memory_to
 from .to_infini import convert_to_infini
 
 
@@ -52,7 +56,8 @@ def main():
     Retrofit pretrained checkpoints with Infini-attention: text of any length, memory of constant size.
 
     `to-infini` converts a Llama, Mistral, Qwen2 or Qwen3; `inspect` shows what came out; `card` writes its model card;
-    `from-infini` goes back; `from-lucidrains` imports models of infini-transformer-pytorch.
+    `from-infini` goes back; `save-memory` and `apply-memory` take what was trained from one conversion to another;
+    `from-lucidrains` imports models of infini-transformer-pytorch.
     """
 
 
@@ -65,26 +70,37 @@ def to_infini(
         typer.Option(help="Tokens per segment. By default the source's own sliding window, if it has one."),
     ] = None,
     local_attention: Annotated[
-        LocalAttention,
-        typer.Option(help="What a token sees beside the memory: a sliding window with sinks, or its own segment."),
-    ] = LocalAttention.sliding,
+        LocalAttention | None,
+        typer.Option(help="What a token sees beside the memory: `sliding` window (default), or its own `segment`."),
+    ] = None,
     num_sink_tokens: Annotated[
         int | None,
         typer.Option(help="Attention sinks; by default 4 in `sliding`, 0 in `segment` or if the source slides."),
     ] = None,
     head_gate_init_value: Annotated[
-        float, typer.Option(help="Logit of the gates; its sigmoid is the share of local attention.")
-    ] = 4.0,
+        float | None,
+        typer.Option(help="Logit of the gates, by default 4; its sigmoid is the share of local attention."),
+    ] = None,
     head_gates: Annotated[
         Path | None,
         typer.Option(help="JSON file with the gates' logits: for each layer a number, or a list with one per head."),
     ] = None,
     use_mem_delta_rule: Annotated[
-        bool, typer.Option("--use-mem-delta-rule", help="Write the memory with the delta rule.")
-    ] = False,
+        bool | None, typer.Option("--use-mem-delta-rule", help="Write the memory with the delta rule.")
+    ] = None,
     memory_norm_init_scale: Annotated[
         float | None,
         typer.Option(help="Norm the queries and keys of the memory, with learned scales that start at this."),
+    ] = None,
+    config_overrides: Annotated[
+        str,
+        typer.Option(
+            help="Other fields of the memory, as `field=value,...`: `memory_feature_map=exp,token_gates=true`."
+        ),
+    ] = "",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="A memory for this base, by `save-memory`: its folder, or a Hub id. It brings its fields."),
     ] = None,
     dtype: Dtype = "auto",
     max_shard_size: ShardSize = "5GB",
@@ -101,21 +117,31 @@ def to_infini(
 
     Example: `python -m conversion to-infini path/to/llama converted --segment-length 1024`
     """
+    options: dict[str, Any] = {
+        "segment_length": segment_length,
+        "local_attention": None if local_attention is None else local_attention.value,
+        "num_sink_tokens": num_sink_tokens,
+        "head_gate_init_value": head_gate_init_value,
+        "use_mem_delta_rule": use_mem_delta_rule,
+        "memory_norm_init_scale": memory_norm_init_scale,
+    }
     with errors_as_messages():
+        for name, value in config_fields(config_overrides).items():
+            if name not in MEMORY_OPTIONS:
+                raise ValueError(f"{name} is the base's, not the memory's: those are {', '.join(MEMORY_OPTIONS)}.")
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is set twice: by --{name.replace('_', '-')} and by --config-overrides.")
+            options[name] = value
         folder = convert_to_infini(
             source,
             output,
-            segment_length=segment_length,
-            local_attention=local_attention.value,
-            num_sink_tokens=num_sink_tokens,
-            head_gate_init_value=head_gate_init_value,
             head_gates=head_gates,
-            use_mem_delta_rule=use_mem_delta_rule,
-            memory_norm_init_scale=memory_norm_init_scale,
+            memory=memory,
             dtype=dtype,
             max_shard_size=max_shard_size,
             allow_bin=allow_bin,
             revision=revision,
+            **options,
         )
     typer.echo(f"Converted {source} to {folder}. Look at it: python -m conversion inspect {output}")
 
@@ -177,6 +203,48 @@ def from_lucidrains(
             model_card(model.config, model.local_shares()).save(folder / "README.md")
             model.save_pretrained(folder)
     typer.echo(f"Imported {source} to {output}.")
+
+
+@app.command()
+def save_memory(
+    source: Source,
+    output: Output,
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be published, as `name/memory`.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base, if the checkpoint does not name it.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Hub identifier of the licence, such as `apache-2.0`.")] = None,
+    training: Annotated[str | None, typer.Option(help="How it was trained, and what it reaches, in Markdown.")] = None,
+):
+    """
+    Save the memory of a trained conversion by itself, without the base that it belongs to.
+
+    A few MB: head gates, the memory's own weights, and a card. Refused if the base was trained too.
+
+    Example: `python -m conversion save-memory tuned llama-memory`
+    """
+    with errors_as_messages():
+        folder = save_memory_of(
+            source, output, repo_id=repo_id, base_model=base_model, license=license, training=training
+        )
+    typer.echo(f"Saved the memory of {source} to {folder}.")
+
+
+@app.command()
+def apply_memory(
+    folder: Annotated[Path, typer.Argument(help="A conversion of the memory's base. It is changed in place.")],
+    memory: Annotated[str, typer.Argument(help="What `save-memory` saved: its folder, or a Hub id.")],
+):
+    """
+    Put a memory into a conversion of its base, in place of the one there.
+
+    The base's weights stay as they are. Whenever it ends, the folder holds the old model or the new one.
+
+    Example: `python -m conversion apply-memory converted llama-memory`
+    """
+    with errors_as_messages():
+        apply_memory_to(folder, memory)
+    typer.echo(f"{folder} has the memory of {memory}. Its card: python -m conversion card {folder} --overwrite")
 
 
 @app.command()

@@ -33,7 +33,7 @@ CACHE_FIELDS = ("cache_implementation", "cache_config", "max_cache_len", "contin
 RETURN_FIELDS = (*WINDOW_FIELDS, "use_cache", *CACHE_FIELDS)
 
 # What belongs to the source's files and not to its architecture.
-FILE_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+FILE_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version", "transformers_weights")
 
 # What transformers reads of every configuration, though not all classes have such a field, and its older spellings.
 COMMON_FIELDS = (
@@ -81,8 +81,11 @@ COMPUTATION = re.compile(
 
 INFINI_FIELDS = tuple(InfiniConfig.__annotations__)
 
-# The fields that decide which parameters and norms a layer has.
+# The fields that decide which parameters and norms a layer of the base has.
 STRUCTURE_FIELDS = ("qkv_bias", "attention_output_bias", "mlp_bias", "lm_head_bias", "qk_norm")
+
+# What a memory brings to the configuration of its base.
+MEMORY_OPTIONS = tuple(name for name in INFINI_FIELDS if name not in (*STRUCTURE_FIELDS, "converted_from"))
 
 
 def infini_config(
@@ -141,14 +144,20 @@ def infini_config(
     except StrictDataclassError as error:
         # Without the wrapping, which shows the whole configuration.
         raise ValueError(str(error.__cause__ or error)) from error
-    if config.longest_distance > source.max_position_embeddings:
+    require_known_distances(config)
+    return config
+
+
+def require_known_distances(config: InfiniConfig) -> None:
+    """Raises ValueError if a token would see others at a distance that the base was not trained on."""
+    if config.longest_distance > config.max_position_embeddings:
         reach = "2 * segment_length + num_sink_tokens" if config.is_sliding else "segment_length"
+        reach += " + num_memory_slots" if getattr(config, "num_memory_slots", 0) else ""
         raise ValueError(
             f'With local_attention="{config.local_attention}", {reach} = {config.longest_distance} must not exceed '
-            f"the {source.max_position_embeddings} positions that the source was trained on. Choose a smaller "
+            f"the {config.max_position_embeddings} positions that the source was trained on. Choose a smaller "
             f"segment_length than {config.segment_length}."
         )
-    return config
 
 
 def base_config(config: InfiniConfig, model_type: str | None = None) -> PreTrainedConfig:

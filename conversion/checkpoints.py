@@ -20,7 +20,14 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    logging,
+)
 
 from modeling_infini import InfiniConfig
 from modeling_infini.modeling_infini import FORMER_NAMES
@@ -39,6 +46,12 @@ WEIGHT_FILES = [
 # A single file, or the index of several: in this order, which is that of transformers.
 SAFE_LAYOUT = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 BIN_LAYOUT = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+# The field of config.json by which transformers finds weights, or their index, of another name.
+WEIGHTS_FIELD = "transformers_weights"
+
+# Of a memory's weights, where a checkpoint has several files.
+MEMORY_SHARD = "model-memory{}.safetensors"
 
 # What stands in the place of a large file that git alone has fetched, and the most bytes that it has.
 LFS_POINTER = b"version https://git-lfs"
@@ -143,7 +156,7 @@ class Checkpoint:
     def _weights(self) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
         if self.gguf is not None:
             return self.gguf.shapes, self.gguf.read
-        safe = [self.folder / name for name in self._files_of(SAFE_LAYOUT)]
+        safe = [self.folder / name for name in self.safetensors]
         files = safe or [self.folder / name for name in self._files_of(BIN_LAYOUT)]
         if not files:
             raise FileNotFoundError(
@@ -163,10 +176,17 @@ class Checkpoint:
             raise FileNotFoundError(f"The index in {self.folder} names {missing[0]}, which is not there. Download it.")
         return _open_files(files, _read_safetensors if safe else _read_bin)
 
+    @property
+    def safetensors(self) -> list[str]:
+        """Names of the safetensors files that hold the weights; none if others do."""
+        return self._files_of(SAFE_LAYOUT)
+
     def _files_of(self, layout: tuple[str, str]) -> list[str]:
         """The files that hold the weights in a layout; none if the checkpoint has not that layout."""
         single, index = layout
-        if single in self.sizes:
+        if layout == SAFE_LAYOUT and (named := read_json(self.folder / CONFIG_NAME).get(WEIGHTS_FIELD)) is not None:
+            single = index = str(named)
+        if single in self.sizes and not single.endswith(".json"):
             return [single]
         return _indexed(self.folder / index) if index in self.sizes else []
 
@@ -180,7 +200,7 @@ class Checkpoint:
         """Names of the files that hold the weights, and of their index; none of a GGUF file's neighbours."""
         if self.gguf is not None:
             return set()
-        return {*(self._files_of(SAFE_LAYOUT) or self._files_of(BIN_LAYOUT)), SAFE_LAYOUT[1], BIN_LAYOUT[1]}
+        return {*(self.safetensors or self._files_of(BIN_LAYOUT)), SAFE_LAYOUT[1], BIN_LAYOUT[1]}
 
     def read(self, name: str) -> torch.Tensor:
         """A weight; its file stays open only as long as the tensor lives."""
@@ -359,9 +379,15 @@ def _shape(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
+def is_memory_weight(name: str) -> bool:
+    """Whether a parameter is what a memory adds to its base: head gates, and all that is in a layer's memory."""
+    return re.search(r"\.self_attn\.(head_gates|memory)\.", name) is not None
+
+
 def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weights, max_shard_size: int | str) -> None:
     """
-    Writes safetensors files, and their index last, holding one of them in memory.
+    Writes safetensors files, and their index last, holding one of them in memory. Where there are several, those of a
+    memory are in one of their own: another memory can take its place without a look at the others.
 
     Args:
         shapes: a tensor on the meta device for each weight, with the dtype to be written.
@@ -370,23 +396,36 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
     Raises:
         ValueError: if a weight does not fit into its dtype, see [`cast`].
     """
-    split = split_state_dict_into_shards_factory(
-        shapes,
-        get_storage_size=lambda shape: shape.nbytes,
-        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
-        max_shard_size=max_shard_size,
-    )
+    files = _shards(shapes, max_shard_size)
+    if len(files) > 1 and (of_memory := [name for name in shapes if is_memory_weight(name)]):
+        files = _shards({name: shapes[name] for name in shapes if name not in of_memory}, max_shard_size)
+        files[MEMORY_SHARD.format("")] = of_memory
     total = sum(shape.nbytes for shape in shapes.values())
     with logging.tqdm(total=total, desc="Writing weights", unit="B", unit_scale=True) as progress:
-        for file, names in split.filename_to_tensors.items():
+        for file, names in files.items():
             shard = {name: cast(name, weights[name](), shapes[name].dtype).contiguous() for name in names}
             save_file(shard, folder / file, metadata={"format": "pt"})
             progress.update(sum(tensor.nbytes for tensor in shard.values()))
             # Else it would live until the next one is complete.
             del shard
-    if split.is_sharded:
-        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if len(files) > 1:
+        write_index(folder / SAFE_WEIGHTS_INDEX_NAME, {name: file for file in files for name in files[file]}, total)
+
+
+def _shards(shapes: dict[str, torch.Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
+    """The names of the weights in each file."""
+    return split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: shape.nbytes,
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_size,
+    ).filename_to_tensors
+
+
+def write_index(file: Path, file_of: dict[str, str], total_size: int) -> None:
+    """Writes which file holds each weight."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def require_float(name: str, shape: torch.Tensor) -> None:

@@ -1,6 +1,5 @@
 """Takes Infini-attention out of a model again."""
 
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from .architectures import base_config
 from .checkpoints import (
     Checkpoint,
     Weights,
+    is_memory_weight,
     new_folder,
     require_float,
     require_free,
@@ -22,6 +22,7 @@ from .checkpoints import (
     shard_size,
     write_weights,
 )
+from .memory_weights import initial_memory_weights, memory_digest
 from .small_files import (
     copy_files,
     load_tokenizer,
@@ -30,13 +31,8 @@ from .small_files import (
     write_fields,
     write_tokenizer,
 )
-from .to_infini import MEMORY_NORMS, own_weights
+from .to_infini import own_weights
 from .wrong_sources import what_weights_they_are
-
-
-# Besides the gates, what may be in a memory has no place elsewhere.
-MEMORY_EXTENSIONS = ("memory.write_strength.weight", "memory.write_gate.weight", "memory.write_gate.bias")
-MEMORY_WEIGHTS = ("head_gates.weight", *MEMORY_NORMS, *MEMORY_EXTENSIONS)
 
 
 def convert_from_infini(
@@ -57,8 +53,10 @@ def convert_from_infini(
     Args:
         source: a folder with a checkpoint, or the id of a model on the Hub.
         output: the folder to make. It must not exist, or be empty; it appears only when it is complete.
-        drop_gates: drop gates (and write strengths) although they differ from their initial value. The base
-            architecture has no place for them: what the model learned to do with its memory is lost.
+        drop_gates: drop gates, and what else a memory learns, although they differ from their initial value. The
+            base architecture has no place for them: what the model learned to do with its memory is lost. A memory
+            that was applied (`apply_memory`, `convert_to_infini(..., memory=...)`) and not trained since needs none of
+            this: it is published by itself.
         model_type: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`; by default what the model was converted from, or
             else the first of them that has its parameters. All have full attention, but for a Mistral's own window.
         dtype: of the saved weights; `"auto"` keeps each weight's own.
@@ -79,9 +77,9 @@ def convert_from_infini(
     infini = checkpoint.infini_config
     config = base_config(infini, model_type)
     if not drop_gates:
-        _require_untrained(checkpoint, infini)
+        _require_no_loss(checkpoint, infini)
 
-    found_names = {name for name in own_weights(checkpoint, config) if not name.endswith(MEMORY_WEIGHTS)}
+    found_names = {name for name in own_weights(checkpoint, config) if not is_memory_weight(name)}
     with torch.device("meta"):
         expected = dict(AutoModelForCausalLM.from_config(config).state_dict())
     if config.tie_word_embeddings:
@@ -115,15 +113,20 @@ def convert_from_infini(
     return Path(output).absolute()
 
 
-def _require_untrained(checkpoint: Checkpoint, config: InfiniConfig) -> None:
-    gates, scale = config.head_gate_init_value / config.head_gate_scale, math.log(config.memory_norm_init_scale or 1)
-    initial = {"head_gates.weight": gates, **dict.fromkeys(MEMORY_NORMS, scale)}
-    for name in checkpoint.shapes:
-        if name.endswith(MEMORY_EXTENSIONS):
-            raise ValueError(f"{name} would be lost: {config.model_type} alone has it. Pass drop_gates to drop it.")
-        for kind, value in initial.items():
-            if name.endswith(kind) and not (checkpoint.read(name) == torch.tensor(value, dtype=torch.float32)).all():
-                raise ValueError(
-                    f"The gates were trained or set: {name} differs from its initial value {value:.4g}. The base "
-                    "architecture has no place for it. Pass drop_gates=True (--drop-gates) to drop it."
-                )
+def _require_no_loss(checkpoint: Checkpoint, config: InfiniConfig) -> None:
+    """Passes a memory as it starts, and one that was applied and is published by itself."""
+    names = [name for name in checkpoint.shapes if is_memory_weight(name)]
+    applied = (config.converted_from or {}).get("memory")
+    if applied and memory_digest({name: checkpoint.read(name) for name in names}) == applied.get("sha256"):
+        return
+    initial: dict[str, torch.Tensor] = {}
+    for layer in config.layers_with_memory:
+        initial |= initial_memory_weights(config, layer)
+    for name in names:
+        weight = checkpoint.read(name)
+        if name not in initial or not torch.equal(initial[name].to(weight.dtype), weight):
+            raise ValueError(
+                f"The memory was trained, or its gates were set: {name} differs from its initial value. The base "
+                "architecture has no place for it. Save it by itself (python -m conversion save-memory), or lose it: "
+                "pass drop_gates=True (--drop-gates) to drop it."
+            )

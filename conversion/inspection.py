@@ -1,7 +1,6 @@
 """What a checkpoint is: read from its configuration and its gates, without loading the model."""
 
 import os
-import re
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -129,11 +128,15 @@ def inspect_checkpoint(source: str | os.PathLike, revision: str | None = None) -
 
 def _local_shares(checkpoint: Checkpoint) -> torch.Tensor:
     """What the gates of an Infini-attention checkpoint give to local attention, `(layers, heads)`."""
-    gates = {name: re.search(r"layers\.(\d+)\.self_attn\.head_gates\.weight$", name) for name in checkpoint.shapes}
-    names = {int(match[1]): name for name, match in gates.items() if match}
-    if sorted(names) != list(range(checkpoint.config.num_hidden_layers)):
-        raise ValueError(f"{checkpoint.folder} lacks the gates of some layers: it is no whole checkpoint.")
-    logits = torch.stack([checkpoint.read(names[layer]).float() for layer in sorted(names)])
-    if not logits.isfinite().all():
-        raise ValueError(f"{checkpoint.folder} has gates that are not finite: a training has gone wrong.")
-    return torch.sigmoid(checkpoint.config.head_gate_scale * logits)
+    config = checkpoint.config
+    shares = torch.ones(config.num_hidden_layers, config.num_attention_heads)
+    for layer in config.layers_with_memory:
+        name = f"model.layers.{layer}.self_attn.head_gates.weight"
+        found = [own for own in (name, name.removeprefix("model.")) if own in checkpoint.shapes]
+        if not found:
+            raise ValueError(f"{checkpoint.folder} lacks the gates of some layers: it is no whole checkpoint.")
+        logits = checkpoint.read(found[0]).float()
+        if not logits.isfinite().all():
+            raise ValueError(f"{checkpoint.folder} has gates that are not finite: a training has gone wrong.")
+        shares[layer] = torch.sigmoid(config.head_gate_scale * logits)
+    return shares

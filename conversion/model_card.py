@@ -54,6 +54,22 @@ outputs = model(**tokenizer(open("book.txt").read(), return_tensors="pt"))
 }
 
 
+LIMIT_OF_MEMORY = (
+    "Exact attention reaches {segment_length:,} tokens at most; what was written long ago is averaged with everything "
+    "since. The memory is associative, not a transcript."
+)
+
+MEMORY_USAGE = """On its base, the memory makes a checkpoint that reads text of any length:
+
+    python -m conversion to-infini {base} with-memory --memory {name}
+
+or it takes the place of the memory in a conversion of the base that is there already:
+
+    python -m conversion apply-memory converted {name}
+
+In a running process, `load_memory(model, "{name}")` of `conversion` does it."""
+
+
 def model_card(
     config: InfiniConfig,
     local_shares: torch.Tensor,
@@ -79,21 +95,14 @@ def model_card(
     """
     origin = config.converted_from or {}
     architecture = (config.architectures or ["InfiniForCausalLM"])[0].removeprefix("FSDP")
-    if base_model is not None and origin.get("name", base_model) != base_model:
-        raise ValueError(
-            f"The model was converted from {origin['name']}, as its configuration says, not from {base_model}."
-        )
-    base_model = base_model or origin.get("name")
-    metadata: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": PIPELINE_TAGS.get(architecture),
-        "tags": ["infini-attention", "long-context", "custom_code"],
-        "base_model": base_model,
-        "license": license or origin.get("license"),
-    }
-    if license is None:
-        metadata |= {name: origin.get(name) for name in ("license_name", "license_link")}
-    data = ModelCardData(**metadata)
+    base_model = _base_model(origin, base_model)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS.get(architecture),
+        tags=["infini-attention", "long-context", "custom_code"],
+        base_model=base_model,
+        **_licence(origin, license),
+    )
     sections = [
         f"# {(repo_id or base_model or 'Infini-attention').rsplit('/', 1)[-1]}"
         + (" with Infini-attention" if repo_id is None and base_model else ""),
@@ -111,6 +120,68 @@ def model_card(
         _limits(config, training),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def memory_card(
+    config: InfiniConfig,
+    local_shares: torch.Tensor,
+    parameters: int,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    training: str | None = None,
+) -> ModelCard:
+    """
+    The card of a memory without its base; arguments as of [`model_card`].
+
+    Args:
+        parameters: how many there are in it.
+    """
+    origin = config.converted_from or {}
+    base_model = _base_model(origin, base_model)
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["infini-attention", "infini-memory", "long-context"],
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        **_licence(origin, license),
+    )
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its base"
+    revision = f" at revision `{origin['revision']}`" if "revision" in origin else ""
+    title = (repo_id or base_model or "an Infini-attention model").rsplit("/", 1)[-1]
+    sections = [
+        f"# {'' if repo_id else 'A memory for '}{title}",
+        f"What {base}{revision} lacks to read text of any length with a memory of constant size "
+        f"([Infini-attention]({PAPER})): head gates and the memory's own weights, {parameters:,} parameters. The "
+        "base's weights are not in it, and stay as they are.",
+        "## How it was made",
+        training or "How it was trained is not recorded here.",
+        "## Memory",
+        _memory_table(config, local_shares),
+        "## Usage",
+        MEMORY_USAGE.format(base=base_model or "path/to/base", name=repo_id or "path/or/repo-id"),
+        "## Limits",
+        "- It belongs to one base: `memory_config.json` has a fingerprint of that base's weights, and others are "
+        "refused. To a fine-tuned base a memory means something else.\n"
+        f"- {LIMIT_OF_MEMORY.format(segment_length=config.segment_length)}\n"
+        "- It is data: no code comes with it.",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _base_model(origin: dict[str, Any], base_model: str | None) -> str | None:
+    if base_model is not None and origin.get("name", base_model) != base_model:
+        raise ValueError(
+            f"The model was converted from {origin['name']}, as its configuration says, not from {base_model}."
+        )
+    return base_model or origin.get("name")
+
+
+def _licence(origin: dict[str, Any], license: str | None) -> dict[str, Any]:
+    if license is not None:
+        return {"license": license}
+    return {name: origin.get(name) for name in ("license", "license_name", "license_link")}
 
 
 def write_missing_card(model: InfiniPreTrainedModel, folder: str | os.PathLike, repo_id: str) -> None:
@@ -150,9 +221,17 @@ def memory_rule(config: InfiniConfig) -> str:
         "a learned write strength": config.learned_delta_update,
         "a norm of its queries and keys": config.memory_norm_init_scale is not None,
         "a write gate": config.memory_write_gate,
+        "learned exponential features": config.memory_feature_map == "exp",
+        "gates that depend on the token": config.token_gates,
     }
     present = [name for name, is_present in extensions.items() if is_present]
-    return f"{rule}, with {' and '.join(present)}" if present else rule
+    return f"{rule}, with {', '.join(present)}" if present else rule
+
+
+def _in_layers(config: InfiniConfig) -> str:
+    if config.memory_layers is None:
+        return ""
+    return f", in layers {', '.join(map(str, config.memory_layers)) or 'none'} of {config.num_hidden_layers}"
 
 
 def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
@@ -160,7 +239,7 @@ def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
     rows = {
         "segment length": f"{config.segment_length:,} tokens",
         "local attention": local if config.is_sliding else "within each segment",
-        "memory": memory_rule(config),
+        "memory": memory_rule(config) + _in_layers(config),
         "share of local attention in the gates": f"{local_shares.mean():.1%} on average, "
         f"{local_shares.min():.1%} to {local_shares.max():.1%}",
         "state per sequence": f"{state_nbytes(config) / 1e6:,.1f} MB, whatever the length",
@@ -175,8 +254,7 @@ def _usage(architecture: str, name: str) -> str:
 
 def _limits(config: InfiniConfig, training: str | None) -> str:
     limits = [
-        f"Exact attention reaches {config.segment_length:,} tokens at most; what was written long ago is averaged "
-        "with everything since. The memory is associative, not a transcript.",
+        LIMIT_OF_MEMORY.format(segment_length=config.segment_length),
         "The model brings its own code: `trust_remote_code=True` runs the Python files of this repository. Pin a "
         "`revision` that you have read.",
         "Static, quantized and offloaded caches and continuous batching are refused: they hold no memory.",

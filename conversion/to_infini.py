@@ -1,7 +1,6 @@
 """Retrofits pretrained models with a compressive memory and head gates."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -16,10 +15,12 @@ from yaml import YAMLError
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 
-from .architectures import infini_config, require_supported
+from .architectures import MEMORY_OPTIONS, infini_config, require_supported
+from .base_fingerprint import EMBEDDINGS, HEAD, LEGACY_BUFFER, base_fingerprint
 from .checkpoints import (
     Checkpoint,
     Weights,
+    is_memory_weight,
     new_folder,
     require_float,
     require_free,
@@ -27,6 +28,7 @@ from .checkpoints import (
     shard_size,
     write_weights,
 )
+from .memory_weights import MemoryWeights, initial_memory_weights, memory_shapes
 from .model_card import model_card
 from .small_files import (
     CARD,
@@ -45,11 +47,6 @@ from .wrong_sources import what_weights_they_are
 
 logger = logging.get_logger(__name__)
 
-# Buffers that old Llama checkpoints hold beside their weights.
-LEGACY_BUFFER = "rotary_emb.inv_freq"
-
-MEMORY_NORMS = ("memory.query_norm.weight", "memory.key_norm.weight")
-
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 HeadGates = str | os.PathLike | Sequence[float | Sequence[float]]
@@ -60,16 +57,18 @@ def convert_to_infini(
     output: str | os.PathLike,
     *,
     segment_length: int | None = None,
-    local_attention: Literal["segment", "sliding"] = "sliding",
+    local_attention: Literal["segment", "sliding"] | None = None,
     num_sink_tokens: int | None = None,
-    head_gate_init_value: float = 4.0,
+    head_gate_init_value: float | None = None,
     head_gates: HeadGates | None = None,
-    use_mem_delta_rule: bool = False,
+    use_mem_delta_rule: bool | None = None,
     memory_norm_init_scale: float | None = None,
+    memory: str | os.PathLike | MemoryWeights | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str = "5GB",
     allow_bin: bool = False,
     revision: str | None = None,
+    **options: Any,
 ) -> Path:
     """
     Converts a Llama, Mistral, Qwen2 or Qwen3 checkpoint to an Infini-attention one. Up to `segment_length` tokens, the
@@ -83,8 +82,8 @@ def convert_to_infini(
         source: a folder with a checkpoint, a `.gguf` file, or the id of a model on the Hub.
         output: the folder to make. It must not exist, or be empty; it appears only when it is complete.
         segment_length: tokens per segment, N; may be left out where the source has a sliding window of its own.
-        local_attention: `"sliding"` sees the last N tokens and the sinks; `"segment"` those of the token's own
-            segment, which costs an untrained model more.
+        local_attention: `"sliding"`, the default, sees the last N tokens and the sinks; `"segment"` those of the
+            token's own segment, which costs an untrained model more.
         num_sink_tokens: attention sinks of `"sliding"`; by default 4 there, but 0 where the source slides itself, and
             0 in `"segment"`.
         head_gate_init_value: logit of the gates, whose sigmoid is the share of local attention. By default 4.0, 98 %
@@ -93,10 +92,14 @@ def convert_to_infini(
             each layer; or the path of a JSON file that holds it.
         use_mem_delta_rule: write the memory with the delta rule.
         memory_norm_init_scale: norm the queries and keys of the memory, by heads with learned scales that start here.
+        memory: a memory that was trained on this base, as `save_memory` has saved it: its folder, or its id on the
+            Hub. The fields of the memory are its own; options that contradict it are refused.
         dtype: of the saved weights; `"auto"` keeps each weight's own. Gates are always in float32.
         max_shard_size: of an output file, in bytes or as in `"5GB"`.
         allow_bin: read PyTorch `.bin` files where there are no safetensors.
         revision: of a model on the Hub.
+        options: other fields of the memory in [`InfiniConfig`], such as `memory_feature_map`, `token_gates` or
+            `memory_layers`. What they add starts as in a new model.
 
     Returns:
         The output folder: weights, configuration, generation configuration, tokenizer, code files for
@@ -106,24 +109,42 @@ def convert_to_infini(
         FileExistsError: if `output` holds something.
         FileNotFoundError: if `source` is no checkpoint.
         ValueError: if the source is not supported or incomplete, its tokenizer would give other ids, the window does
-            not fit into the positions that it was trained on, or a weight does not fit into `dtype`.
+            not fit into the positions that it was trained on, a weight does not fit into `dtype`, or the memory
+            belongs to another base.
     """
+    options |= {
+        "segment_length": segment_length,
+        "local_attention": local_attention,
+        "num_sink_tokens": num_sink_tokens,
+        "head_gate_init_value": head_gate_init_value,
+        "use_mem_delta_rule": use_mem_delta_rule,
+        "memory_norm_init_scale": memory_norm_init_scale,
+    }
+    if foreign := sorted(set(options) - set(MEMORY_OPTIONS)):
+        raise TypeError(f"convert_to_infini has no argument {foreign[0]}, and a memory no such field.")
+    if memory is None:
+        defaults = {"local_attention": "sliding", "head_gate_init_value": 4.0, "use_mem_delta_rule": False}
+        options |= {name: value for name, value in defaults.items() if options[name] is None}
+    else:
+        memory = memory if isinstance(memory, MemoryWeights) else MemoryWeights.load(memory)
+        options = _options_of(memory, options, head_gates)
     weight_dtype, largest_file = saved_dtype(dtype), shard_size(max_shard_size)
     require_free(output)
     checkpoint = Checkpoint(source, revision, allow_bin)
     require_supported(checkpoint.config_fields)
-    config = infini_config(
-        checkpoint.config,
-        segment_length=segment_length,
-        local_attention=local_attention,
-        num_sink_tokens=num_sink_tokens,
-        origin=_origin(checkpoint, head_gates),
-        head_gate_init_value=head_gate_init_value,
-        use_mem_delta_rule=use_mem_delta_rule,
-        memory_norm_init_scale=memory_norm_init_scale,
-    )
-    gates = _gate_weights(config, head_gates)
-    shapes, weights = _output_weights(checkpoint, config, gates, weight_dtype)
+    config = infini_config(checkpoint.config, origin=_origin(checkpoint, head_gates, memory), **options)
+    shapes, weights = _base_weights(checkpoint, config, weight_dtype)
+    fingerprint = base_fingerprint(checkpoint, weight_dtype)
+    config.converted_from["fingerprint"] = fingerprint
+    if memory is None:
+        gates = _gate_weights(config, head_gates)
+        local_shares = torch.sigmoid(gates * config.head_gate_scale)
+        of_memory = _new_memory(config, gates)
+    else:
+        memory.require_base(fingerprint, config, str(source))
+        config.converted_from["memory"] = memory.as_origin
+        local_shares = memory.local_shares
+        of_memory = {name: weight.clone for name, weight in memory.weights.items()}
     config.architectures = [InfiniForCausalLM.__name__]
     config.dtype = weight_dtype or checkpoint.config.dtype or shapes["model.embed_tokens.weight"].dtype
 
@@ -142,20 +163,37 @@ def convert_to_infini(
             write_tokenizer(checkpoint, folder, settings, tokenizer, config)
         kept = {name: value for name, value in generation.items() if name not in refused}
         write_fields(checkpoint, folder / "generation_config.json", kept)
-        model_card(config, torch.sigmoid(gates * config.head_gate_scale)).save(folder / CARD)
-        write_weights(folder, shapes, weights, largest_file)
+        model_card(config, local_shares).save(folder / CARD)
+        write_weights(folder, shapes, weights | of_memory, largest_file)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
     return Path(output).absolute()
 
 
-def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None) -> dict[str, Any]:
+def _options_of(memory: MemoryWeights, given: dict[str, Any], head_gates: HeadGates | None) -> dict[str, Any]:
+    """The fields of a memory. Raises ValueError if options that were given contradict them."""
+    if head_gates is not None:
+        raise ValueError("head_gates contradicts the memory, which brings its own gates. Leave one of them out.")
+    for name, value in given.items():
+        own = memory.options.get(name, getattr(InfiniConfig, name))
+        if value is not None and value != own:
+            raise ValueError(
+                f"{name}={value!r} contradicts the memory, which was trained with {name}={own!r}. Leave it out."
+            )
+    return memory.options
+
+
+def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None, memory: MemoryWeights | None) -> dict[str, Any]:
     """Name, revision and licence of the source as far as they are known, and what the way back needs."""
+    gates = None if head_gates is None else "set by layer or head"
+    if memory is not None:
+        gates = "those of a memory that was trained by itself"
+        gates += f", [{memory.name}](https://huggingface.co/{memory.name})" if memory.name else ""
     origin = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
         **(_licence_of_card(checkpoint.folder / CARD) if checkpoint.gguf is None else checkpoint.gguf.licence),
-        "head_gates": None if head_gates is None else "set by layer or head",
+        "head_gates": gates,
     }
     # YAML has dates where JSON has none.
     return {name: json.loads(json.dumps(value, default=str)) for name, value in origin.items() if value is not None}
@@ -201,27 +239,40 @@ def _of_heads(logits: torch.Tensor, heads: int) -> torch.Tensor:
     return logits.float().expand(heads)
 
 
-def _output_weights(
-    checkpoint: Checkpoint, config: InfiniConfig, gates: torch.Tensor, dtype: torch.dtype | None
+def _new_memory(config: InfiniConfig, gates: torch.Tensor) -> Weights:
+    """Readers of a new memory's weights: those of its modules as they start, but for the gates `(layers, heads)`."""
+    weights: Weights = {}
+    for name in memory_shapes(config):
+        layer = int(name.split(".")[2])
+        weights[name] = partial(_initial_weight, config, layer, name)
+        if name.endswith("head_gates.weight"):
+            weights[name] = gates[layer].clone
+    return weights
+
+
+def _initial_weight(config: InfiniConfig, layer: int, name: str) -> torch.Tensor:
+    return initial_memory_weights(config, layer)[name]
+
+
+def _base_weights(
+    checkpoint: Checkpoint, config: InfiniConfig, dtype: torch.dtype | None
 ) -> tuple[dict[str, torch.Tensor], Weights]:
-    """Shapes and readers of the weights to write, in the order of the model; `config` learns if heads are untied."""
+    """
+    Shapes and readers of the base's weights, in the order of the model, and shapes of the memory's; `config` learns if
+    heads are untied.
+    """
     found = own_weights(checkpoint, config)
     found = {name: shape for name, shape in found.items() if not name.endswith(LEGACY_BUFFER)}
     with torch.device("meta"):
         expected = dict(InfiniForCausalLM(config).state_dict())
     if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        del expected[HEAD]
 
     shapes: dict[str, torch.Tensor] = {}
     weights: Weights = {}
     for name, shape in expected.items():
-        if name.endswith("head_gates.weight"):
-            layer = int(name.split(".")[2])
+        if is_memory_weight(name):
             shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
-            weights[name] = gates[layer].clone
-        elif name.endswith(MEMORY_NORMS):
-            shapes[name] = torch.empty(shape.shape, dtype=torch.float32, device="meta")
-            weights[name] = partial(torch.full, shape.shape, math.log(config.memory_norm_init_scale))
         elif name in found and found[name].shape == shape.shape:
             source = found.pop(name)
             require_float(name, source)
@@ -246,10 +297,9 @@ def own_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> dict[str, t
     them, `config` learns that they are not tied, which is what transformers does with such a checkpoint.
     """
     shapes = dict(checkpoint.shapes)
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tie_word_embeddings and shapes.keys() >= set(names):
-        if torch.equal(*map(checkpoint.read, names)):
-            del shapes[names[0]]
+    if config.tie_word_embeddings and shapes.keys() >= {HEAD, EMBEDDINGS}:
+        if torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDINGS)):
+            del shapes[HEAD]
         else:
             logger.warning("%s ties its embeddings, but has a head of its own: they are not tied.", checkpoint.folder)
             config.tie_word_embeddings = False

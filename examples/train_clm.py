@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
 
-from conversion.from_infini import MEMORY_WEIGHTS
+from conversion.checkpoints import is_memory_weight
 from evaluation.loading import config_fields
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import (
@@ -126,13 +126,12 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
         arguments.model, dtype="auto" if arguments.lora_rank else torch.float32
     )
     if arguments.lora_rank:
-        of_memory = {name.split(".")[-2] for name in MEMORY_WEIGHTS}
-        parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        of_memory = {name.split(".")[-2] for name, _ in model.named_parameters() if is_memory_weight(name)}
         lora = LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=2 * arguments.lora_rank,
             target_modules=(arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(","),
-            modules_to_save=sorted(of_memory & parts),
+            modules_to_save=sorted(of_memory),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)

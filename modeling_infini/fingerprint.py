@@ -180,6 +180,16 @@ def _offloaded(module: nn.Module) -> Any:
     return next((weights for weights in maps if weights is not None), None)
 
 
+def some_elements(tensor: torch.Tensor, every_row: bool) -> torch.Tensor:
+    """Those of a tensor that a fingerprint has: all of a small one, of others some of each part, or of each row."""
+    elements = tensor.contiguous().view(-1)
+    if (length := len(elements)) > WHOLE:
+        # From row to row, a group stands elsewhere.
+        step = max(tensor.shape[-1] - GROUP if every_row else length // GROUPS, GROUP)
+        elements = elements.unfold(0, GROUP, step)
+    return elements
+
+
 def _look_at(tensor: torch.Tensor, name: str, every_row: bool, digest: Any) -> None:
     """Puts the bytes of some elements into the digest."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -187,11 +197,7 @@ def _look_at(tensor: torch.Tensor, name: str, every_row: bool, digest: Any) -> N
         for part in tensor.__tensor_flatten__()[0]:
             _look_at(getattr(tensor, part), f"{name}.{part}", every_row, digest)
         return
-    elements = tensor.contiguous().view(-1)
-    if (length := len(elements)) > WHOLE:
-        # From row to row, a group stands elsewhere.
-        step = max(tensor.shape[-1] - GROUP if every_row else length // GROUPS, GROUP)
-        elements = elements.unfold(0, GROUP, step)
+    elements = some_elements(tensor, every_row)
     # At least float32, since some loaders keep gates in it and others do not.
     is_short = elements.is_floating_point() and elements.itemsize < 4
     # A copy, since the storage of what NumPy has seen cannot be resized, as FSDP does with that of parameters.

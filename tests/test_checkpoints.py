@@ -54,7 +54,11 @@ def test_shards_become_other_shards(tmp_path, base_folder):
     convert_to_infini(base_folder, tmp_path / "ours", segment_length=N, max_shard_size="20KB")
     files = sorted((tmp_path / "ours").glob("*.safetensors"))
     assert 1 < len(files) < len(list(base_folder.glob("*.safetensors")))
-    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    # That of the memory has a name of its own.
+    assert [file.name for file in files] == [
+        *(f"model-{number:05}-of-{len(files) - 1:05}.safetensors" for number in range(1, len(files))),
+        "model-memory.safetensors",
+    ]
     assert all(sum(weight.nbytes for weight in load_file(file).values()) <= 20_000 for file in files)
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
     stored = {name: (file.name, weight) for file in files for name, weight in load_file(file).items()}
