@@ -2,8 +2,8 @@
 
 from .from_infini import convert_from_infini
 from .from_lucidrains import load_lucidrains
+from .in_place import apply_memory
 from .memory_weights import load_memory, save_memory
-from .replace_memory import apply_memory
 from .to_infini import convert_to_infini
 
 

@@ -18,10 +18,10 @@ from .checkpoints import new_folder, require_free
 from .config_overrides import config_fields
 from .from_infini import convert_from_infini
 from .from_lucidrains import load_lucidrains
+from .in_place import apply_memory as apply_memory_to
 from .inspection import inspect_checkpoint
 from .memory_weights import save_memory as save_memory_of
 from .model_card import model_card
-from .replace_memory import apply_memory as apply_memory_to
 from .to_infini import convert_to_infini
 
 

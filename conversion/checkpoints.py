@@ -188,7 +188,7 @@ class Checkpoint:
             single = index = str(named)
         if single in self.sizes and not single.endswith(".json"):
             return [single]
-        return _indexed(self.folder / index) if index in self.sizes else []
+        return indexed_files(self.folder / index) if index in self.sizes else []
 
     @property
     def shapes(self) -> dict[str, torch.Tensor]:
@@ -301,7 +301,7 @@ def write_json(file: Path, fields: dict[str, Any]) -> None:
     file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _indexed(index: Path) -> list[str]:
+def indexed_files(index: Path) -> list[str]:
     """
     Names of the files that an index names, sorted.
 

@@ -26,6 +26,7 @@ from .checkpoints import (
     MEMORY_SHARD,
     WEIGHTS_FIELD,
     Checkpoint,
+    indexed_files,
     is_memory_weight,
     read_json,
     write_index,
@@ -86,6 +87,10 @@ def replace_memory(
     origin = {name: value for name, value in (config.converted_from or {}).items() if name != "memory"}
     config.converted_from = origin | ({} if applied is None else {"memory": applied}) or None
     memory = _complete(checkpoint, config, weights)
+    former = {SAFE_WEIGHTS_NAME, *checkpoint.safetensors}
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        # Not the same where an earlier call was killed.
+        former |= set(indexed_files(folder / SAFE_WEIGHTS_INDEX_NAME))
 
     token = uuid4().hex[:8]
     files = _write_files(checkpoint, memory, token)
@@ -103,9 +108,9 @@ def replace_memory(
         switched = Path(hidden) / "switched.json"
         write_json(switched, final | {WEIGHTS_FIELD: index})
         os.replace(switched, folder / CONFIG_NAME)
+        _remove_others(folder, former, {index, *files.values()})
         write_index(Path(hidden) / SAFE_WEIGHTS_INDEX_NAME, files, sum(sizes))
         os.replace(Path(hidden) / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
-        _remove_others(folder, {SAFE_WEIGHTS_NAME, *checkpoint.safetensors}, {index, *files.values()})
         os.replace(Path(hidden) / CONFIG_NAME, folder / CONFIG_NAME)
     (folder / index).unlink()
 
