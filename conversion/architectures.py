@@ -152,7 +152,7 @@ def require_known_distances(config: InfiniConfig) -> None:
     """Raises ValueError if a token would see others at a distance that the base was not trained on."""
     if config.longest_distance > config.max_position_embeddings:
         reach = "2 * segment_length + num_sink_tokens" if config.is_sliding else "segment_length"
-        reach += " + num_memory_slots" if getattr(config, "num_memory_slots", 0) else ""
+        reach += " + num_memory_slots" if config.num_memory_slots else ""
         raise ValueError(
             f'With local_attention="{config.local_attention}", {reach} = {config.longest_distance} must not exceed '
             f"the {config.max_position_embeddings} positions that the source was trained on. Choose a smaller "

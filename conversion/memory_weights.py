@@ -81,8 +81,8 @@ class MemoryWeights:
                 those of a part, of an adapter, quantized, or not finite.
         """
         if isinstance(source, nn.Module):
-            model = _plain_model(source)
-            holder, config, weights = "the model", model.config, model.state_dict()
+            model, config = _plain_model(source)
+            holder, weights = "the model", model.state_dict()
             fingerprint, read = base_fingerprint(model), weights.__getitem__
         else:
             checkpoint = Checkpoint(source, revision)
@@ -263,9 +263,9 @@ def load_memory(model: nn.Module, memory: "str | os.PathLike | MemoryWeights") -
         ValueError: if the model is of another base, or has other fields; nothing is changed then.
     """
     memory = memory if isinstance(memory, MemoryWeights) else MemoryWeights.load(memory)
-    own = _plain_model(model)
+    own, config = _plain_model(model)
     for name in MEMORY_OPTIONS:
-        here = getattr(own.config, name)
+        here = getattr(config, name)
         # Where gates began has no meaning when they are there.
         if name != "head_gate_init_value" and name in memory.options and not _same(memory.options[name], here):
             raise ValueError(
@@ -273,7 +273,7 @@ def load_memory(model: nn.Module, memory: "str | os.PathLike | MemoryWeights") -
                 "Convert the base with it: convert_to_infini(base, folder, memory=...), and load that; or load the "
                 f"conversion with {name} as the memory has it."
             )
-    memory.require_base(base_fingerprint(own), own.config, "the model")
+    memory.require_base(base_fingerprint(own), config, "the model")
     weights = dict(own.named_parameters())
     with torch.no_grad():
         for name, weight in memory.weights.items():
@@ -333,8 +333,8 @@ def require_fitting(weights: Mapping[str, torch.Tensor], expected: Mapping[str, 
             raise ValueError(f"{name} of {holder} holds NaN or infinity: a training has gone wrong.")
 
 
-def _plain_model(model: Any) -> Any:
-    """A causal language model whose base's weights can be looked at."""
+def _plain_model(model: Any) -> tuple[Any, InfiniConfig]:
+    """A causal language model whose base's weights can be looked at, and its configuration in this version."""
     # What is compiled holds it.
     model = getattr(model, "_orig_mod", model)
     config: Any = getattr(model, "config", None)
@@ -353,7 +353,8 @@ def _plain_model(model: Any) -> Any:
             "The model is quantized: whether its base is that of the memory cannot be seen. Apply the memory to the "
             "conversion in its folder (python -m conversion apply-memory), and quantize that."
         )
-    return model
+    # Remote code may be of another.
+    return model, InfiniConfig.from_dict(config.to_dict())
 
 
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:

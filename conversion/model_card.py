@@ -211,6 +211,10 @@ def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | 
     revision = f" at revision `{origin['revision']}`" if "revision" in origin else ""
     kind = f" (architecture `{origin['model_type']}`)" if "model_type" in origin else ""
     gates = origin.get("head_gates", f"started at the logit {config.head_gate_init_value:g}")
+    if "memory" in origin:
+        gates = "those of a memory that was trained by itself"
+        if memory := origin["memory"].get("name"):
+            gates += f", [{memory}](https://huggingface.co/{memory})"
     return f"The weights were converted from {name}{revision}{kind}. Gates: {gates}. {trained}"
 
 
@@ -223,6 +227,7 @@ def memory_rule(config: InfiniConfig) -> str:
         "a write gate": config.memory_write_gate,
         "learned exponential features": config.memory_feature_map == "exp",
         "gates that depend on the token": config.token_gates,
+        f"{config.num_memory_slots:,} tokens kept exactly": config.num_memory_slots > 0,
     }
     present = [name for name, is_present in extensions.items() if is_present]
     return f"{rule}, with {', '.join(present)}" if present else rule

@@ -142,7 +142,6 @@ def convert_to_infini(
         of_memory = _new_memory(config, gates)
     else:
         memory.require_base(fingerprint, config, str(source))
-        config.converted_from["memory"] = memory.as_origin
         local_shares = memory.local_shares
         of_memory = {name: weight.clone for name, weight in memory.weights.items()}
     config.architectures = [InfiniForCausalLM.__name__]
@@ -185,15 +184,12 @@ def _options_of(memory: MemoryWeights, given: dict[str, Any], head_gates: HeadGa
 
 def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None, memory: MemoryWeights | None) -> dict[str, Any]:
     """Name, revision and licence of the source as far as they are known, and what the way back needs."""
-    gates = None if head_gates is None else "set by layer or head"
-    if memory is not None:
-        gates = "those of a memory that was trained by itself"
-        gates += f", [{memory.name}](https://huggingface.co/{memory.name})" if memory.name else ""
     origin = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
         **(_licence_of_card(checkpoint.folder / CARD) if checkpoint.gguf is None else checkpoint.gguf.licence),
-        "head_gates": gates,
+        "head_gates": None if head_gates is None else "set by layer or head",
+        "memory": None if memory is None else memory.as_origin,
     }
     # YAML has dates where JSON has none.
     return {name: json.loads(json.dumps(value, default=str)) for name, value in origin.items() if value is not None}

@@ -164,7 +164,7 @@ def test_norms_of_a_memory_that_was_not_trained_are_no_loss(tmp_path):
     with torch.no_grad():
         ours.model.layers[1].self_attn.memory.key_norm.weight[0] += 0.1
     ours.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match=r"memory.key_norm.weight differs from its initial value 1\.099"):
+    with pytest.raises(ValueError, match=r"memory.key_norm.weight differs from its initial value"):
         convert_from_infini(tmp_path / "trained", tmp_path / "other")
 
 

@@ -19,7 +19,7 @@ from conversion.inspection import inspect_checkpoint
 from modeling_infini import InfiniForCausalLM
 
 
-COMMANDS = ("to-infini", "from-infini", "from-lucidrains", "card", "inspect")
+COMMANDS = ("to-infini", "from-infini", "from-lucidrains", "save-memory", "apply-memory", "card", "inspect")
 
 
 def run(*arguments):

@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from base_models import base_model
+from hub_server import USER, local_hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoints import edit_config, edit_weights
 from test_gguf import write_gguf
+from test_publishing import INSPECT, run
 from tiny import random_ids
 from typer.testing import CliRunner
 
@@ -45,6 +48,7 @@ OPTIONS = {
     "memory_write_gate": True,
     "learned_delta_update": True,
     "use_mem_delta_rule": True,
+    "num_memory_slots": 3,
 }
 
 
@@ -397,6 +401,7 @@ class TestTheBaseStays:
         for model in models:
             for layer in model.config.layers_with_memory:
                 model.model.layers[layer].self_attn.head_gates.weight.data.fill_(1e6)
+                model.config.num_memory_slots = 0
                 if model.config.token_gates:
                     model.model.layers[layer].self_attn.memory.token_gate.weight.data.zero_()
         assert torch.equal(*map(logits, models))
@@ -569,30 +574,44 @@ class TestCard:
         assert "Gates: those of a memory that was trained by itself" in (tmp_path / "ours" / "README.md").read_text()
 
 
-def run(*arguments):
+def command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
 
 
 def test_on_the_command_line(tmp_path, base, trained):
-    result = run("save-memory", trained, tmp_path / "memory", "--license", "mit")
+    result = command("save-memory", trained, tmp_path / "memory", "--license", "mit")
     assert result.exit_code == 0, result.output
-    result = run("to-infini", base, tmp_path / "ours", "--memory", tmp_path / "memory")
+    result = command("to-infini", base, tmp_path / "ours", "--memory", tmp_path / "memory")
     assert result.exit_code == 0, result.output
     assert torch.equal(logits(loaded(tmp_path / "ours")), logits(loaded(trained)))
     overrides = "memory_feature_map=exp,token_gates=true,memory_layers=[0]"
-    result = run("to-infini", base, tmp_path / "new", "--segment-length", N, "--config-overrides", overrides)
+    result = command("to-infini", base, tmp_path / "new", "--segment-length", N, "--config-overrides", overrides)
     assert result.exit_code == 0, result.output
     config = InfiniConfig.from_pretrained(tmp_path / "new")
     assert (config.memory_feature_map, config.token_gates, config.memory_layers) == ("exp", True, [0])
-    result = run("apply-memory", tmp_path / "new", tmp_path / "memory")
+    result = command("apply-memory", tmp_path / "new", tmp_path / "memory")
     assert result.exit_code == 0, result.output
     assert torch.equal(logits(loaded(tmp_path / "new")), logits(loaded(trained)))
-    assert run("inspect", tmp_path / "new").exit_code == 0
+    assert command("inspect", tmp_path / "new").exit_code == 0
     for overrides, message in {
         "segment_length=8": "segment_length is set twice",
         "hidden_size=8": "hidden_size is the base's",
         "memory_laiers=[0]": "Did you mean memory_layers?",
     }.items():
-        result = run("to-infini", base, tmp_path / "no", "--segment-length", N, "--config-overrides", overrides)
+        result = command("to-infini", base, tmp_path / "no", "--segment-length", N, "--config-overrides", overrides)
         assert result.exit_code == 1
         assert message in result.output
+
+
+def test_from_the_hub(tmp_path, base, trained, memory, monkeypatch):
+    (memory / "other.bin").write_bytes(b"not to be downloaded")
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.add(f"{USER}/llama-memory", memory)
+        options = ["to-infini", str(base), str(tmp_path / "ours"), "--memory", f"{USER}/llama-memory"]
+        run(tmp_path / "reader", [sys.executable, "-c", INSPECT, *options])
+    fetched = {file.name for file in (tmp_path / "reader").glob("cache/hub/models--*/snapshots/*/*")}
+    assert fetched == {"memory.safetensors", "memory_config.json"}
+    assert torch.equal(logits(loaded(tmp_path / "ours")), logits(loaded(trained)))
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert f"trained by itself, [{USER}/llama-memory](https://huggingface.co/{USER}/llama-memory)" in card
