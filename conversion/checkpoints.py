@@ -117,6 +117,8 @@ class Checkpoint:
                 raise FileNotFoundError(
                     f"{source} holds no checkpoint: there is no config.json.{what_it_holds(self.sizes)}"
                 )
+            # It may say which the files of weights are.
+            _require_no_pointers(self.folder, [CONFIG_NAME])
             small = [name for name, size in self.sizes.items() if size < LARGEST_POINTER]
             used = [name for name in small if name in self.weight_files or not is_weight_file(name)]
             _require_no_pointers(self.folder, used)

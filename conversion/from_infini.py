@@ -126,7 +126,7 @@ def _require_no_loss(checkpoint: Checkpoint, config: InfiniConfig) -> None:
         weight = checkpoint.read(name)
         if name not in initial or not torch.equal(initial[name].to(weight.dtype), weight):
             raise ValueError(
-                f"The memory was trained, or its gates were set: {name} differs from its initial value. The base "
+                f"The memory was trained or set: {name} differs from its initial value. The base "
                 "architecture has no place for it. Save it by itself (python -m conversion save-memory), or lose it: "
                 "pass drop_gates=True (--drop-gates) to drop it."
             )

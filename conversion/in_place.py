@@ -98,7 +98,6 @@ def replace_memory(
     sizes += [shape.nbytes for name, shape in checkpoint.shapes.items() if not is_memory_weight(name)]
     index = f"model-{token}.safetensors.index.json"
     write_index(folder / index, files, sum(sizes))
-    # From here on, it is the new model; the rest leads back to the usual names.
     with TemporaryDirectory(dir=folder, prefix=".") as hidden:
         # The code first: that of an older version may not know the fields.
         config.save_pretrained(hidden)
@@ -108,6 +107,7 @@ def replace_memory(
         switched = Path(hidden) / "switched.json"
         write_json(switched, final | {WEIGHTS_FIELD: index})
         os.replace(switched, folder / CONFIG_NAME)
+        # From here on, it is the new model; the rest leads back to the usual names.
         _remove_others(folder, former, {index, *files.values()})
         write_index(Path(hidden) / SAFE_WEIGHTS_INDEX_NAME, files, sum(sizes))
         os.replace(Path(hidden) / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
