@@ -153,7 +153,7 @@ def test_conversions_read_it(tmp_path):
     found = inspect_checkpoint(tmp_path / "infini")
     assert (found.parameters, found.state_nbytes) == (today.parameters, today.state_nbytes)
     assert torch.equal(found.local_shares, today.local_shares)
-    with pytest.raises(ValueError, match=r"memory.write_gate.\w+ would be lost|were trained or set"):
+    with pytest.raises(ValueError, match="was trained or set"):
         convert_from_infini(tmp_path / "infini", tmp_path / "back")
     convert_from_infini(tmp_path / "infini", tmp_path / "back", drop_gates=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
