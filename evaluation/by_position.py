@@ -1,12 +1,17 @@
 """
 How well long documents are read, by position: perplexity of the tokens of the first segment, of the second, of the
-next two, the next four, ... with the memory on and off (the gates forced to local attention, nothing retrained), and
-of a base model with full attention over windows. A memory that helps makes the difference on - off negative.
+next two, the next four, ... with the memory on, off (the gates forced to local attention, no slots, nothing
+retrained), with the memory of another text in its place, and with full attention over windows.
 
-    python -m evaluation.by_position converted tuned/merged --text moby_dick.txt --tokens 65536 \
-        --base path/to/llama --base-window 2048 --output docs/by_position
+    python -m evaluation.by_position converted tuned/merged --text moby_dick.txt --foreign emma.txt --tokens 65536 \
+        --output docs/by_position
 
 prints a Markdown table, and writes docs/by_position.json and docs/by_position.png.
+
+- on - off below 0: the memory helps.
+- foreign - off: what the memory of no matter which text does. Only what own memory does beyond that is of this text.
+- bound - off: what there is to win, by full attention of the base over the last 1,024 to 2,048 tokens; and how much of
+  it the memory wins, (on - off) / (bound - off).
 """
 
 import argparse
@@ -15,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,22 +28,47 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from conversion.architectures import base_config
 from conversion.gguf_files import is_gguf
 
-from .loading import add_text_arguments, first_tokens, load_model, load_tokenizer, read_texts, segment_length_of
-from .losses import memory_off, token_losses, window_losses
+from .examples import opening_ids
+from .loading import (
+    add_text_arguments,
+    first_tokens,
+    load_model,
+    load_tokenizer,
+    read_texts,
+    segment_length_of,
+)
+from .losses import foreign_losses, memory_off, window_losses
+from .retrieval import MEMORY_OFF, weights_digest
 
 
 # Losses of neighbouring tokens are correlated; means of so many tokens are taken to be independent.
 BLOCK = 256
+BASE_WINDOW = 2048
+
+# The fields that say what a memory is.
+DESCRIBED = (
+    "segment_length",
+    "local_attention",
+    "num_sink_tokens",
+    "memory_layers",
+    "use_mem_delta_rule",
+    "memory_feature_map",
+    "token_gates",
+    "num_memory_slots",
+)
 
 # From the first token to that after the last, both counted from 0.
 Bucket = tuple[int, int]
-# Of each document `(tokens - 1,)`; entry i is the loss of token i + 1.
-Losses = Sequence[torch.Tensor]
+# By document `(tokens - 1,)`; entry i is the loss of token i + 1.
+Losses = Mapping[str, torch.Tensor]
+# Of a model: what it was read by, as columns name it, for "on", "off", "foreign", "bound", and for parts that are off.
+Conditions = dict[str, str]
 
 
 class Mean(NamedTuple):
@@ -64,7 +94,7 @@ def doubling_buckets(tokens: int, first: int) -> list[Bucket]:
     return list(zip([1, *ends], [*ends, tokens]))
 
 
-def by_bucket(losses: Losses, buckets: Sequence[Bucket]) -> list[Mean]:
+def by_bucket(losses: Sequence[torch.Tensor], buckets: Sequence[Bucket]) -> list[Mean]:
     """
     Means of the losses of documents, or of differences of losses paired by token, over the tokens in each bucket.
 
@@ -87,59 +117,98 @@ def by_bucket(losses: Losses, buckets: Sequence[Bucket]) -> list[Mean]:
     return found
 
 
-def report(readings: dict[str, Losses], pairs: dict[str, tuple[str, str]], segment_length: int) -> dict[str, Any]:
+def report(readings: Mapping[str, Losses], models: Mapping[str, Conditions], segment_length: int) -> dict[str, Any]:
     """
     The numbers of the table and the plot.
 
     Args:
         readings: losses of the same documents by condition.
-        pairs: by model, the conditions with its memory on and off.
+        models: the conditions of each model; "off" is compared with all others that it has.
         segment_length: where the first bucket ends.
 
     Returns:
-        `buckets`, and `beyond_first_segment` of the same form, `None` if there is nothing.
+        `buckets`; `beyond_first_segment` of the same form, `None` if there is nothing; and the same `by_text`, where
+        there are several.
     """
-    tokens = 1 + max(len(document) for document in next(iter(readings.values())))
+    documents = next(iter(readings.values()))
+    tokens = 1 + max(map(len, documents.values()))
     buckets = doubling_buckets(tokens, segment_length)
-    beyond = [(buckets[1][0], tokens)] if len(buckets) > 1 else []
+    rows = _rows(readings, models, list(documents), buckets)
+    beyond, by_text = None, {}
+    if len(buckets) > 1:
+        rest = [(buckets[1][0], tokens)]
+        (beyond,) = _rows(readings, models, list(documents), rest)
+        longer = [name for name, losses in documents.items() if len(losses) >= buckets[1][0]]
+        if len(documents) > 1:
+            by_text = {name: _rows(readings, models, [name], rest)[0] for name in longer}
+    return {"buckets": rows, "beyond_first_segment": beyond, "by_text": by_text}
+
+
+def _rows(
+    readings: Mapping[str, Losses], models: Mapping[str, Conditions], names: Sequence[str], buckets: Sequence[Bucket]
+) -> list[dict[str, Any]]:
+    """Of the documents `names`, for each bucket."""
     rows: list[dict[str, Any]] = [
-        {"start": start, "end": end, "conditions": {}, "on_minus_off": {}} for start, end in buckets + beyond
+        {"start": start, "end": end, "conditions": {}, "minus_off": {}, "won": {}} for start, end in buckets
     ]
-    for name, losses in readings.items():
-        for row, mean in zip(rows, by_bucket(losses, buckets + beyond)):
+    for condition in dict.fromkeys(condition for conditions in models.values() for condition in conditions.values()):
+        for row, mean in zip(rows, by_bucket([readings[condition][name] for name in names], buckets)):
             row["tokens"] = mean.tokens
-            row["conditions"][name] = {
+            row["conditions"][condition] = {
                 "nll": mean.mean,
                 "perplexity": math.exp(mean.mean),
                 "standard_error": mean.standard_error,
             }
-    for name, (on, off) in pairs.items():
-        differences = [with_memory - without for with_memory, without in zip(readings[on], readings[off])]
-        for row, mean in zip(rows, by_bucket(differences, buckets + beyond)):
-            row["on_minus_off"][name] = {"nll": mean.mean, "standard_error": mean.standard_error}
-    return {"buckets": rows[: len(buckets)], "beyond_first_segment": rows[-1] if beyond else None}
+    for model, conditions in models.items():
+        off = readings[conditions["off"]]
+        for row in rows:
+            row["minus_off"][model] = {}
+        for role, condition in conditions.items():
+            if role == "off":
+                continue
+            differences = [readings[condition][name] - off[name] for name in names]
+            for row, mean in zip(rows, by_bucket(differences, buckets)):
+                row["minus_off"][model][role] = {"nll": mean.mean, "standard_error": mean.standard_error}
+        for row in rows:
+            row["won"][model] = _won(**row["minus_off"][model])
+    return rows
+
+
+def _won(on: dict[str, Any], bound: dict[str, Any] | None = None, **others: Any) -> float | None:
+    """Of what the bound wins, the share that the memory wins; `None` where the bound does not win for sure."""
+    if bound is None or bound["standard_error"] is None or bound["nll"] >= -2 * bound["standard_error"]:
+        return None
+    return on["nll"] / bound["nll"]
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The table of a [`report`]: perplexity and (mean NLL), and differences in nats ± standard error."""
-    rows = [*found["buckets"], *filter(None, [found["beyond_first_segment"]])]
-    differences = rows[0]["on_minus_off"]
-    heads = ["position", "tokens", *rows[0]["conditions"], *(f"{name}: on - off, nats" for name in differences)]
+    rows = {f"{row['start']:,} to {row['end'] - 1:,}": row for row in found["buckets"]}
+    if (beyond := found["beyond_first_segment"]) is not None:
+        rows[f"all from {beyond['start']:,}"] = beyond
+    rows |= {f"{name} from {row['start']:,}": row for name, row in found["by_text"].items()}
+    differences = found["buckets"][0]["minus_off"]
+    heads = ["position", "tokens", *found["buckets"][0]["conditions"]]
+    for model, roles in differences.items():
+        heads += [f"{model}: {role} - off, nats" for role in roles]
+        heads += [f"{model}: (on - off) / (bound - off)"] * ("bound" in roles)
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    for row in rows:
-        is_summary = row is found["beyond_first_segment"]
-        name = f"all from {row['start']:,}" if is_summary else f"{row['start']:,} to {row['end'] - 1:,}"
+    for name, row in rows.items():
         cells = [name, f"{row['tokens']:,}"]
         cells += [f"{mean['perplexity']:.2f} ({mean['nll']:.4f})" for mean in row["conditions"].values()]
-        for difference in row["on_minus_off"].values():
-            error = difference["standard_error"]
-            cells.append(f"{difference['nll']:+.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+        for model, roles in row["minus_off"].items():
+            for difference in roles.values():
+                error = difference["standard_error"]
+                cells.append(f"{difference['nll']:+.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+            if "bound" in roles:
+                won = row["won"][model]
+                cells.append("" if won is None else f"{won:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(found: dict[str, Any], pairs: dict[str, tuple[str, str]], file: str | Path) -> None:
-    """Draws a [`report`]: perplexity by position, and what the memory adds to the NLL. Needs matplotlib."""
+def plot(found: dict[str, Any], models: Mapping[str, Conditions], file: str | Path) -> None:
+    """Draws a [`report`]: perplexity by position, and what each condition adds to the NLL. Needs matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -147,40 +216,35 @@ def plot(found: dict[str, Any], pairs: dict[str, tuple[str, str]], file: str | P
     places = [math.sqrt(bucket["start"] * (bucket["end"] - 1)) for bucket in buckets]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     perplexities, differences = figure.subplots(1, 2)
-    colours = {name: f"C{index}" for index, name in enumerate(pairs)}
-    model_of = {condition: name for name, conditions in pairs.items() for condition in conditions}
-    for condition in buckets[0]["conditions"]:
-        is_off = condition in {off for _, off in pairs.values()}
-        perplexities.plot(
-            places,
-            [bucket["conditions"][condition]["perplexity"] for bucket in buckets],
-            color=colours[model_of[condition]] if condition in model_of else "black",
-            linestyle="--" if is_off else "-",
-            marker="o",
-            markerfacecolor="white" if is_off else None,
-            label=condition,
-        )
+    styles = {"on": "-", "off": "--", "foreign": ":", "bound": "-."}
+    drawn = set()
+    for index, (model, conditions) in enumerate(models.items()):
+        for role, condition in conditions.items():
+            style = {"color": f"C{index}", "linestyle": styles.get(role, (0, (1, 4))), "marker": "o"}
+            # Models of the same weights have one bound.
+            if condition not in drawn:
+                drawn.add(condition)
+                means = [bucket["conditions"][condition]["perplexity"] for bucket in buckets]
+                perplexities.plot(places, means, label=condition, **style)
+            if role != "off":
+                means = [bucket["minus_off"][model][role] for bucket in buckets]
+                differences.errorbar(
+                    places,
+                    [mean["nll"] for mean in means],
+                    yerr=[mean["standard_error"] or 0.0 for mean in means],
+                    capsize=3,
+                    label=f"{model}: {role}",
+                    **style,
+                )
     perplexities.set(ylabel="perplexity", title="Perplexity by position in the document")
-    for name, colour in colours.items():
-        means = [bucket["on_minus_off"][name] for bucket in buckets]
-        differences.errorbar(
-            places,
-            [mean["nll"] for mean in means],
-            yerr=[mean["standard_error"] or 0.0 for mean in means],
-            color=colour,
-            marker="o",
-            capsize=3,
-            label=name,
-        )
     differences.axhline(0, color="grey", linewidth=0.8)
-    differences.set(ylabel="NLL(memory on) - NLL(memory off), nats", title="What the memory adds (below 0: it helps)")
+    differences.set(ylabel="NLL - NLL(memory off), nats", title="Beside the memory off (below 0: better)")
     for axes in (perplexities, differences):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_xlabel("position (tokens; buckets at their geometric middle)")
         axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
+        axes.legend()
     figure.savefig(file, dpi=150)
 
 
@@ -195,95 +259,203 @@ def name_and_source(argument: str) -> tuple[str, str]:
 
 def describe(model: PreTrainedModel, source: str) -> dict[str, Any]:
     """What a reader of the numbers needs to know about a model."""
-    fields = ("segment_length", "local_attention", "num_sink_tokens", "use_mem_delta_rule")
     described = {"source": source, "dtype": str(model.dtype).removeprefix("torch.")}
-    described |= {name: getattr(model.config, name) for name in fields if hasattr(model.config, name)}
-    local_shares = getattr(model, "local_shares", None)
-    if local_shares is not None:
-        described["mean_local_share"] = local_shares().mean().item()
+    described |= {name: getattr(model.config, name) for name in DESCRIBED if hasattr(model.config, name)}
+    if layers := getattr(model.config, "layers_with_memory", None):
+        described["mean_local_share"] = model.local_shares()[layers].mean().item()  # type: ignore[operator]
     return described
 
 
-def measure(
-    models: dict[str, str],
-    ids: dict[str, torch.Tensor],
-    *,
-    base: tuple[str, str] | None = None,
-    base_window: int = 2048,
-    chunk_length: int = 1024,
-    **options: Any,
-) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+def with_full_attention(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Reads documents with each model, memory on and off, and with the base model; one model is in memory at a time.
+    An Infini-attention model's weights as they are, with the attention of the architecture that it was converted from.
+
+    Raises:
+        ValueError: if no base architecture has its parameters.
+    """
+    config = base_config(model.config)  # type: ignore[arg-type]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        names = set(model_class(config).state_dict())
+    if config.tie_word_embeddings:
+        names.remove("lm_head.weight")
+    weights = {name: weight for name, weight in model.state_dict().items() if name in names}
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype).to(model.device)
+
+
+def read_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], tokens: int, foreign: Path | None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    The first tokens of texts, and whose memory is the foreign one of each: that of the next text, or that of
+    `foreign`. A single text without it is given the memory of what follows in it: as it is about the same things, the
+    help of the own memory beyond that is a lower bound of what is text-specific.
+
+    Returns:
+        Ids `(1, tokens)` by name, and by the name of each text the name of the other.
+
+    Raises:
+        ValueError: if there is no other text, or too little of it.
+    """
+    documents = first_tokens(tokenizer, dict(texts), tokens)
+    names = list(documents)
+    if foreign is not None:
+        ((other, text),) = read_texts([foreign]).items()
+        if other in documents:
+            raise ValueError(f"--foreign must be another text than {other}, or go by another name.")
+        sources = [other] * len(names)
+        documents |= first_tokens(tokenizer, {other: text}, tokens)
+    elif len(names) == 1:
+        other = f"{names[0]} from token {tokens:,} on"
+        sources = [other]
+        later = first_tokens(tokenizer, dict(texts), 2 * tokens)[names[0]][:, tokens:]
+        if later.shape[1] < tokens:
+            raise ValueError(
+                f"{names[0]} has no {tokens:,} tokens beyond the first {tokens:,}, of which a memory could be put in "
+                "the place of its own. Take fewer --tokens, or name another text by --foreign or by a second --text."
+            )
+        documents[other] = torch.cat([opening_ids(tokenizer).unsqueeze(0), later], 1)[:, :tokens]
+    else:
+        sources = names[1:] + names[:1]
+    if empty := [name for name, document in documents.items() if document.shape[1] < 2]:
+        raise ValueError(f"nothing to score: fewer than 2 tokens in {', '.join(empty)}")
+    return documents, dict(zip(names, sources))
+
+
+def measure(
+    models: Mapping[str, str],
+    documents: Mapping[str, torch.Tensor],
+    memory_of: Mapping[str, str],
+    *,
+    base: str | None = None,
+    base_window: int | None = None,
+    chunk_length: int = 1024,
+    parts: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, Conditions]]:
+    """
+    Reads documents with each model, with the memory on, off and another's, and with full attention; one model is in
+    memory at a time, and the base that shares its weights.
 
     Args:
         models: sources of Infini-attention models by name.
-        ids: of each document `(1, tokens)`, by name.
-        base: name and source of a model with full attention.
-        base_window: number of tokens of its windows.
-        chunk_length: number of tokens that the others read in a call.
+        documents: ids `(1, tokens)` by name.
+        memory_of: as of [`foreign_losses`]; its keys are the documents that are scored.
+        base: source of the model with full attention; by default, of each model that was converted, its own weights
+            with the attention of its base.
+        base_window: number of tokens of its windows; by default 2,048, or as many as it has positions for.
+        chunk_length: number of tokens in a call of the others, at most.
+        parts: also read models that have slots with the matrix off, and with the slots off.
         options: of `from_pretrained`.
 
     Returns:
-        The [`report`], with the models and the tokens read per second; and the conditions of each model, on and off.
+        The [`report`], with the models and the tokens read per second; and the conditions of each model.
 
     Raises:
-        ValueError: if a model has no memory, or the base model cannot read such windows.
+        ValueError: if a model is no Infini-attention model, a document whose memory is taken has not a segment, or the
+            base cannot read such windows.
     """
+    scored = {name: documents[name] for name in memory_of}
+    total = sum(document.shape[1] - 1 for document in scored.values())
+    with_others = total + sum(document.shape[1] - 1 for document in documents.values())
+    # Before hours of reading, since it fails where a model has no memory.
+    lengths = [segment_length_of(source) for source in models.values()]
+    for name in set(memory_of.values()):
+        if documents[name].shape[1] <= max(lengths):
+            raise ValueError(
+                f"{name} has {documents[name].shape[1]:,} tokens, not a segment of {max(lengths):,}: it leaves no "
+                "memory to put in another's place. Name a longer text by --foreign."
+            )
     readings: dict[str, Losses] = {}
-    pairs: dict[str, tuple[str, str]] = {}
+    found: dict[str, Conditions] = {}
     described: dict[str, Any] = {}
     speeds: dict[str, float] = {}
-    total = sum(document.shape[1] - 1 for document in ids.values())
-    # Before hours of reading, since it fails where a model has no memory.
-    segment_length = min(segment_length_of(source) for source in models.values())
-    passes = 2 * len(models) + (base is not None)
-    with tqdm(total=passes * total, unit="token", unit_scale=True, file=sys.stderr) as progress:
+    bounds: dict[tuple[str, int], str] = {}
+    with tqdm(unit="token", unit_scale=True, file=sys.stderr) as progress:
 
-        def read(condition: str, losses_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        def read(condition: str, tokens: int, losses_of: Callable[..., Any], *arguments: Any) -> Any:
             progress.set_description(condition)
+            progress.reset(tokens)
             start = time.perf_counter()
-            readings[condition] = [losses_of(document) for document in ids.values()]
-            speeds[condition] = total / (time.perf_counter() - start)
+            losses = losses_of(*arguments)
+            speeds[condition] = tokens / (time.perf_counter() - start)
+            return losses
 
+        def read_bound(name: str, model: PreTrainedModel) -> str:
+            window = base_window or min(BASE_WINDOW, model.config.max_position_embeddings)
+            # Conversions of one model have one bound.
+            key = weights_digest(model), window
+            if key not in bounds:
+                condition = bounds[key] = f"{name}: full attention, windows of {window:,}"
+                losses_of = partial(_losses_of_each, window_losses, model, window=window, progress=progress.update)
+                readings[condition] = read(condition, total, losses_of, scored)
+            return bounds[key]
+
+        bound_of_all = None
         if base is not None:
-            name, source = base
+            name, source = name_and_source(base)
             model = load_model(source, **options)
             described[name] = describe(model, source)
-            windows = partial(window_losses, model, window=base_window, progress=progress.update)
-            read(f"{name}: full attention, windows of {base_window:,}", windows)
+            bound_of_all = read_bound(name, model)
         for name, source in models.items():
             model = load_model(source, **options)
             described[name] = describe(model, source)
-            on, off = pairs[name] = f"{name}: memory on", f"{name}: memory off"
-            stream = partial(token_losses, model, chunk_length=chunk_length, progress=progress.update)
-            with memory_off(model):
-                read(off, stream)
-            read(on, stream)
-    found = report(readings, pairs, segment_length)
-    return found | {"models": described, "tokens_per_second": speeds}, pairs
+            stream = partial(foreign_losses, model, chunk_length=chunk_length, progress=progress.update)
+            on, foreign = f"{name}: memory on", f"{name}: foreign memory"
+            own, readings[foreign] = read(f"{on}, {foreign}", with_others, stream, documents, memory_of)
+            readings[on] = {text: own[text] for text in scored}
+            found[name] = {"on": on, "off": f"{name}: memory off", "foreign": foreign}
+            has_parts = parts and model.config.num_memory_slots > 0
+            for part in MEMORY_OFF if has_parts else ("all",):
+                role = "off" if part == "all" else f"{part} off"
+                condition = found[name].setdefault(role, f"{name}: {role}")
+                with memory_off(model, **MEMORY_OFF[part]):
+                    readings[condition], _ = read(condition, total, stream, scored, {})
+            if bound_of_all is not None:
+                found[name]["bound"] = bound_of_all
+            elif "model_type" in (model.config.converted_from or {}):
+                found[name]["bound"] = read_bound(name, with_full_attention(model))
+    return report(readings, found, min(lengths)) | {"models": described, "tokens_per_second": speeds}, found
+
+
+def _losses_of_each(losses_of: Callable, model: PreTrainedModel, documents: Losses, **options: Any) -> Losses:
+    return {name: losses_of(model, document, **options) for name, document in documents.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="folders or Hub ids of Infini-attention models, or name=folder")
     add_text_arguments(parser, tokens=16384)
-    parser.add_argument("--base", help="a folder, .gguf file or Hub id of a model with full attention, or name=folder")
+    parser.add_argument(
+        "--foreign",
+        type=Path,
+        help="a text file whose memory is put in the place of each text's own (default: that of the next text; of a "
+        "single one, that of its own tokens after those that are read)",
+    )
+    parser.add_argument(
+        "--base",
+        help="a folder, .gguf file or Hub id of a model with full attention, or name=folder (default: each converted "
+        "model's own weights with full attention)",
+    )
     parser.add_argument(
         "--base-window",
         type=int,
-        default=2048,
-        help="its windows overlap by a half, so that each token is given at least half of one (default: %(default)s)",
+        help="its windows overlap by a half, so that each token is given at least half of one (default: "
+        f"{BASE_WINDOW}, or as many as it has positions for)",
     )
-    parser.add_argument("--chunk-length", type=int, default=1024, help="tokens read in a call (default: %(default)s)")
+    parser.add_argument(
+        "--parts", action="store_true", help="also read models that have slots with the slots, or the matrix, off"
+    )
+    parser.add_argument(
+        "--chunk-length", type=int, default=1024, help="tokens read in a call, at most (default: %(default)s)"
+    )
     parser.add_argument("--tokenizer", help="where all models get theirs (default: from the first model)")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--output", help="where to write OUTPUT.json and OUTPUT.png")
     options = parser.parse_args(arguments)
     models = [name_and_source(model) for model in options.models]
-    base = None if options.base is None else name_and_source(options.base)
-    names = [name for name, _ in (*models, *filter(None, [base]))]
+    names = [name for name, _ in (*models, *([] if options.base is None else [name_and_source(options.base)]))]
     if len(set(names)) < len(names):
         parser.error(f"the names {', '.join(names)} must differ: give name=folder")
     if options.output and importlib.util.find_spec("matplotlib") is None:
@@ -292,32 +464,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
 
     tokenizer = options.tokenizer or models[0][1]
-    ids = first_tokens(load_tokenizer(tokenizer), read_texts(options.text), options.tokens)
-    if empty := [name for name, document in ids.items() if document.shape[1] < 2]:
-        parser.error(f"nothing to score: fewer than 2 tokens in {', '.join(empty)}")
-    found, pairs = measure(
+    texts = read_texts(options.text)
+    try:
+        documents, memory_of = read_documents(load_tokenizer(tokenizer), texts, options.tokens, options.foreign)
+    except ValueError as error:
+        parser.error(str(error))
+    found, conditions = measure(
         dict(models),
-        ids,
-        base=base,
+        documents,
+        memory_of,
+        base=options.base,
         base_window=options.base_window,
         chunk_length=options.chunk_length,
+        parts=options.parts,
         dtype=options.dtype,
         device_map=options.device,
     )
     print(markdown(found))
+    notes = []
+    for name, other in memory_of.items():
+        is_shorter = documents[other].shape[1] < documents[name].shape[1]
+        end = f" (its last from token {documents[other].shape[1]:,} on)" if is_shorter else ""
+        notes.append(f"{name} with that of {other}{end}")
+    print(f"\nForeign memory: {'; '.join(notes)}.")
     if options.output:
         settings = {
             **vars(options),
             "text": [str(file) for file in options.text or []],
+            "foreign": memory_of,
             "tokenizer": tokenizer,
             "block": BLOCK,
-            "tokens_by_text": {name: document.shape[1] for name, document in ids.items()},
+            "tokens_by_text": {name: document.shape[1] for name, document in documents.items()},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{options.output}.json").write_text(json.dumps({"settings": settings, **found}, indent=2) + "\n")
-        plot(found, pairs, f"{options.output}.png")
+        plot(found, conditions, f"{options.output}.png")
 
 
 if __name__ == "__main__":

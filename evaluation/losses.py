@@ -1,6 +1,6 @@
-"""Losses of the tokens of a long document: streamed, in windows, and with the memory shut out."""
+"""Losses of the tokens of a long document: streamed, in windows, with the memory shut out, or with another's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,34 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, targets.to(logits.device), reduction="none").cpu()
 
 
+class _Reading:
+    """A document on its way through a model and a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor):
+        self.model = model
+        self.cache: Any = None
+        self.inputs, self.targets = input_ids[:, :-1], input_ids[0, 1:]
+        self.losses: list[torch.Tensor] = []
+
+    def read(self, start: int, end: int, chunk_length: int, progress: Progress | None) -> None:
+        """Reads the tokens from `start` to before `end`, as far as there are any."""
+        end = min(end, len(self.targets))
+        for first in range(start, end, chunk_length):
+            part = slice(first, min(first + chunk_length, end))
+            chunk = self.inputs[:, part].to(self.model.device)
+            outputs = self.model(chunk, past_key_values=self.cache, use_cache=True)
+            self.cache = outputs.past_key_values
+            self.losses.append(_losses(outputs.logits[0], self.targets[part]))
+            if progress is not None:
+                progress(chunk.shape[1])
+
+    def take_memory(self, other: "_Reading") -> None:
+        """Puts the memory of another reading in the place of its own; the window and the sinks stay."""
+        for layer, source in zip(self.cache.layers, other.cache.layers):
+            for name in source.states().keys() - set(source.WINDOW_STATES):
+                setattr(layer, name, getattr(source, name).clone())
+
+
 @torch.no_grad()
 def token_losses(
     model: PreTrainedModel, input_ids: torch.Tensor, chunk_length: int, progress: Progress | None = None
@@ -36,15 +64,51 @@ def token_losses(
         `(tokens - 1,)` on the CPU, in nats, at least in float32: entry i is the loss of token i + 1, since nothing
         predicts the first.
     """
-    cache, losses = None, []
-    inputs, targets = input_ids[:, :-1], input_ids[0, 1:]
-    for chunk, chunk_targets in zip(inputs.split(chunk_length, 1), targets.split(chunk_length)):
-        outputs = model(chunk.to(model.device), past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
-        losses.append(_losses(outputs.logits[0], chunk_targets))
-        if progress is not None:
-            progress(len(chunk_targets))
-    return torch.cat(losses)
+    reading = _Reading(model, input_ids)
+    reading.read(0, input_ids.shape[1], chunk_length, progress)
+    return torch.cat(reading.losses)
+
+
+@torch.no_grad()
+def foreign_losses(
+    model: PreTrainedModel,
+    documents: Mapping[str, torch.Tensor],
+    memory_of: Mapping[str, str],
+    chunk_length: int,
+    progress: Progress | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    Losses of documents with their own memory and with that of another one. All are read side by side, segment by
+    segment, each through a cache of its own. A document in `memory_of` is read a second time: before each of its
+    segments, what its layers hold of complete segments is replaced by what the other document, read with its own
+    memory, has left after as many tokens. Its window and its sinks are its own. Where the other document has no such
+    segment any more, its last memory stays.
+
+    Args:
+        model: an Infini-attention model.
+        documents: ids `(1, tokens)` by name.
+        memory_of: by the name of a document, that of the one whose memory it is given.
+        chunk_length: number of tokens in a call, at most; calls end where segments do.
+
+    Returns:
+        Of all documents with their own memory, and of those in `memory_of` with the other: `(tokens - 1,)` each, as
+        [`token_losses`].
+    """
+    segment_length = model.config.segment_length
+    own = {name: _Reading(model, ids) for name, ids in documents.items()}
+    foreign = {name: _Reading(model, documents[name]) for name in memory_of}
+    for start in range(0, max(ids.shape[1] for ids in documents.values()) - 1, segment_length):
+        segment = start, start + segment_length
+        for name, reading in foreign.items():
+            if start > 0:
+                reading.take_memory(own[memory_of[name]])
+            reading.read(*segment, chunk_length, progress)
+        for reading in own.values():
+            reading.read(*segment, chunk_length, progress)
+    return (
+        {name: torch.cat(reading.losses) for name, reading in own.items()},
+        {name: torch.cat(reading.losses) for name, reading in foreign.items()},
+    )
 
 
 @torch.no_grad()
@@ -86,23 +150,35 @@ def window_losses(
 
 
 @contextmanager
-def memory_off(model: nn.Module) -> Iterator[None]:
+def memory_off(model: nn.Module, matrix: bool = True, slots: bool = True) -> Iterator[None]:
     """
-    Shuts the memory out: inside, the gates of an Infini-attention model give local attention a share of exactly 1.
+    Shuts the memory out: inside, an Infini-attention model is one of local attention alone.
 
-    The weights are not touched. A hook replaces what each gate returns, whatever its scale and dtype, also where PEFT
-    has wrapped the model or the gates; large weights would do the same only where the scale is positive and
-    the sigmoid rounds to 1 (logits from 17 in float32, from 37 in float64). `lerp(read, local, 1)` is then `local` bit
-    for bit. A model compiled before does not see the hooks.
+    The weights are not touched. A hook replaces what each gate returns by 1, the whole for local attention, whatever
+    its scale and dtype, also where PEFT has wrapped the model or the gates; large weights would do the same only where
+    the scale is positive and the sigmoid rounds to 1 (logits from 17 in float32, from 37 in float64).
+    `lerp(read, local, 1)` is then `local` bit for bit. A model compiled before does not see the hooks.
+
+    Args:
+        matrix: shut out what is read from M and z.
+        slots: do without memory slots, if there are any. A cache from outside is then one of another model.
 
     Raises:
-        TypeError: if the model has no gates.
+        TypeError: if it is no Infini-attention model.
     """
-    gates: list[Any] = [module.head_gates for module in model.modules() if hasattr(module, "head_gates")]
-    if not gates:
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs = {id(config): config for config in found if hasattr(config, "segment_length")}
+    if not configs:
         raise TypeError(f"{type(model).__name__} has no memory to shut out: it is no Infini-attention model.")
-    with ExitStack() as hooks:
-        for gate in gates:
-            handle = gate.register_forward_hook(lambda module, arguments, share: torch.ones_like(share))
-            hooks.callback(handle.remove)
+    with ExitStack() as changes:
+        # Layers without a memory have no gates.
+        for module in model.modules() if matrix else ():
+            if hasattr(module, "head_gates"):
+                gates: Any = module.head_gates
+                handle = gates.register_forward_hook(lambda module, arguments, share: torch.ones_like(share))
+                changes.callback(handle.remove)
+        for config in configs.values():
+            if slots and config.num_memory_slots > 0:
+                changes.callback(setattr, config, "num_memory_slots", config.num_memory_slots)
+                config.num_memory_slots = 0
         yield

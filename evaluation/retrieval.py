@@ -75,6 +75,10 @@ TASKS = {
 }
 
 
+# What may be off, and the arguments of `memory_off` for it.
+MEMORY_OFF: dict[str, dict[str, bool]] = {"all": {}, "matrix": {"slots": False}, "slots": {"matrix": False}}
+
+
 class Score(NamedTuple):
     """
     Attributes:
@@ -271,7 +275,7 @@ def _start_or_continue(file: Path, made_by: dict[str, str]) -> list[Row]:
     The trials that a file holds; a new file, of `made_by` alone, if there is none.
 
     Raises:
-        ValueError: if another model made them, or the same with its memory on instead of off.
+        ValueError: if another model made them, or the same with another part of its memory off.
     """
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--trials", type=int, default=5, help="for each part of the depth (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the trials (default: %(default)s)")
-    parser.add_argument("--memory-off", action="store_true", help="shut the memory out")
+    parser.add_argument(
+        "--memory-off",
+        nargs="?",
+        choices=MEMORY_OFF,
+        const="all",
+        help='shut the memory out, or a part of it: "matrix", "slots" (default: if given, all)',
+    )
     parser.add_argument("--chunk-length", type=int, default=4096, help="tokens in a call (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
@@ -314,7 +324,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fillers = {filler.name: filler for filler in (find_filler(tokenizer, name) for name in options.fillers)}
     model = load_model(options.model, dtype=options.dtype, device_map=options.device)
     file = Path(f"{options.output}.jsonl") if options.output else None
-    made_by = {"weights": weights_digest(model), "memory": "off" if options.memory_off else "on"}
+    state = (
+        "on" if options.memory_off is None else "off" if options.memory_off == "all" else f"{options.memory_off} off"
+    )
+    made_by = {"weights": weights_digest(model), "memory": state}
     rows = [] if file is None else _start_or_continue(file, made_by)
     done = {(Setting(*(row[name] for name in Setting._fields)), row["trial"], row["seed"]) for row in rows}
     wanted = [
@@ -328,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = sum(setting.length - 1 for setting, _ in wanted)
     with (
         tqdm(total=total, unit="token", unit_scale=True, file=sys.stderr) as progress,
-        memory_off(model) if options.memory_off else nullcontext(),
+        memory_off(model, **MEMORY_OFF[options.memory_off]) if options.memory_off else nullcontext(),
     ):
         run = run_trials(model, tokenizer, fillers, wanted, options.seed, options.chunk_length, progress.update)
         for row in run:

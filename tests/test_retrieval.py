@@ -16,6 +16,7 @@ from evaluation.loading import load_tokenizer
 from evaluation.passkey import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from evaluation.retrieval import (
     RetrievalCallback,
+    Score,
     Setting,
     draw_example,
     main,
@@ -217,6 +218,25 @@ class TestCommandLine:
     def test_other_tasks(self, task, folder, capsys):
         self.run(folder, "--task", task, "--lengths", 130)
         assert f"| {task} | book | 130 | 2 |" in capsys.readouterr().out
+
+    def test_a_part_of_the_memory_off(self, folder, monkeypatch):
+        pytest.importorskip("matplotlib")
+        model = tiny_model(local_attention="sliding", num_memory_slots=4)
+        model.save_pretrained(folder)
+        output, seen = folder.parent / "passkey", []
+        monkeypatch.setattr(
+            "evaluation.retrieval.score",
+            lambda model, *_: (
+                seen.append((bool(model.local_shares().eq(1).all()), model.config.num_memory_slots == 0))
+                or Score(1.0, True, torch.tensor([0]))
+            ),
+        )
+        for part, state in ((), "on"), (("matrix",), "matrix off"), (("slots",), "slots off"), (("all",), "off"):
+            off = ("--memory-off", *part) if part else ()
+            self.run(folder, "--lengths", 80, "--output", f"{output}{state}", *off)
+            first = json.loads(Path(f"{output}{state}.jsonl").read_text().splitlines()[0])
+            assert first == {"weights": weights_digest(model), "memory": state}
+        assert seen[::2] == [(False, False), (True, False), (False, True), (True, True)]
 
     def test_an_unknown_filler_is_refused(self, folder):
         with pytest.raises(FileNotFoundError, match='neither "sentence" nor "bible" nor a text file'):
