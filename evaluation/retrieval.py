@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from .haystacks import Filler, find_filler
 from .loading import load_model, load_tokenizer
 from .losses import Progress, memory_off
 from .mqar import mqar_example
-from .needle import needle_example
+from .needle import NUM_DECOYS, needle_example, number_example
 from .passkey import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Wording, passkey_example
 from .variable_tracking import variable_tracking_example
 
@@ -63,6 +64,10 @@ TASKS = {
     "passkey_trained_wordings": _reworded(TRAINING_WORDINGS),
     "passkey_unseen_wordings": _reworded(HELD_OUT_WORDINGS),
     "needle": Task(needle_example, True),
+    # Among others of the same form: what is asked for is not the odd one out.
+    "needles": Task(partial(needle_example, num_decoys=NUM_DECOYS), True),
+    "numbers": Task(number_example, True),
+    "passkey_decoys": Task(partial(passkey_example, num_decoys=NUM_DECOYS), True),
     "mqar": Task(
         lambda tokenizer, filler, length, depth, generator: mqar_example(tokenizer, filler, length, generator), False
     ),

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence
 from evaluation.mqar import mqar_example
-from evaluation.needle import CITIES, DEEDS, KINDS, THINGS, needle_example
+from evaluation.needle import CITIES, DEEDS, KINDS, NUM_DECOYS, THINGS, needle_example, number_example
 from evaluation.passkey import (
     DECOYS,
     HELD_OUT_WORDINGS,
@@ -33,6 +33,10 @@ TASKS = {
         tokenizer, filler, length, 0.4, generator, TRAINING_WORDINGS[3], num_decoys=3
     ),
     "needle": lambda tokenizer, filler, length, generator: needle_example(tokenizer, filler, length, 0.4, generator),
+    "needles": lambda tokenizer, filler, length, generator: needle_example(
+        tokenizer, filler, length, 0.4, generator, NUM_DECOYS
+    ),
+    "numbers": lambda tokenizer, filler, length, generator: number_example(tokenizer, filler, length, 0.4, generator),
     "mqar": mqar_example,
     "variable tracking": variable_tracking_example,
 }
@@ -279,6 +283,49 @@ class TestNeedle:
         piece, end = encode(tokenizer, hidden), encode(tokenizer, f" {question}")
         start, end_start = find(ids, piece), find(ids, end)
         assert_at_depth(depth, start - len(opening_of(tokenizer)), end_start - start - len(piece))
+
+
+NEEDLES = {
+    "needles": (r"The best thing to do in {city} is to ([\w ]+)\.", "What is the best thing to do in {city}?"),
+    "numbers": (r"The magic number of {city} is (\d{{5}})\.", "What is the magic number of {city}?"),
+}
+
+
+@pytest.mark.parametrize("task", NEEDLES)
+class TestNeedlesOfOneForm:
+    @pytest.mark.parametrize("depth", DEPTHS)
+    @pytest.mark.parametrize("seed", range(4))
+    def test_one_of_several_is_asked_for(self, tokenizer, filler, task, depth, seed):
+        draw = {"needles": needle_example, "numbers": number_example}[task]
+        example = draw(tokenizer, filler, LENGTH, depth, np.random.default_rng(seed), NUM_DECOYS)
+        needle, question = NEEDLES[task]
+        text, answer = text_of(tokenizer, example.input_ids), example.facts["answer"]
+        found = {city: re.findall(needle.format(city=city), text) for city in CITIES}
+        of_cities = {city: answers for city, answers in found.items() if answers}
+        assert len(of_cities) == NUM_DECOYS + 1
+        assert all(len(answers) == 1 for answers in of_cities.values())
+        assert len({answers[0] for answers in of_cities.values()}) == NUM_DECOYS + 1
+        (city,) = [city for city in CITIES if question.format(city=city) in text]
+        assert of_cities[city] == [answer]
+        stem = re.sub(r" \(.*", "", needle.format(city=city))
+        assert_asked_at_the_end(tokenizer, example, f"{question.format(city=city)} {stem}")
+
+    def test_as_many_cities_as_there_are(self, tokenizer, filler, task):
+        draw = {"needles": needle_example, "numbers": number_example}[task]
+        draw(tokenizer, filler, 2 * LENGTH, 0.5, np.random.default_rng(0), len(CITIES) - 1)
+        with pytest.raises(ValueError, match="num_decoys=10 must be less than the number of cities, 10"):
+            draw(tokenizer, filler, 2 * LENGTH, 0.5, np.random.default_rng(0), len(CITIES))
+
+
+def test_a_needle_alone_is_drawn_as_ever(tokenizer, filler):
+    """The trials that were recorded before there were others beside it."""
+    generator = np.random.default_rng(3)
+    _, *words = (words[generator.integers(len(words))] for words in (CITIES, DEEDS, KINDS, THINGS))
+    start = int(generator.integers(len(filler.ids)))
+    example = needle_example(tokenizer, filler, LENGTH, 1.0, np.random.default_rng(3))
+    assert example.facts["answer"] == " ".join(words)
+    first = len(opening_of(tokenizer))
+    assert torch.equal(example.input_ids[first : first + 50], filler.passage(start, 50))
 
 
 class TestMqar:

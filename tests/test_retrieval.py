@@ -214,10 +214,10 @@ class TestCommandLine:
             self.run(folder, "--lengths", 80, "--output", output)
         assert output.with_suffix(".jsonl").read_text() == before
 
-    @pytest.mark.parametrize("task", ["needle", "variable_tracking"])
+    @pytest.mark.parametrize("task", ["needle", "needles", "numbers", "passkey_decoys", "variable_tracking"])
     def test_other_tasks(self, task, folder, capsys):
-        self.run(folder, "--task", task, "--lengths", 130)
-        assert f"| {task} | book | 130 | 2 |" in capsys.readouterr().out
+        self.run(folder, "--task", task, "--lengths", 250)
+        assert f"| {task} | book | 250 | 2 |" in capsys.readouterr().out
 
     def test_a_part_of_the_memory_off(self, folder, monkeypatch):
         pytest.importorskip("matplotlib")
