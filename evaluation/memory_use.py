@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from modeling_infini.cache_layer import InfiniCacheLayer
-from modeling_infini.memory import MemoryState, apply_correction, delta_correction, feature_map, linear_write
+from modeling_infini.memory import FEATURE_MAPS, MemoryState, apply_correction, delta_correction, linear_write
 
 from .by_position import describe
 from .loading import first_tokens, load_model, load_tokenizer, read_texts
@@ -36,12 +36,15 @@ from .losses import Progress
 @dataclass(frozen=True)
 class MemoryUse:
     """
-    What the memory of each head does in one document. The tokens before the document's last segment are cut into
-    spans of whole segments; what is read is compared for the queries of the last segment.
+    What the memory (M and z) of each head does in one document. The tokens before the document's last segment are cut
+    into spans of whole segments; what is read is compared for the queries of the last segment. Local attention sees
+    memory slots, too, if there are any.
 
     Attributes:
+        layers: indices of the layers that have a memory; the dimension `layers` below is of these alone.
         spans: from the first token of each span to that after its last.
-        local_share: share of local attention in the mix, `(layers, heads)`.
+        local_share: share of local attention in the mix, `(layers, heads)`; of token gates, the mean over the last
+            segment.
         memory_norm, normaliser_norm: Frobenius norms of M and z after each span, `(spans, layers, kv_heads)`.
         read_rms, local_rms: root mean square of what the memory returns and of the output of local attention, over the
             tokens of each span and, at last, over those of the last segment, `(spans + 1, layers, heads)`. Without
@@ -54,6 +57,7 @@ class MemoryUse:
         output_change: the same change after the gate, relative to the mix of local attention and memory.
     """
 
+    layers: list[int]
     spans: list[tuple[int, int]]
     local_share: torch.Tensor
     memory_norm: torch.Tensor
@@ -92,9 +96,12 @@ class MemoryUse:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, to six digits, in nested lists in the order of their shapes; `None` for NaN."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spans"}
-        tensors["effective_spans"] = self.effective_spans
-        return {"spans": self.spans, **{name: _rounded(tensor.tolist()) for name, tensor in tensors.items()}}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["effective_spans"] = self.effective_spans
+        return {
+            name: _rounded(value.tolist()) if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+        }
 
 
 def _rounded(values: Any) -> Any:
@@ -114,7 +121,7 @@ class _Layer:
 
     Attributes:
         local, queries, memory, local_share, mix: what the memory was called with at last, and what it returned.
-        without: the memory had each span not been written: M `(spans, kv_heads, head_dim, head_dim)` and z.
+        without: the memory had each span not been written: M `(spans, kv_heads, key_dim, head_dim)` and z.
     """
 
     local: torch.Tensor
@@ -127,10 +134,12 @@ class _Layer:
         self.attention, self.config = attention, attention.config
         weight = attention.head_gates.weight
         dtype = torch.promote_types(attention.o_proj.weight.dtype, torch.float32)
-        heads, kv_heads, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        heads, kv_heads, key_dim = (
+            getattr(self.config, name) for name in ("num_attention_heads", "num_key_value_heads", "memory_key_dim")
+        )
         self.without = MemoryState(
-            weight.new_zeros(spans, kv_heads, dim, dim, dtype=dtype),
-            weight.new_zeros(spans, kv_heads, dim, dtype=dtype),
+            weight.new_zeros(spans, kv_heads, key_dim, self.config.head_dim, dtype=dtype),
+            weight.new_zeros(spans, kv_heads, key_dim, dtype=dtype),
         )
         self.memory_norm, self.normaliser_norm = (weight.new_zeros(spans, kv_heads, dtype=dtype) for _ in range(2))
         self.read_squares, self.local_squares = (weight.new_zeros(spans + 1, heads, dtype=dtype) for _ in range(2))
@@ -140,6 +149,11 @@ class _Layer:
     def keep(self, module: nn.Module, arguments: tuple, mix: torch.Tensor) -> None:
         self.local, self.queries, self.memory, self.local_share = arguments
         self.mix = mix
+
+    @property
+    def mean_local_share(self) -> torch.Tensor:
+        """Over the tokens of the last call: `(heads,)`."""
+        return self.local_share.mean((0, 1))
 
     def read(self, memory: MemoryState) -> torch.Tensor:
         """What the queries of the last call read from `memory` `(1, kv_heads, ...)`."""
@@ -156,7 +170,7 @@ class _Layer:
         call = layer.record[0]
         keys = call.keys if call.memory_keys is None else call.memory_keys
         keys, values = (states[0].transpose(0, 1).to(layer.memory.dtype) for states in (keys, call.values))
-        features, strength = feature_map(keys), None
+        features, strength = FEATURE_MAPS[self.config.memory_feature_map](keys), None
         if call.write_strength is not None:
             strength = call.write_strength[0].T.unsqueeze(-1).to(layer.memory.dtype)
             values = values * strength
@@ -178,9 +192,16 @@ class _Layer:
         read = self.read(self.memory)
         # One span at a time: a read is as large as all queries.
         without = (MemoryState(*states) for states in zip(*(states.split(1) for states in self.without)))
-        change = torch.stack([_squares(self.read(memory) - read) for memory in without]).sqrt()
-        memory_share = 1 - self.local_share[0].to(read.dtype)
-        return change / _squares(read).sqrt(), memory_share * change / _squares(self.mix.to(read.dtype)).sqrt()
+        memory_share = (1 - self.local_share.to(read.dtype)).unsqueeze(-1)
+        of_read, of_mix = [], []
+        for memory in without:
+            change = self.read(memory) - read
+            of_read.append(_squares(change))
+            of_mix.append(_squares(memory_share * change))
+        before = read, self.mix.to(read.dtype)
+        changes = torch.stack(of_read), torch.stack(of_mix)
+        of_read_and_mix = [(change / _squares(states)).sqrt() for change, states in zip(changes, before)]
+        return of_read_and_mix[0], of_read_and_mix[1]
 
     def root_mean_squares(self, squares: torch.Tensor) -> torch.Tensor:
         """`(spans + 1, heads)`; NaN where nothing was read."""
@@ -201,8 +222,10 @@ def memory_use(
         max_spans: into how many spans the segments before the last are cut, if there are so many.
 
     Raises:
-        ValueError: if the document is not longer than a segment, and so reads no memory.
+        ValueError: if no layer has a memory, or the document is not longer than a segment, and so reads none.
     """
+    if not model.config.layers_with_memory:
+        raise ValueError("No layer of the model has a memory (memory_layers=[]): there is nothing to follow.")
     segments = input_ids.split(model.config.segment_length, 1)
     if len(segments) < 2:
         raise ValueError(
@@ -221,18 +244,19 @@ def memory_use(
                 # The record has what is written.
                 state.record = []
             model(input_ids=ids.to(model.device), past_key_values=cache, logits_to_keep=1)
-            for layer, state in zip(layers, cache.layers):
+            for layer in layers:
                 if index > 0:
                     layer.add_read(span)
                 if span >= 0:
-                    layer.add_write(span, state)
+                    layer.add_write(span, cache.layers[layer.attention.layer_idx])
             if progress is not None:
                 progress(ids.shape[1])
     changes = [layer.changes() for layer in layers]
     bounds = [int(part[0]) * model.config.segment_length for part in parts]
     return MemoryUse(
+        layers=[layer.attention.layer_idx for layer in layers],
         spans=list(zip(bounds, [*bounds[1:], (len(segments) - 1) * model.config.segment_length])),
-        local_share=model.local_shares(),  # type: ignore[operator]
+        local_share=torch.stack([layer.mean_local_share.cpu() for layer in layers]),
         memory_norm=_stacked([layer.memory_norm for layer in layers]),
         normaliser_norm=_stacked([layer.normaliser_norm for layer in layers]),
         read_rms=_stacked([layer.root_mean_squares(layer.read_squares) for layer in layers]),
@@ -277,9 +301,9 @@ def markdown(use: MemoryUse) -> str:
         "z from the top 1 % of tokens",
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    for index, share in enumerate(use.local_share):
+    for index, (layer, share) in enumerate(zip(use.layers, use.local_share)):
         cells = [
-            str(index),
+            str(layer),
             f"{share.mean():.3f} ({share.min():.3f})",
             f"{use.memory_norm[-1, index].mean():.4g}",
             f"{use.normaliser_norm[-1, index].mean():.4g}",
@@ -313,7 +337,7 @@ def plot(use: MemoryUse, file: str | Path) -> None:
     ((shares, norms), (changes, effective)) = figure.subplots(2, 2)
     ends = [end for _, end in use.spans]
     image = shares.imshow(use.local_share, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    shares.set(title="Share of local attention", xlabel="head", ylabel="layer")
+    shares.set(title="Share of local attention", xlabel="head", ylabel="layer with memory")
     figure.colorbar(image, ax=shares)
     for values, name in ((use.memory_norm, "M"), (use.normaliser_norm, "z")):
         means = values.flatten(1).mean(1)
@@ -324,12 +348,13 @@ def plot(use: MemoryUse, file: str | Path) -> None:
     norms.legend()
     image = changes.imshow(use.read_change.mean(-1).T, aspect="auto", extent=(0, ends[-1], len(use.local_share), 0))
     changes.set(
-        title="Change of the last segment's reads without a span", xlabel="span left out (tokens)", ylabel="layer"
+        title="Change of the last segment's reads without a span",
+        xlabel="span left out (tokens)",
+        ylabel="layer with memory",
     )
     figure.colorbar(image, ax=changes)
-    layers = range(len(use.local_share))
-    effective.plot(layers, use.effective_spans.mean(1), marker=".", label=f"effective spans of {len(use.spans)}")
-    effective.plot(layers, use.read_to_local[-1].mean(1), marker=".", label="read / local, RMS")
+    effective.plot(use.layers, use.effective_spans.mean(1), marker=".", label=f"effective spans of {len(use.spans)}")
+    effective.plot(use.layers, use.read_to_local[-1].mean(1), marker=".", label="read / local, RMS")
     effective.set(title="What the last segment reads", xlabel="layer", yscale="log")
     effective.grid(alpha=0.3)
     effective.legend()

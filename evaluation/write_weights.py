@@ -7,10 +7,12 @@ Which tokens of a text a memory holds: how much each adds to it, and which add m
 A read is an average over all that was written, each token weighted by its key. So what is to be found later has to
 weigh more than everything else together: a passkey is hidden in the middle, and its tokens are compared with the rest.
 Under the delta rule, a token adds what the memory does not return for its key already, and weights are an upper bound.
+Of memory slots, which hold tokens as they are, nothing is said.
 """
 
 import argparse
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,8 @@ CONTEXT = 10
 @torch.no_grad()
 def write_weights(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """
-    log of the sum over sigma(k), what each token adds to z, `(layers, kv_heads, tokens)`, read in constant memory.
+    log of the sum over the features of k, what each token adds to z, `(layers, kv_heads, tokens)`, read in constant
+    memory; `layers` are those that have a memory.
 
     Args:
         input_ids: `(1, tokens)`.
@@ -41,9 +44,9 @@ def write_weights(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
     weights: list[list[torch.Tensor]] = []
     cache = model.new_cache()  # type: ignore[operator]
     with ExitStack() as hooks:
-        for layer in model.model.layers:
+        for layer in model.config.layers_with_memory:
             weights.append([])
-            _follow(layer.self_attn, weights[-1], hooks)
+            _follow(model.model.layers[layer].self_attn, weights[-1], hooks)
         for call in input_ids.split(CALL_LENGTH, 1):
             model(call, past_key_values=cache, logits_to_keep=1)
     return torch.stack([torch.cat(of_layer, 1) for of_layer in weights])
@@ -63,11 +66,16 @@ def _follow(attention: Any, weights: list[torch.Tensor], hooks: ExitStack) -> No
         keys = seen["keys"].float().unflatten(-1, (-1, config.head_dim)) if seen["keys"].dim() == 3 else seen["keys"]
         if config.memory_write_gate:
             keys = keys + log_write_gates(seen["gate"]).unsqueeze(-1)
-        weights.append(feature_map(keys.float()).sum(-1).log()[0].T)
+        # The map of "exp" gives the logarithms of its features.
+        is_log = config.memory_feature_map == "exp"
+        log_sums = keys.float().logsumexp(-1) if is_log else feature_map(keys.float()).sum(-1).log()
+        weights.append(log_sums[0].T)
 
     source = attention.k_norm if config.qk_norm else attention.k_proj
     if config.memory_norm_init_scale is not None:
         source = attention.memory.key_norm
+    if config.memory_feature_map == "exp":
+        source = attention.memory.key_map
     hooks.callback(source.register_forward_hook(keep("keys")).remove)
     if config.memory_write_gate:
         hooks.callback(attention.memory.write_gate.register_forward_hook(keep("gate")).remove)
@@ -119,8 +127,8 @@ def main() -> None:
     print(f"log of what tokens add to z, {len(ids):,} tokens of {filler.name}\n")
     print(f"| {' | '.join(columns)} | tokens of the filler that add most |")
     print("|--:" * len(columns) + "|---|")
-    for layer, head in np.ndindex(*weights.shape[:2]):
-        own = weights[layer, head]
+    heads = product(model.config.layers_with_memory, range(model.config.num_key_value_heads))
+    for (layer, head), own in zip(heads, weights.flatten(0, 1)):
         filled = own[rest]
         # np.quantile: torch's takes no more than 16 million.
         numbers = [filled.median().item(), float(np.quantile(filled, 0.999)), filled.logsumexp(0).item()]

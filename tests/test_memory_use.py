@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -22,20 +23,28 @@ RULES = [
     {"use_mem_delta_rule": True},
     {"use_mem_delta_rule": True, "learned_delta_update": True, "qk_norm": True},
     {"memory_norm_init_scale": 1.5, "memory_write_gate": True},
+    {"memory_feature_map": "exp", "token_gates": True, "memory_layers": [1]},
+    {
+        "memory_feature_map": "exp",
+        "token_gates": True,
+        "use_mem_delta_rule": True,
+        "memory_norm_init_scale": 1.5,
+        "memory_write_gate": True,
+    },
 ]
 
 
 def states_by_hand(model, ids):
     """
-    Of each layer, in one forward of a whole document: queries `(heads, T, d)`, keys and values of the memory, repeated
-    for the heads of their group, write strengths `(heads, T)`, and the mix of local attention and memory
-    `(heads, T, d)`.
+    Of each layer with memory, in one forward of a whole document: features of queries `(heads, T, key_dim)`, features
+    of keys and values of the memory, repeated for the heads of their group, write strengths `(heads, T)`, the share of
+    local attention `(heads, T, 1)` and its mix with the memory `(heads, T, d)`.
     """
     config, seen = model.config, {}
+    sigma = torch.exp if config.memory_feature_map == "exp" else (lambda states: torch.nn.functional.elu(states) + 1)
 
-    def by_head(states, groups=1):
-        heads = states.reshape(len(ids[0]), -1, config.head_dim).transpose(0, 1)
-        return heads.repeat_interleave(groups, 0)
+    def by_head(states, groups=1, dim=config.head_dim):
+        return states.reshape(len(ids[0]), -1, dim).transpose(0, 1).repeat_interleave(groups, 0)
 
     def keep(name, of_output=True):
         def hook(module, inputs, output):
@@ -48,39 +57,50 @@ def states_by_hand(model, ids):
         names |= {"queries": "q_norm", "keys": "k_norm"}
     if config.memory_norm_init_scale is not None:
         names |= {"keys": "memory.key_norm"}
-    for layer in model.model.layers:
+    if config.memory_feature_map == "exp":
+        names |= {"keys": "memory.key_map"}
+    layers = [model.model.layers[index].self_attn for index in config.layers_with_memory]
+    for layer in layers:
         for name, module in names.items():
-            layer.self_attn.get_submodule(module).register_forward_hook(keep(name))
+            layer.get_submodule(module).register_forward_hook(keep(name))
         if config.memory_write_gate:
-            layer.self_attn.memory.write_gate.register_forward_hook(keep("gates"))
-        layer.self_attn.o_proj.register_forward_hook(keep("mix", of_output=False))
+            layer.memory.write_gate.register_forward_hook(keep("gates"))
+        if config.token_gates:
+            layer.memory.token_gate.register_forward_hook(keep("token_gates"))
+        layer.o_proj.register_forward_hook(keep("mix", of_output=False))
         if config.learned_delta_update:
-            layer.self_attn.memory.write_strength.register_forward_hook(keep("strength"))
+            layer.memory.write_strength.register_forward_hook(keep("strength"))
     with torch.no_grad():
         model(ids, use_cache=False)
     groups = config.num_attention_heads // config.num_key_value_heads
-    for index in range(config.num_hidden_layers):
+    for index, layer in enumerate(layers):
         strengths = torch.ones(config.num_attention_heads, len(ids[0]))
         if config.learned_delta_update:
             strengths = seen["strength"][index][0].sigmoid().T.repeat_interleave(groups, 0)
-        queries, mix = by_head(seen["queries"][index]), by_head(seen["mix"][index])
+        queries, mix = by_head(seen["queries"][index]).transpose(0, 1), by_head(seen["mix"][index])
         if config.memory_norm_init_scale is not None:
-            norm = model.model.layers[index].self_attn.memory.query_norm
-            queries = norm(queries.transpose(0, 1)).detach().transpose(0, 1)
-        keys, values = (by_head(seen[name][index], groups) for name in ("keys", "values"))
+            queries = layer.memory.query_norm(queries)
+        if config.memory_feature_map == "exp":
+            queries = layer.memory.query_map(queries)
+        queries = queries.detach().transpose(0, 1)
+        keys = by_head(seen["keys"][index], groups, config.memory_key_dim)
         if config.memory_write_gate:
             keys = keys + logsigmoid(seen["gates"][index][0]).T.repeat_interleave(groups, 0).unsqueeze(-1)
-        yield queries, keys, values, strengths, mix
+        logits = config.head_gate_scale * layer.head_gates.weight.detach().expand(len(ids[0]), -1)
+        if config.token_gates:
+            logits = logits + seen["token_gates"][index][0]
+        share = logits.sigmoid().T.unsqueeze(-1)
+        yield sigma(queries), sigma(keys), by_head(seen["values"][index], groups), strengths, share, mix
 
 
 def memory_by_hand(keys, values, strengths, config, segments, left_out=()):
-    """M and z `(heads, d, d)` after the first `segments`, but for those `left_out`."""
+    """M and z `(heads, key_dim, d)` after the first `segments`, but for those `left_out`."""
     memory, normaliser = torch.zeros_like(keys[:, :1].mT * values[:, :1]), torch.zeros_like(keys[:, 0])
     for segment in range(segments):
         if segment in left_out:
             continue
         part = slice(segment * config.segment_length, (segment + 1) * config.segment_length)
-        features, targets = torch.nn.functional.elu(keys[:, part]) + 1, values[:, part]
+        features, targets = keys[:, part], values[:, part]
         if config.use_mem_delta_rule and normaliser.any():
             targets = targets - features @ memory / (features @ normaliser[..., None])
         memory = memory + torch.einsum("htk,htv,ht->hkv", features, targets, strengths[:, part].to(keys.dtype))
@@ -89,9 +109,8 @@ def memory_by_hand(keys, values, strengths, config, segments, left_out=()):
 
 
 def read_by_hand(queries, memory, normaliser):
-    features = torch.nn.functional.elu(queries) + 1
-    denominator = features @ normaliser[..., None]
-    return torch.where(denominator > 0, features @ memory / denominator.clamp(min=1e-30), 0)
+    denominator = queries @ normaliser[..., None]
+    return torch.where(denominator > 0, queries @ memory / denominator.clamp(min=1e-30), 0)
 
 
 def norms(states):
@@ -102,9 +121,22 @@ def norms(states):
 @pytest.mark.usefixtures("float64_norm_and_rope")
 class TestAgainstSumsByHand:
     @settings(max_examples=25)
-    @given(fields=config_fields(), segments=st.integers(1, 7), rest=st.integers(1, 6), max_spans=st.integers(1, 8))
-    def test_all_numbers(self, fields, segments, rest, max_spans):
-        model = tiny_model(torch.float64, **fields)
+    @given(
+        fields=config_fields(),
+        options=st.fixed_dictionaries(
+            {
+                "memory_feature_map": st.sampled_from(["elu", "exp"]),
+                "token_gates": st.booleans(),
+                "memory_layers": st.sampled_from([None, [1]]),
+                "num_memory_slots": st.just(0),
+            }
+        ),
+        segments=st.integers(1, 7),
+        rest=st.integers(1, 6),
+        max_spans=st.integers(1, 8),
+    )
+    def test_all_numbers(self, fields, options, segments, rest, max_spans):
+        model = tiny_model(torch.float64, **fields | options)
         n = model.config.segment_length
         rest = min(rest, n)
         ids = random_ids(1, segments * n + rest)
@@ -113,16 +145,16 @@ class TestAgainstSumsByHand:
         assert use.spans[-1][1] == segments * n
         assert all(end == start for (_, end), (start, _) in zip(use.spans, use.spans[1:]))
         assert len(use.spans) == min(segments, max_spans)
-        assert torch.equal(use.local_share, model.local_shares())
+        assert use.layers == model.config.layers_with_memory
 
-        for index, (queries, keys, values, strengths, mix) in enumerate(states_by_hand(model, ids)):
-            share = use.local_share[index][:, None, None]
+        for index, (queries, keys, values, strengths, share, mix) in enumerate(states_by_hand(model, ids)):
+            torch.testing.assert_close(use.local_share[index], share[:, segments * n :].mean((1, 2)))
             one_of_group = slice(None, None, 4 // model.config.num_key_value_heads)
             squares = torch.zeros(2, 4, dtype=torch.float64)
             for segment in range(segments + 1):
                 part = slice(segment * n, (segment + 1) * n)
                 read = read_by_hand(queries[:, part], *memory_by_hand(keys, values, strengths, model.config, segment))
-                local = (mix[:, part] - (1 - share) * read) / share
+                local = (mix[:, part] - (1 - share[:, part]) * read) / share[:, part]
                 if segment > 0:
                     squares += torch.stack([read.square().sum((1, 2)), local.square().sum((1, 2))])
                 if segment == segments:
@@ -143,26 +175,29 @@ class TestAgainstSumsByHand:
                 torch.testing.assert_close(use.normaliser_norm[span, index], normaliser.norm(dim=1)[one_of_group])
                 left_out = range(start // n, end // n)
                 without = memory_by_hand(keys, values, strengths, model.config, segments, left_out)
-                change = norms(read_by_hand(last, *without) - read)
-                torch.testing.assert_close(use.read_change[span, index], change / norms(read), rtol=1e-8, atol=1e-10)
-                expected = (1 - share[:, 0, 0]) * change / norms(mix[:, segments * n :])
+                change = read_by_hand(last, *without) - read
+                expected = norms(change) / norms(read)
+                torch.testing.assert_close(use.read_change[span, index], expected, rtol=1e-8, atol=1e-10)
+                expected = norms((1 - share[:, segments * n :]) * change) / norms(mix[:, segments * n :])
                 torch.testing.assert_close(use.output_change[span, index], expected, rtol=1e-8, atol=1e-10)
 
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize(
+        ("rule", "mode"), [*product(RULES, MODES), ({"memory_layers": [1], "num_memory_slots": 3}, MODES[2])]
+    )
     def test_the_model_itself_with_a_span_left_out(self, rule, mode):
         """The mix of a layer of the model moves as said when its memory is put to what it is without a span."""
         model, ids = tiny_model(torch.float64, **rule, **mode), random_ids(1, 4 * N + 3)
         use = memory_use(model, ids)
-        for index, (_, keys, values, strengths, mix) in enumerate(states_by_hand(model, ids)):
+        for index, (_, keys, values, strengths, _, mix) in enumerate(states_by_hand(model, ids)):
+            layer = use.layers[index]
             for span in range(4):
                 cache, seen = model.new_cache(), []
                 with torch.no_grad():
                     model(ids[:, : 4 * N], past_key_values=cache)
                     memory, normaliser = memory_by_hand(keys, values, strengths, model.config, 4, [span])
-                    cache.layers[index].memory = memory[None, ::2]
-                    cache.layers[index].normaliser = normaliser[None, ::2]
-                    o_proj = model.model.layers[index].self_attn.o_proj
+                    cache.layers[layer].memory = memory[None, ::2]
+                    cache.layers[layer].normaliser = normaliser[None, ::2]
+                    o_proj = model.model.layers[layer].self_attn.o_proj
                     handle = o_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
                     model(ids[:, 4 * N :], past_key_values=cache)
                     handle.remove()
@@ -176,7 +211,7 @@ class TestMemoryUse:
         model, ids = tiny_model(segment_length=200), random_ids(1, 401)
         use = memory_use(model, ids)
         for index, (_, keys, *_) in enumerate(states_by_hand(model, ids)):
-            mass = (torch.nn.functional.elu(keys[::2, :400]) + 1).sum(-1).view(2, 2, 200)
+            mass = keys[::2, :400].sum(-1).view(2, 2, 200)
             top = mass.sort(-1, descending=True).values[..., :2].sum(-1)
             torch.testing.assert_close(use.top_mass[index], (top / mass.sum(-1)).mean(1))
 
@@ -219,11 +254,15 @@ class TestMemoryUse:
         def effective(changes):
             none = torch.zeros(0)
             changes = torch.tensor(changes)[:, None, None]
-            return MemoryUse([], none, none, none, none, none, none, changes, none).effective_spans.item()
+            return MemoryUse([], [], none, none, none, none, none, none, changes, none).effective_spans.item()
 
         assert effective([0.5, 0.5, 0.5, 0.5]) == pytest.approx(4)
         assert effective([0.0, 0.3, 0.0, 0.0]) == pytest.approx(1)
         assert effective([0.1, 0.3]) == pytest.approx(0.16 / 0.1)
+
+    def test_refuses_a_model_whose_layers_have_none(self):
+        with pytest.raises(ValueError, match="No layer of the model has a memory"):
+            memory_use(tiny_model(memory_layers=[]), random_ids(1, 33))
 
     def test_refuses_a_document_within_one_segment(self):
         with pytest.raises(ValueError, match="5 tokens has no memory to read: it must be longer"):

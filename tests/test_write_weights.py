@@ -13,6 +13,14 @@ FIELDS = {
     "memory norm": {"memory_norm_init_scale": 3.0},
     "write gate": {"memory_write_gate": True},
     "all": {"qk_norm": True, "memory_norm_init_scale": 3.0, "memory_write_gate": True},
+    "learned map": {"memory_feature_map": "exp"},
+    "all with a learned map": {
+        "memory_norm_init_scale": 3.0,
+        "memory_write_gate": True,
+        "memory_feature_map": "exp",
+        "token_gates": True,
+    },
+    "in one layer": {"memory_layers": [1]},
 }
 
 
@@ -26,8 +34,9 @@ def test_weights_add_up_to_the_normaliser(fields, monkeypatch):
     cache = model.new_cache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    assert weights.shape == (model.config.num_hidden_layers, model.config.num_key_value_heads, ids.shape[1])
-    for layer, of_layer in zip(cache.layers, weights):
+    layers = [layer for layer in cache.layers if layer.has_memory]
+    assert weights.shape == (len(layers), model.config.num_key_value_heads, ids.shape[1])
+    for layer, of_layer in zip(layers, weights):
         torch.testing.assert_close(of_layer.exp().sum(-1), layer.normaliser[0].sum(-1), rtol=1e-4, atol=1e-5)
 
 
