@@ -38,8 +38,9 @@ class Inspection:
     state_nbytes: int
 
     def __rich__(self) -> Group:
-        title = Text("Gates: the share of local attention; the rest is read from the memory", style="bold")
-        return Group(self._facts(), "", title, self._gates())
+        tokens = " (before what each token adds to it)" if self.config.token_gates else ""
+        title = f"Gates: the share of local attention{tokens}; the rest is read from the memory"
+        return Group(self._facts(), "", Text(title, style="bold"), self._gates())
 
     def _facts(self) -> Table:
         config = self.config
@@ -59,6 +60,10 @@ class Inspection:
             "local attention": f"{config.local_attention}: "
             + (local if config.is_sliding else "the tokens of the own segment"),
             "memory": memory_rule(config),
+            "memory layers": self._memory_layers(),
+            "memory slots": f"{config.num_memory_slots:,} tokens per layer with memory, chosen by a learned score"
+            if config.num_memory_slots
+            else "",
             "state": f"{self.state_nbytes / 1e6:,.1f} MB per sequence, whatever its length; full attention keeps as "
             f"much for {self.state_nbytes / full_attention_token:,.0f} tokens",
         }
@@ -66,9 +71,16 @@ class Inspection:
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
         for name, value in rows.items():
+            if not value:
+                continue
             # Names and licences are of others: no markup.
             table.add_row(name, Text(value))
         return table
+
+    def _memory_layers(self) -> str:
+        """Nothing where all have one."""
+        layers, count = self.config.layers_with_memory, self.config.num_hidden_layers
+        return "" if len(layers) == count else f"{', '.join(map(str, layers)) or 'none'} of 0 to {count - 1}"
 
     def _origin(self) -> str:
         origin = self.config.converted_from
@@ -86,20 +98,22 @@ class Inspection:
         return f"; the base was trained on {self.config.max_position_embeddings:,} positions"
 
     def _gates(self) -> Table:
-        shares = self.local_shares
+        shares, with_memory = self.local_shares, self.config.layers_with_memory
         table = Table(box=None)
         for name in ("layer", "mean", "min", "max"):
             table.add_column(name, justify="right")
         table.add_column(f"heads ({LEVELS[0]} memory … {LEVELS[-1]} local)")
-        for alike, group in groupby(range(len(shares)), key=lambda index: shares[index].tolist()):
+        gates = [shares[layer].tolist() if layer in with_memory else [] for layer in range(len(shares))]
+        for alike, group in groupby(range(len(gates)), key=gates.__getitem__):
             layers = list(group)
+            name = str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
+            if not alike:
+                table.add_row(name, "", "", "", Text("no memory", style="dim"))
+                continue
             levels = [min(int(share * len(LEVELS)), len(LEVELS) - 1) for share in alike]
-            table.add_row(
-                str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}",
-                *_summary(shares[layers[0]]),
-                Text("".join(LEVELS[level] for level in levels)),
-            )
-        table.add_row("all", *_summary(shares), "", style="bold")
+            table.add_row(name, *_summary(shares[layers[0]]), Text("".join(LEVELS[level] for level in levels)))
+        if with_memory:
+            table.add_row("all", *_summary(shares[with_memory]), "", style="bold")
         return table
 
 

@@ -1,5 +1,6 @@
 """`python -m conversion`, from the shell's side."""
 
+import io
 import json
 import re
 import subprocess
@@ -9,14 +10,15 @@ import pytest
 import torch
 from base_models import base_model
 from huggingface_hub import ModelCard
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from conversion.__main__ import app
-from conversion.inspection import inspect_checkpoint
-from modeling_infini import InfiniForCausalLM
+from conversion.inspection import Inspection, inspect_checkpoint
+from modeling_infini import InfiniForCausalLM, state_nbytes
 
 
 COMMANDS = ("to-infini", "from-infini", "from-lucidrains", "save-memory", "apply-memory", "card", "inspect")
@@ -189,6 +191,22 @@ def test_inspect_shows_architecture_memory_and_gates(tmp_path, converted):
     inspection = inspect_checkpoint(tmp_path / "trained")
     assert inspection.parameters == sum(parameter.numel() for parameter in model.parameters())
     torch.testing.assert_close(inspection.local_shares, model.local_shares().detach())
+
+
+def test_inspection_names_what_a_memory_has_of_its_own():
+    options = {"memory_layers": [0, 2, 3], "token_gates": True, "memory_feature_map": "exp"}
+    model = tiny_model(num_hidden_layers=6, local_attention="sliding", num_memory_slots=7, **options)
+    inspection = Inspection(model.config, 1, model.local_shares().detach(), state_nbytes(model.config))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(inspection)
+    text = console.export_text()
+    assert re.search("memory layers +0, 2, 3 of 0 to 5", text)
+    assert re.search("memory slots +7 tokens per layer with memory", text)
+    assert "local attention (before what each token adds to it)" in text
+    assert re.search("\n +1 +no memory", text)
+    assert re.search("\n +4–5 +no memory", text)
+    with_memory = inspection.local_shares[[0, 2, 3]]
+    assert re.search(rf"\n +all +{with_memory.mean():.1%}", text)
 
 
 def test_from_lucidrains(tmp_path):
