@@ -24,34 +24,44 @@ def sigma(x):
     return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
 
+def hedgehog(x, weight, bias):
+    u = (weight @ x + bias).clamp(-20, 20)
+    return torch.cat([torch.exp(u), torch.exp(-u)])
+
+
 class Head:
-    """One query head's view of a KV head over one stream: lists of what was read, and the memory in plain tensors."""
+    """A KV head over one stream: lists of what was read, and the memory in plain tensors."""
 
-    def __init__(self, dim):
-        self.keys, self.memory_keys, self.values, self.strengths = [], [], [], []
-        self.memory = torch.zeros(dim, dim, dtype=torch.float64)
-        self.normaliser = torch.zeros(dim, dtype=torch.float64)
+    def __init__(self, dim, feature_dim):
+        self.keys, self.features, self.values, self.strengths = [], [], [], []
+        self.memory = torch.zeros(feature_dim, dim, dtype=torch.float64)
+        self.normaliser = torch.zeros(feature_dim, dtype=torch.float64)
 
 
-def read(head, query, eps):
-    features = sigma(query)
+def read(head, features, eps):
     return (features @ head.memory) / (features @ head.normaliser).clamp(min=eps)
 
 
 def close_segment(head, length, delta, eps):
-    keys, values, strengths = head.memory_keys[-length:], head.values[-length:], head.strengths[-length:]
+    of_segment = zip(head.features[-length:], head.values[-length:], head.strengths[-length:])
     memory, normaliser = head.memory, head.normaliser
-    for key, value, strength in zip(keys, values, strengths):
-        features = sigma(key)
+    for features, value, strength in of_segment:
         target = value
         if delta and len(head.keys) > length:
-            target = value - read(head, key, eps)
+            target = value - read(head, features, eps)
         memory = memory + strength * torch.outer(features, target)
         normaliser = normaliser + features
     head.memory, head.normaliser = memory, normaliser
 
 
-def attend_locally(head, query, position, config, theta):
+def choose_slots(slots, scores, position, config):
+    """The `(score, place)` that stay at the end of the segment whose last token is at `position`."""
+    segment = range(position + 1 - config.segment_length, position + 1)
+    competing = slots + [(scores[place].item(), place) for place in segment if place >= config.num_sink_tokens]
+    return sorted(competing, reverse=True)[: config.num_memory_slots]
+
+
+def attend_locally(head, query, position, slots, config, theta):
     length, sinks = config.segment_length, config.num_sink_tokens
     segment_start = position // length * length
     seen = []
@@ -62,7 +72,9 @@ def attend_locally(head, query, position, config, theta):
             if position - j < length:
                 seen.append((j, j - segment_start))
             elif j < sinks:
-                seen.append((j, j - length - sinks))
+                seen.append((j, j - length - config.num_memory_slots - sinks))
+        from_latest = sorted((place for _, place in slots), reverse=True)
+        seen += [(j, -length - 1 - rank) for rank, j in enumerate(from_latest) if position - j >= length]
     rotated = rope(query, position - segment_start, theta)
     scores = torch.stack([rotated @ rope(head.keys[j], at, theta) for j, at in seen]) / math.sqrt(query.shape[-1])
     weights = torch.softmax(scores, 0)
@@ -88,7 +100,22 @@ def reference_stream(ids, weights, config):
         out = weights[f"{name}.weight"] @ x
         return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
 
-    states = [[Head(dim) for _ in range(kv_heads)] for _ in range(config.num_hidden_layers)]
+    def memory_features(states, gates, name, at):
+        """What the memory gets of the queries or keys of a token, each times its write gate."""
+        if config.memory_norm_init_scale is not None:
+            scales = weights[f"{at}.{name}_norm.weight"].exp()
+            states = [scale * rms_norm(x, 1, config.rms_norm_eps) for scale, x in zip(scales, states)]
+        if config.memory_feature_map == "exp":
+            maps = zip(weights[f"{at}.{name}_map.weight"], weights[f"{at}.{name}_map.bias"])
+            return [gate * hedgehog(x, *of_head) for gate, x, of_head in zip(gates, states, maps)]
+        # log g is added to the key; where sigma is exponential, that multiplies by g.
+        return [sigma(x + gate.log()) for gate, x in zip(gates, states)]
+
+    memory_layers = range(config.num_hidden_layers) if config.memory_layers is None else config.memory_layers
+    feature_dim = 2 * dim if config.memory_feature_map == "exp" else dim
+    states = [[Head(dim, feature_dim) for _ in range(kv_heads)] for _ in range(config.num_hidden_layers)]
+    slots = [[] for _ in range(config.num_hidden_layers)]
+    scores = [[] for _ in range(config.num_hidden_layers)]
     attentions = [[[] for _ in range(heads)] for _ in range(config.num_hidden_layers)]
     logits = []
     for position, token in enumerate(ids):
@@ -103,34 +130,44 @@ def reference_stream(ids, weights, config):
                 query_weight, key_weight = (weights[f"{at}.self_attn.{n}_norm.weight"] for n in "qk")
                 queries = torch.stack([rms_norm(q, query_weight, config.rms_norm_eps) for q in queries])
                 keys = torch.stack([rms_norm(k, key_weight, config.rms_norm_eps) for k in keys])
-            memory_queries, memory_keys = queries, keys
-            if config.memory_norm_init_scale is not None:
-                scale = {n: weights[f"{at}.self_attn.memory.{n}_norm.weight"].exp() for n in ("query", "key")}
-                memory_queries = [s * rms_norm(q, 1, config.rms_norm_eps) for s, q in zip(scale["query"], queries)]
-                memory_keys = [s * rms_norm(k, 1, config.rms_norm_eps) for s, k in zip(scale["key"], keys)]
-            if config.memory_write_gate:
-                gates = torch.sigmoid(linear(h, f"{at}.self_attn.memory.write_gate"))
-                memory_keys = [key + gate.log() for key, gate in zip(memory_keys, gates)]
-            strengths = torch.ones(kv_heads, dtype=torch.float64)
-            if config.learned_delta_update:
-                strengths = torch.sigmoid(linear(h, f"{at}.self_attn.memory.write_strength"))
-            for head, key, memory_key, value, strength in zip(states[layer], keys, memory_keys, values, strengths):
+            for head, key, value in zip(states[layer], keys, values):
                 head.keys.append(key)
-                head.memory_keys.append(memory_key)
                 head.values.append(value)
-                head.strengths.append(strength)
             outputs = []
             for index, query in enumerate(queries):
                 head = states[layer][index // (heads // kv_heads)]
-                output, seen = attend_locally(head, query, position, config, theta)
+                output, seen = attend_locally(head, query, position, slots[layer], config, theta)
                 attentions[layer][index].append(seen)
-                if position >= length:
-                    gate = torch.sigmoid(config.head_gate_scale * weights[f"{at}.self_attn.head_gates.weight"][index])
-                    output = gate * output + (1 - gate) * read(head, memory_queries[index], config.memory_eps)
                 outputs.append(output)
-            if (position + 1) % length == 0:
-                for head in states[layer]:
-                    close_segment(head, length, config.use_mem_delta_rule, config.memory_eps)
+            if layer in memory_layers:
+                memory = f"{at}.self_attn.memory"
+                if position >= length:
+                    gate_logits = config.head_gate_scale * weights[f"{at}.self_attn.head_gates.weight"]
+                    if config.token_gates:
+                        gate_logits = gate_logits + linear(h, f"{memory}.token_gate")
+                    features = memory_features(queries, torch.ones(heads), "query", memory)
+                    for index, gate in enumerate(torch.sigmoid(gate_logits)):
+                        head = states[layer][index // (heads // kv_heads)]
+                        from_memory = read(head, features[index], config.memory_eps)
+                        outputs[index] = gate * outputs[index] + (1 - gate) * from_memory
+                write_gates = torch.ones(kv_heads)
+                if config.memory_write_gate:
+                    write_gates = torch.sigmoid(linear(h, f"{memory}.write_gate"))
+                strengths = torch.ones(kv_heads)
+                if config.learned_delta_update:
+                    strengths = torch.sigmoid(linear(h, f"{memory}.write_strength"))
+                features = memory_features(keys, write_gates, "key", memory)
+                for head, features_of_head, strength in zip(states[layer], features, strengths):
+                    head.features.append(features_of_head)
+                    head.strengths.append(strength)
+                if config.num_memory_slots > 0:
+                    # Rounded: equal tokens have equal scores, whoever adds up the products in whichever order.
+                    scores[layer].append(linear(h, f"{memory}.slot_score").to(torch.bfloat16))
+                if (position + 1) % length == 0:
+                    for head in states[layer]:
+                        close_segment(head, length, config.use_mem_delta_rule, config.memory_eps)
+                    if config.num_memory_slots > 0:
+                        slots[layer] = choose_slots(slots[layer], scores[layer], position, config)
             x = x + linear(torch.cat(outputs), f"{at}.self_attn.o_proj")
             h = rms_norm(x, weights[f"{at}.post_attention_layernorm.weight"], config.rms_norm_eps)
             gate = linear(h, f"{at}.mlp.gate_proj")
