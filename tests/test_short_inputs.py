@@ -11,7 +11,13 @@ from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
 # What a Llama has not.
-LLAMA = {"qk_norm": False, "learned_delta_update": False}
+LLAMA = {
+    "qk_norm": False,
+    "learned_delta_update": False,
+    "qkv_bias": None,
+    "attention_output_bias": None,
+    "lm_head_bias": False,
+}
 
 
 def llama_and_ours(dtype=torch.float32, rope_parameters=None, **fields):
