@@ -94,7 +94,9 @@ def test_chunked_gradients_equal_those_of_the_reference(fields, chunk_segments, 
     weights = {name: weight.clone().requires_grad_() for name, weight in float64_weights(model).items()}
     logits, _ = reference_stream(ids[0].tolist(), weights, model.config)
     cross_entropy(logits[:-1], ids[0, 1:]).backward()
-    expected = {name: weights[name].grad for name, _ in model.named_parameters()}
+    # The choice of slots is not differentiated.
+    of_model = {name: weights[name] for name, _ in model.named_parameters()}
+    expected = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in of_model.items()}
 
     def float64_loss(chunk):
         targets = chunk.pop("shift_labels")

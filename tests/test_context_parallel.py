@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import (
     EVERY_OPTION,
+    EVERY_OPTION_BUT_SLOTS,
     MODES,
     compute_norm_and_rope_in_float64,
     random_ids,
@@ -46,7 +47,7 @@ def cases() -> list[Case]:
     for delta in (False, True):
         for mode in MODES:
             rule = {"use_mem_delta_rule": delta, **mode}
-            every_option = {**EVERY_OPTION, "num_sink_tokens": 0, **rule}
+            every_option = {**EVERY_OPTION_BUT_SLOTS, "num_sink_tokens": 0, **rule}
             name = "-".join(str(value) for value in rule.values())
             found += [
                 Case(f"{name}-every-option", every_option),
@@ -241,7 +242,7 @@ def test_targets_that_do_not_fit_the_inputs_are_refused(only_rank):
 
 
 def test_a_piece_is_read_at_once_without_gradients_too(only_rank, monkeypatch):
-    model, ids, lengths = tiny_model(**EVERY_OPTION), random_ids(2, 13), []
+    model, ids, lengths = tiny_model(**EVERY_OPTION_BUT_SLOTS), random_ids(2, 13), []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 5)
     with torch.no_grad():
@@ -258,8 +259,15 @@ def test_a_group_of_one_rank_is_one_process(only_rank):
             assert all(error < 1e-10 for error in errors.values()), (case.name, errors)
 
 
-def test_published_code_takes_its_piece_from_this_package(only_rank, tmp_path):
+def test_slots_of_the_memory_are_refused(only_rank):
+    # What stays in them is chosen segment by segment, and a later rank would wait for the earlier ones.
     model, ids = tiny_model(**EVERY_OPTION), random_ids(2, 13)
+    with pytest.raises(ValueError, match="num_memory_slots=3"):
+        model(ids, past_key_values=only_rank)
+
+
+def test_published_code_takes_its_piece_from_this_package(only_rank, tmp_path):
+    model, ids = tiny_model(**EVERY_OPTION_BUT_SLOTS), random_ids(2, 13)
     model.save_pretrained(tmp_path / "published")
     own_class = get_class_from_dynamic_module("modeling_infini.InfiniForCausalLM", tmp_path / "published")
     assert not issubclass(own_class, type(model))

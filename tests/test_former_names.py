@@ -120,7 +120,7 @@ def test_it_is_quantized(tmp_path):
     quantized = [InfiniForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))]
     rewrite(tmp_path)
     quantized.append(InfiniForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8")))
-    gate = quantized[1].model.layers[0].self_attn.memory.write_gate
+    gate = quantized[1].model.layers[1].self_attn.memory.write_gate
     assert "QLinear" in type(gate).__name__
     with torch.no_grad():
         assert torch.equal(*(model(random_ids(1, 12)).logits for model in quantized))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import EVERY_OPTION, MODES, random_ids, randomize, tiny_config, tiny_model
+from tiny import EVERY_OPTION, EVERY_OPTION_BUT_SLOTS, MODES, random_ids, randomize, tiny_config, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from modeling_infini import (
@@ -90,8 +90,10 @@ def test_a_call_in_pieces_is_as_one_pass(head, delta, fields, kind, short_pieces
 
 @all_modes
 def test_a_loss_and_the_cache_are_those_of_one_pass(fields, short_pieces):
+    options = EVERY_OPTION if fields["local_attention"] == "sliding" else EVERY_OPTION_BUT_SLOTS
+    every_option = {**options, "num_sink_tokens": 0, **fields}
     model, inputs = (
-        model_of(InfiniForCausalLM, **{**EVERY_OPTION, "num_sink_tokens": 0, **fields}),
+        model_of(InfiniForCausalLM, **every_option),
         inputs_of("padding"),
     )
     inputs["labels"] = inputs["input_ids"]

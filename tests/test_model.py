@@ -50,7 +50,7 @@ def test_eager_and_sdpa_agree(data):
 
 @given(st.data())
 def test_attentions_are_the_local_weights_by_column(float64_norm_and_rope, data):
-    fields = data.draw(config_fields())
+    fields = data.draw(config_fields()) | {"num_memory_slots": 0}
     model = tiny_model(torch.float64, **fields)
     model.set_attn_implementation("eager")
     ids = random_ids(2, data.draw(hurting_lengths(fields["segment_length"])) + 1)

@@ -218,11 +218,11 @@ class TestTensorParallel:
         model = tiny_model(**fields)
         names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         for rule in model.tp_plan:
-            assert rule.replace("*", "0") in names
+            assert any(rule.replace("*", layer) in names for layer in "01")
 
     def test_plan_names_all_that_heads_have(self):
         model = tiny_model(**EVERY_OPTION)
-        layer = model.model.layers[0].self_attn
+        layer = model.model.layers[1].self_attn
         for name, _ in layer.named_parameters():
             rule = f"model.layers.*.self_attn.{name}"
             assert rule in model.tp_plan or rule.rpartition(".")[0] in model.tp_plan, name

@@ -74,8 +74,13 @@ MODES = [
 ]
 
 
-# Each option of the configuration that adds a parameter or another way to compute, with grouped queries.
+# Each option of the configuration that adds a parameter or another way to compute, with grouped queries. Of two
+# layers, one has a memory.
 EVERY_OPTION = {
+    "memory_layers": [1],
+    "memory_feature_map": "exp",
+    "token_gates": True,
+    "num_memory_slots": 3,
     "local_attention": "sliding",
     "num_sink_tokens": 2,
     "use_mem_delta_rule": True,
@@ -89,10 +94,13 @@ EVERY_OPTION = {
     "lm_head_bias": True,
 }
 
+# Without what is refused where sequences are split, and in `"segment"`.
+EVERY_OPTION_BUT_SLOTS = {**EVERY_OPTION, "num_memory_slots": 0}
+
 
 @st.composite
 def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6):
-    """Both rules, both local modes, grouped queries of 1, 2 and all heads, short segments."""
+    """Both rules, both local modes, grouped queries of 1, 2 and all heads, short segments, layers without memory."""
     segment_length = draw(st.integers(min_segment_length, max_segment_length))
     local_attention = draw(st.sampled_from(["segment", "sliding"]))
     sinks = draw(st.integers(0, min(3, segment_length))) if local_attention == "sliding" else 0
@@ -106,6 +114,10 @@ def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6
         "learned_delta_update": draw(st.booleans()),
         "memory_norm_init_scale": draw(st.sampled_from([None, 1.5])),
         "memory_write_gate": draw(st.booleans()),
+        "memory_layers": draw(st.sampled_from([None, [0], [1], []])),
+        "memory_feature_map": draw(st.sampled_from(["elu", "exp"])),
+        "token_gates": draw(st.booleans()),
+        "num_memory_slots": draw(st.sampled_from([0, 1, 3, 7])) if local_attention == "sliding" else 0,
     }
 
 
