@@ -83,6 +83,19 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base, detach every 2 segments": (NORM, {"detach_every_num_segments": 2}),
     "base, detach every 4 segments": (NORM, {"detach_every_num_segments": 4}),
     "base, sliding": ({**NORM, "local_attention": "sliding"}, {}),
+    "exp features": ({"memory_feature_map": "exp"}, {}),
+    "base, exp features": ({**NORM, "memory_feature_map": "exp"}, {}),
+    "base, gates per token": ({**NORM, "token_gates": True}, {}),
+    "exp features, gates per token": ({"memory_feature_map": "exp", "token_gates": True}, {}),
+    "exp features, gates per token, write gate": (
+        {"memory_feature_map": "exp", "token_gates": True, "memory_write_gate": True},
+        {},
+    ),
+    "base, memory in the upper layer alone": ({**NORM, "memory_layers": [1]}, {}),
+    "base, sliding, 32 slots of the latest tokens": (
+        {**NORM, "local_attention": "sliding", "num_memory_slots": 32},
+        {},
+    ),
 }
 
 
