@@ -530,3 +530,22 @@ def test_every_parameter_has_a_gradient_whatever_the_length(is_delta, length):
     ids = random_ids(2, length)
     model(ids, labels=ids).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("chunk_segments", [1, 2])
+def test_a_loss_of_ones_own_may_read_what_the_model_does_not(chunk_segments):
+    model = tiny_model(torch.float64)
+    ids, goals = random_ids(2, 23), torch.randn(2, 23, 31, dtype=torch.float64)
+
+    def compute_loss(chunk):
+        read = {name: states for name, states in chunk.items() if name not in ("labels", "shift_labels", "goals")}
+        outputs = model(**read)
+        return (outputs.logits - chunk["goals"]).square().sum(), outputs
+
+    compute_loss({"input_ids": ids, "goals": goals})[0].backward()
+    expected = gradients(model)
+    model.zero_grad()
+    inputs = {"input_ids": ids, "labels": ids, "goals": goals}
+    loss = {"compute_loss": compute_loss, "loss_inputs": ["goals"]}
+    backpropagate(model, inputs, chunk_segments=chunk_segments, **loss)
+    assert_same_gradients(gradients(model), expected)

@@ -767,3 +767,11 @@ def test_a_loss_of_ones_own_is_used_as_by_the_stock_trainer(tmp_path):
     expected.train()
     assert_same_weights(ours, stock, 1e-6)
     assert found.evaluate()["eval_loss"] == pytest.approx(expected.evaluate()["eval_loss"])
+
+
+def test_layers_without_memory_are_logged_as_such(tmp_path):
+    trainer = infini_trainer(tiny_model(memory_layers=[1]), tmp_path, documents(20, 20), max_steps=1, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["memory_norm_max"] > 0
+    norms = state_norms(trainer.model(random_ids(1, 20), use_cache=True).past_key_values)
+    assert norms["memory"][0] == norms["normaliser"][0] == 0 < norms["memory"][1]

@@ -14,7 +14,7 @@ dL/ds_c to the chunk before it. The gradients are those of one pass over the who
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -178,6 +178,7 @@ def backpropagate(
     past_key_values: InfiniCache | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     compute_loss: ComputeLoss | None = None,
+    loss_inputs: Collection[str] = (),
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     loss_scale: float = 1.0,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
@@ -194,7 +195,10 @@ def backpropagate(
         detach_every_num_segments: back-propagation ends at every so many segments. `None`: at the first token.
         past_key_values: what the rows have read before, which no gradient flows to; it is left as it is.
         num_items_in_batch: what the sum of the tokens' losses is divided by. `None`: the number of targets.
-        compute_loss: as `Trainer.compute_loss` with `return_outputs=True`. `None`: the model's own loss.
+        compute_loss: from the inputs of a chunk to its share in the loss and the model's outputs, as
+            `Trainer.compute_loss` with `return_outputs=True`; the shares add up. `None`: the model's own loss.
+        loss_inputs: names of inputs that `compute_loss` takes out and the model does not read, such as the states of
+            a teacher: tensors `(B, T, ...)` are cut into chunks like labels.
         backward: what to call in place of `loss.backward()`, e.g. `accelerator.backward`.
         loss_scale: the factor that `backward` applies to a loss: of a gradient scaler, or 1 / gradient accumulation
             steps with `accelerator.backward`.
@@ -237,6 +241,7 @@ def backpropagate(
             part,
             no_sync,
             last_sync,
+            {"labels", "shift_labels", *loss_inputs},
         )
         losses.append(loss)
     return torch.stack(losses).sum(), cache
@@ -290,6 +295,7 @@ def _backpropagate_window(
     part: Callable[[int], AbstractContextManager],
     no_sync: Callable[[], AbstractContextManager],
     last_sync: Callable[[], AbstractContextManager],
+    loss_inputs: Collection[str],
 ) -> tuple[torch.Tensor, InfiniCache]:
     """Goes forward over `chunks` from `cache` and back; only the pass over the first chunk runs in `last_sync`."""
     # DDP talks to the other processes in a forward, of which they may have fewer; the last passes alone are in step.
@@ -299,7 +305,7 @@ def _backpropagate_window(
         boundaries.append(cache.detached())
         random_states.append(_random_states(_devices(model, chunk)))
         if index < len(chunks) - 1:
-            read = {name: states for name, states in chunk.items() if name not in ("labels", "shift_labels")}
+            read = {name: states for name, states in chunk.items() if name not in loss_inputs}
             with torch.no_grad(), part(chunk["shift_labels"].shape[1]):
                 reader(**read, past_key_values=cache, use_cache=False, logits_to_keep=1)
 

@@ -95,6 +95,7 @@ class InfiniTrainer(Trainer):
     - [`DocumentStreams`] as datasets: the memory is carried from step to step, and saved in checkpoints.
     - Checkpoints that are whole or not there, whatever stops the run.
     - Gates with their own learning rate, without decay, and frozen at first.
+    - A loss of your own over each chunk, with inputs that it alone reads (`loss_inputs`): override `compute_loss`.
     - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory or the loss stops
       training.
     - `eval_loss` is the mean over all tokens, not over batches. (Documents that several processes read twice to fill
@@ -107,6 +108,8 @@ class InfiniTrainer(Trainer):
     """
 
     args: InfiniTrainingArguments
+    # Names of inputs that an overridden `compute_loss` takes out and the model does not read.
+    loss_inputs: tuple[str, ...] = ()
     _is_writing_checkpoint = False
 
     def __init__(
@@ -245,8 +248,8 @@ class InfiniTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "shift_labels" not in self._signature_columns:  # type: ignore[attr-defined]
-            self._signature_columns = [*self._signature_columns, "shift_labels"]  # type: ignore[assignment, misc]
+        read: list[str] = self._signature_columns  # type: ignore[attr-defined, assignment]
+        self._signature_columns = list(dict.fromkeys([*read, "shift_labels", *self.loss_inputs]))  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset, description=None):
         if self._is_causal_lm and self.args.remove_unused_columns and len(dataset) > 0:
@@ -320,6 +323,7 @@ class InfiniTrainer(Trainer):
                 past_key_values=self._memory_of_streams if is_stream else None,
                 num_items_in_batch=num_items_in_batch,
                 compute_loss=partial(self._loss_and_outputs, model, num_items_in_batch),
+                loss_inputs=self.loss_inputs,
                 backward=self.accelerator.backward,
                 loss_scale=1.0 if scaler is None else scaler.get_scale(),
                 no_sync=nullcontext if is_fsdp else partial(self.accelerator.no_sync, model=model),
@@ -673,17 +677,22 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def state_norms(memory: InfiniCache) -> dict[str, list[float]]:
     """
-    The largest Frobenius norm of M and of z over the rows and heads, by layer.
+    The largest Frobenius norm of M and of z over the rows and heads, by layer; 0 in layers without memory.
 
     Raises:
         FloatingPointError: if any of them is NaN or inf; the message names the first such layer.
     """
+    nothing = torch.zeros((), device=memory.tokens_read.device)
+
+    def of_layers(norm) -> torch.Tensor:
+        return torch.stack([norm(layer) if layer.has_memory else nothing for layer in memory.layers])
+
     norms = {
-        "memory": torch.stack([layer.memory.norm(dim=(-2, -1)).amax() for layer in memory.layers]),
-        "normaliser": torch.stack([layer.normaliser.norm(dim=-1).amax() for layer in memory.layers]),
+        "memory": of_layers(lambda layer: layer.memory.norm(dim=(-2, -1)).amax()),
+        "normaliser": of_layers(lambda layer: layer.normaliser.norm(dim=-1).amax()),
     }
     # What the open segments will write counts too: a model that has diverged shows there first.
-    pending = torch.stack([layer.pending_memory.norm() for layer in memory.layers])
+    pending = of_layers(lambda layer: layer.pending_memory.norm())
     for name, norm in {**norms, "pending memory": pending}.items():
         if not norm.isfinite().all():
             layer = int((~norm.isfinite()).nonzero()[0])
