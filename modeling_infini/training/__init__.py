@@ -2,6 +2,7 @@
 
 from .backpropagation import backpropagate, loss_in_chunks
 from .context_parallel import ContextParallel
+from .distillation import DistillationTrainer, divergence, train_memory_alone, window_states
 from .documents import DocumentStreams, collate_documents, load_documents, tokenize_documents
 from .trainer import InfiniTrainer, InfiniTrainingArguments, last_whole_checkpoint
 from .write_sparsity import sparse_writes
@@ -9,14 +10,18 @@ from .write_sparsity import sparse_writes
 
 __all__ = [
     "ContextParallel",
+    "DistillationTrainer",
     "DocumentStreams",
     "InfiniTrainer",
     "InfiniTrainingArguments",
     "backpropagate",
     "collate_documents",
+    "divergence",
     "last_whole_checkpoint",
     "load_documents",
     "loss_in_chunks",
     "sparse_writes",
     "tokenize_documents",
+    "train_memory_alone",
+    "window_states",
 ]
