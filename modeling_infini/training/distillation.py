@@ -140,7 +140,7 @@ class DistillationTrainer(InfiniTrainer):
     def __init__(self, *args, teacher: PreTrainedModel, teacher_window: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         module, longest = self._module, teacher.config.max_position_embeddings
-        self.teacher = teacher.to(self.args.device).eval()
+        self.teacher = teacher.to(self.args.device).eval()  # type: ignore[arg-type]
         self.teacher_window = min(2048, longest) // 2 * 2 if teacher_window is None else teacher_window
         if teacher.config.vocab_size != module.config.vocab_size:
             raise ValueError(
