@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from conversion.architectures import base_config
 from conversion.gguf_files import is_gguf
+from conversion.shared_base import base_of
 
 from .examples import opening_ids
 from .loading import (
@@ -266,23 +266,6 @@ def describe(model: PreTrainedModel, source: str) -> dict[str, Any]:
     return described
 
 
-def with_full_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """
-    An Infini-attention model's weights as they are, with the attention of the architecture that it was converted from.
-
-    Raises:
-        ValueError: if no base architecture has its parameters.
-    """
-    config = base_config(model.config)  # type: ignore[arg-type]
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"):
-        names = set(model_class(config).state_dict())
-    if config.tie_word_embeddings:
-        names.remove("lm_head.weight")
-    weights = {name: weight for name, weight in model.state_dict().items() if name in names}
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype).to(model.device)
-
-
 def read_documents(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], tokens: int, foreign: Path | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -414,7 +397,7 @@ def measure(
             if bound_of_all is not None:
                 found[name]["bound"] = bound_of_all
             elif "model_type" in (model.config.converted_from or {}):
-                found[name]["bound"] = read_bound(name, with_full_attention(model))
+                found[name]["bound"] = read_bound(name, base_of(model))  # type: ignore[arg-type]
     return report(readings, found, min(lengths)) | {"models": described, "tokens_per_second": speeds}, found
 
 

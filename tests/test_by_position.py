@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from words import random_text, save_word_tokenizer
 
 from conversion import convert_to_infini
+from conversion.shared_base import base_of
 from evaluation.by_position import (
     by_bucket,
     doubling_buckets,
@@ -22,7 +23,6 @@ from evaluation.by_position import (
     name_and_source,
     read_documents,
     report,
-    with_full_attention,
 )
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.losses import foreign_losses, memory_off, token_losses, window_losses
@@ -156,13 +156,13 @@ class TestFullAttention:
         source.save_pretrained(tmp_path / "base")
         convert_to_infini(tmp_path / "base", tmp_path / "infini", segment_length=4, head_gate_init_value=0.0)
         ids = random_ids(1, 40)
-        found = with_full_attention(load_model(tmp_path / "infini"))
+        found = base_of(load_model(tmp_path / "infini"))
         assert type(found) is type(source)
         assert torch.equal(window_losses(found, ids, 32), window_losses(source, ids, 32))
 
     def test_takes_the_dtype_and_the_weights_as_they_are(self, tmp_path):
         model = tiny_model(torch.bfloat16)
-        found = with_full_attention(model)
+        found = base_of(model)
         assert found.dtype == torch.bfloat16
         assert torch.equal(
             found.model.layers[1].self_attn.q_proj.weight, model.model.layers[1].self_attn.q_proj.weight
