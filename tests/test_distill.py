@@ -85,7 +85,7 @@ def test_a_teacher_sees_at_least_half_a_window(length):
     logits = teacher.lm_head(window_states(teacher, ids, 8))[0, :-1]
     losses = F.cross_entropy(logits, ids[0, 1:], reduction="none")
     expected = window_losses(teacher, ids, 8)
-    # Where the window that scores a token is the one that reads it; of the others, one more token is seen here.
+    # The others are predicted by the last token of a window here, and by one in the midst of the next one there.
     same = [place for place in range(length - 1) if place < 7 or place % 4 != 3]
     torch.testing.assert_close(losses[same], expected[same])
     assert window_states(teacher, random_ids(3, length), 8).shape == (3, length, 24)

@@ -30,8 +30,8 @@ LOGITS_OF_SLICE = 2**24
 def window_states(teacher: PreTrainedModel, input_ids: torch.Tensor, window: int) -> torch.Tensor:
     """
     Last hidden states of a model that cannot read a text whole: in windows that overlap by a half, of which the second
-    half is kept. So each token has the `window / 2 - 1` to `window - 1` tokens before it, or all of them where there
-    are fewer.
+    half is kept. So each token sees the `window / 2` to `window - 1` tokens before it, or all of them where there are
+    fewer.
 
     Args:
         input_ids: `(B, T)`; padding on the right.
