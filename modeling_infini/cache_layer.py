@@ -78,7 +78,7 @@ class Window(NamedTuple):
         if not isinstance(layout, DecodeLayout):
             length = layout.query_start + layout.query_length
         keys, values, scores = (states[:, -length:] for states in (*self[:2], scores))
-        return MemorySlots(keys, values, scores[..., 0], tokens_of_segments(layout, length).expand(len(keys), -1))
+        return MemorySlots(keys, values, scores[..., 0], tokens_of_segments(layout, length).expand(keys.shape[0], -1))
 
 
 def written_states(
@@ -143,7 +143,7 @@ class LayerPast:
         memory = self.scan(states, layout).before(layout)
         if states.slot_scores is not None:
             tokens = window.tokens(layout.windows(states.slot_scores, None), layout).map(layout.by_stream)
-            nothing = tokens.map(lambda of: of.new_zeros(len(of), layout.config.num_memory_slots, *of.shape[3:]))
+            nothing = tokens.map(lambda of: of.new_zeros(of.shape[0], layout.config.num_memory_slots, *of.shape[3:]))
             found = scan_slots(nothing, tokens, layout.complete)
             window = window.after(found.map(lambda of: layout.by_segment(of[:, :-1])), layout)
         return window, memory

@@ -66,7 +66,7 @@ def angles_of_call(table: Angles, layout: Layout) -> RotaryAngles:
     places = [layout.query_positions + origin, keys + origin]
     if layout.sees_past and (count := layout.config.num_memory_slots):
         slots = torch.arange(-count, 0, device=keys.device) - layout.config.segment_length
-        places.append(torch.cat([slots.expand(len(keys), -1), keys], 1) + origin)
+        places.append(torch.cat([slots.expand(keys.shape[0], -1), keys], 1) + origin)
     return RotaryAngles(*((table[0][place], table[1][place]) for place in places))
 
 

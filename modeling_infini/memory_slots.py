@@ -65,8 +65,8 @@ def scan_slots(before: MemorySlots, segments: MemorySlots, complete: torch.Tenso
     count, (_, num_segments, length) = before.scores.shape[1], segments.scores.shape
     candidates = MemorySlots(*(torch.cat([old, new.flatten(1, 2)], 1) for old, new in zip(before, segments)))
     scores, places = candidates.scores.detach(), candidates.places
-    own = torch.arange(count, count + length, device=places.device).expand(len(places), -1)
-    index = [torch.arange(count, device=places.device).expand(len(places), -1)]
+    own = torch.arange(count, count + length, device=places.device).expand(places.shape[0], -1)
+    index = [torch.arange(count, device=places.device).expand(places.shape[0], -1)]
     for segment in range(num_segments):
         competing = torch.cat([index[-1], own + segment * length], 1)
         found = competing.gather(1, kept(scores.gather(1, competing), places.gather(1, competing), count))
