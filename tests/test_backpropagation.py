@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import reference_stream
 from tiny import (
+    EVERY_OPTION,
     MODES,
     config_fields,
     float64_weights,
@@ -133,7 +134,7 @@ def test_detaching_cuts_gradients_at_every_kth_segment(fields, use_mem_delta_rul
         assert_same_gradients(whole, expected)
 
 
-@pytest.mark.parametrize("fields", MODES)
+@pytest.mark.parametrize("fields", [*MODES, EVERY_OPTION])
 @pytest.mark.parametrize("start", [4, 5, 7])
 def test_going_on_from_a_cache_equals_reading_on_with_gradients_cut_there(fields, start):
     model = tiny_model(torch.float64, **fields)
@@ -282,7 +283,7 @@ def with_dropout_in_evaluation(model):
         with_dropout_in_evaluation,
     ],
 )
-@pytest.mark.parametrize("fields", MODES[1:])
+@pytest.mark.parametrize("fields", [*MODES[1:], EVERY_OPTION])
 def test_a_chunk_starts_from_the_state_that_is_differentiated(monkeypatch, fields, prepare, piece_tokens):
     monkeypatch.setattr(modeling_infini, "PIECE_TOKENS", piece_tokens)
     model = prepare(tiny_model(torch.float64, attention_dropout=0.3, **fields))
@@ -526,7 +527,7 @@ def test_embeddings_that_need_gradients_are_not_cut_into_chunks():
 def test_every_parameter_has_a_gradient_whatever_the_length(is_delta, length):
     """Processes whose texts differ in length exchange the gradients of the same parameters."""
     fields = {"use_mem_delta_rule": is_delta, "learned_delta_update": is_delta, "qk_norm": True}
-    model = tiny_model(memory_norm_init_scale=1.5, memory_write_gate=True, segment_length=5, **fields).train()
+    model = tiny_model(**{**EVERY_OPTION, "memory_layers": None, "segment_length": 5, **fields}).train()
     ids = random_ids(2, length)
     model(ids, labels=ids).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
-from tiny import MODES, random_ids, tiny_config, tiny_model
+from tiny import EVERY_OPTION, MODES, random_ids, tiny_config, tiny_model
 
 from modeling_infini import InfiniCache, InfiniConfig, InfiniForCausalLM
 from modeling_infini.cache import digest_of
@@ -52,7 +52,9 @@ for folder in map(Path, sys.argv[1:]):
 @pytest.mark.core
 def test_another_process_continues_bit_for_bit(tmp_path):
     expected = {}
-    for index, (fields, dtype) in enumerate(itertools.product(MODES, (torch.float32, torch.bfloat16))):
+    for index, (fields, dtype) in enumerate(
+        itertools.product([*MODES, EVERY_OPTION], (torch.float32, torch.bfloat16))
+    ):
         folder = tmp_path / str(index)
         tiny_model(**fields).save_pretrained(folder / "model")
         model = InfiniForCausalLM.from_pretrained(folder / "model", dtype=dtype)
@@ -174,16 +176,16 @@ def test_a_cache_is_one_file_that_says_what_it_is(tmp_path):
     assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
     fields, tensors = parts(file)
     weights = model.weights_fingerprint()
-    assert fields == {"format_version": 3, "model": model.config.memory_fields(), "weights": weights}
+    assert fields == {"format_version": 4, "model": model.config.memory_fields(), "weights": weights}
     assert tensors.keys() == {*cache.state_dict(), "columns"}
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format_version": 99}, "format version 99. This code reads version 3: read the text again"),
+        ({"format_version": 99}, "format version 99. This code reads version 4: read the text again"),
         ({"format_version": True}, "format version True"),
-        ({"format_version": 3.0}, "must have the fields format_version, model, weights"),
+        ({"format_version": 4.0}, "must have the fields format_version, model, weights"),
         ({"weights": 1}, "must have the fields"),
         ({"other": 1}, "must have the fields"),
         ({"model": {}}, "belongs to another model"),

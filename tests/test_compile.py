@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from tiny import MODES, random_ids, relative_error, tiny_model
+from tiny import EVERY_OPTION, MODES, random_ids, relative_error, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_cache
 from transformers import CompileConfig
@@ -23,12 +23,16 @@ def nothing_is_compiled_yet():
     torch._dynamo.reset()
 
 
+ALL = {**EVERY_OPTION, "num_hidden_layers": 2}
+
+
 def compact_model(**fields):
-    return tiny_model(num_hidden_layers=1, use_mem_delta_rule=True, **MODES[2], **fields)
+    return tiny_model(**{"num_hidden_layers": 1, "use_mem_delta_rule": True, **MODES[2], **fields})
 
 
-def test_texts_of_as_many_segments_share_one_graph():
-    model, counter, graphs = compact_model(), CompileCounter(), []
+@pytest.mark.parametrize("fields", [{}, ALL], ids=["delta", "all"])
+def test_texts_of_as_many_segments_share_one_graph(fields):
+    model, counter, graphs = compact_model(**fields), CompileCounter(), []
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
         for length in (2 * N + 2, 2 * N + 4, 2 * N + 3, 2 * N + 1, 3 * N + 2):
@@ -52,9 +56,9 @@ def test_reading_into_a_cache_breaks_the_graph_but_not_the_result():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize(("delta", "fields"), [(False, MODES[0]), (True, MODES[2])])
+@pytest.mark.parametrize(("delta", "fields"), [(False, MODES[0]), (True, MODES[2]), (True, ALL)])
 def test_generate_compiles_one_step_for_all_prompts(fields, delta, batch_size):
-    model, graphs = tiny_model(num_hidden_layers=1, use_mem_delta_rule=delta, **fields), []
+    model, graphs = tiny_model(**{"num_hidden_layers": 1, "use_mem_delta_rule": delta, **fields}), []
 
     def backend(graph, example_inputs):
         graphs.append(graph)
@@ -91,9 +95,10 @@ def test_what_generate_cannot_compile_is_not():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, ALL], ids=["delta", "all"])
 @fresh_cache()
-def test_inductor_computes_texts_gradients_and_decode_steps():
-    model, ids = compact_model().train(), random_ids(2, 3 * N + 2)
+def test_inductor_computes_texts_gradients_and_decode_steps(fields):
+    model, ids = compact_model(**fields).train(), random_ids(2, 3 * N + 2)
     expected = model(ids, labels=ids, use_cache=False)
     gradients = torch.autograd.grad(expected.loss, list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True)

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny import tiny_config
+from tiny import EVERY_OPTION, tiny_config
 from transformers import AutoConfig
 
 from modeling_infini import InfiniConfig
@@ -19,6 +19,10 @@ FLOATS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_
     [
         ({"segment_length": 0}, "segment_length=0 must be at least 1"),
         ({"num_sink_tokens": 2}, 'needs local_attention="sliding"'),
+        ({"num_memory_slots": 2}, 'num_memory_slots=2 needs local_attention="sliding"'),
+        ({"num_memory_slots": -1, "local_attention": "sliding"}, "num_memory_slots=-1 must be at least 0"),
+        *(({"memory_layers": layers}, "memory_layers") for layers in ([1, 0], [0, 0], [2], [-1], [0.5], "1")),
+        ({"memory_feature_map": "relu"}, "memory_feature_map"),
         ({"num_sink_tokens": 6, "local_attention": "sliding"}, "between 0 and segment_length=5"),
         ({"local_attention": "global"}, "local_attention"),
         ({"memory_eps": 0.0}, "memory_eps=0.0 must be positive"),
@@ -59,6 +63,14 @@ FLOATS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_
             },
             "reaches 80 tokens",
         ),
+        (
+            {
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                "local_attention": "sliding",
+                "num_memory_slots": 60,
+            },
+            "reaches 70 tokens",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(fields, message):
@@ -71,7 +83,7 @@ def test_integers_do_for_floats():
 
 
 def test_a_saved_configuration_comes_back(tmp_path):
-    config = tiny_config(local_attention="sliding", num_sink_tokens=3, use_mem_delta_rule=True, qkv_bias=True)
+    config = tiny_config(**EVERY_OPTION)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, InfiniConfig)

@@ -5,7 +5,7 @@ and comes out. A program takes any mask, and one document per row.
 
 import pytest
 import torch
-from tiny import MODES, random_ids, relative_error, tiny_model
+from tiny import EVERY_OPTION, MODES, random_ids, relative_error, tiny_model
 
 from modeling_infini import InfiniCache
 
@@ -46,9 +46,14 @@ OF_THE_MEMORY = {
 }
 
 
-@pytest.mark.parametrize("fields", [MODES[0], {**MODES[2], **OF_THE_MEMORY}], ids=["segment-linear", "sinks-delta"])
+ALL = {**EVERY_OPTION, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "fields", [MODES[0], {**MODES[2], **OF_THE_MEMORY}, ALL], ids=["segment-linear", "sinks-delta", "all"]
+)
 def test_an_exported_step_goes_on_past_the_end_of_segments(fields, tmp_path):
-    model = tiny_model(num_hidden_layers=1, **fields)
+    model = tiny_model(**{"num_hidden_layers": 1, **fields})
     ids = random_ids(2, 24)
     with torch.no_grad():
         expected = model(ids).logits
@@ -94,7 +99,7 @@ def test_a_text_of_several_segments_is_exported_at_one_length():
         assert relative_error(found, model(other, use_cache=False).logits) < 1e-5
 
 
-EVERYTHING = [MODES[0], {**MODES[2], **OF_THE_MEMORY, "qk_norm": True}]
+EVERYTHING = [MODES[0], {**MODES[2], **OF_THE_MEMORY, "qk_norm": True}, ALL]
 BATCH = torch.export.Dim("batch", min=1, max=64)
 
 
@@ -113,7 +118,7 @@ def padded_inputs(batch_size, length):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("fields", EVERYTHING)
 def test_a_text_with_mask_and_position_ids_is_exported(fields, dynamic):
-    model, length = tiny_model(num_hidden_layers=1, **fields), 17
+    model, length = tiny_model(**{"num_hidden_layers": 1, **fields}), 17
     inputs = padded_inputs(2, length) | {"attention_mask": torch.ones(2, length, dtype=torch.long)}
     shapes = {name: {0: BATCH} for name in inputs} | {"use_cache": None} if dynamic else None
     with torch.no_grad():
@@ -133,7 +138,7 @@ def test_a_text_with_mask_and_position_ids_is_exported(fields, dynamic):
 @pytest.mark.parametrize("length", [1, 5, 12])
 @pytest.mark.parametrize("fields", EVERYTHING)
 def test_calls_with_mask_into_a_new_or_a_used_cache_are_exported(fields, length, read_before, dynamic):
-    model = tiny_model(num_hidden_layers=1, **fields)
+    model = tiny_model(**{"num_hidden_layers": 1, **fields})
     call, start = Call(model), random_ids(3, read_before + 2, seed=3)
 
     def inputs_of(batch_size, mask_of_start):

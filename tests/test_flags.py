@@ -22,15 +22,20 @@ MODELS = [
     InfiniForTokenClassification,
     InfiniForQuestionAnswering,
 ]
-NORMS = {"query_norm", "key_norm"}
+KEPT = {
+    "": {"head_gates"},
+    "norms": {"head_gates", "query_norm", "key_norm"},
+    "maps": {"head_gates", "query_map", "key_map"},
+}
+FIELDS = {"": {}, "norms": {"memory_norm_init_scale": 1.5}, "maps": {"memory_feature_map": "exp", "token_gates": True}}
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("scale", [None, 1.5])
-def test_modules_that_are_kept_in_float32_exist(kind, scale, tmp_path):
-    model = kind(tiny_config(memory_norm_init_scale=scale))
+@pytest.mark.parametrize("option", KEPT)
+def test_modules_that_are_kept_in_float32_exist(kind, option, tmp_path):
+    model = kind(tiny_config(**FIELDS[option]))
     kept = model._keep_in_fp32_modules_strict
-    assert kept == {"head_gates"} | (set() if scale is None else NORMS)
+    assert kept == KEPT[option]
     for names in (kept, kind._keep_in_fp32_modules_strict):
         assert all(any(re.search(rf"\b{name}\b", key) for key in model.state_dict()) for name in names)
     model.save_pretrained(tmp_path)

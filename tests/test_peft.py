@@ -15,7 +15,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
-from tiny import MODES, random_ids, tiny_model
+from tiny import EVERY_OPTION, MODES, random_ids, tiny_model
 from training import ONE_STEP, assert_weights, stock_trainer, text_rows, weights_after_a_step_by_hand
 
 from modeling_infini import InfiniForCausalLM
@@ -91,11 +91,13 @@ def test_a_merged_model_is_an_ordinary_one(tmp_path, trained, fields):
         assert torch.equal(model.generate(IDS, max_new_tokens=7), generated)
 
 
-def test_adapters_of_all_linear_layers_are_merged_write_gates_included():
+def test_adapters_of_all_linear_layers_are_merged_those_of_the_memory_included():
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(tiny_model(memory_write_gate=True, learned_delta_update=True), config)
-    assert "lora" in str(model.base_model.model.model.layers[0].self_attn.memory.write_gate)
+    model = get_peft_model(tiny_model(**EVERY_OPTION), config)
+    memory = model.base_model.model.model.layers[1].self_attn.memory
+    for layer in (memory.write_gate, memory.write_strength, memory.token_gate, memory.slot_score):
+        assert "lora" in str(layer)
     expected = logits_of(model)
     torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
 

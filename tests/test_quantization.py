@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_ids, relative_error, tiny_model
+from tiny import EVERY_OPTION, random_ids, relative_error, tiny_model
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
@@ -23,8 +23,7 @@ from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
 PASSKEY_MODEL = Path(__file__).parent.parent / "checkpoints" / "passkey"
-OF_THE_MEMORY = [r".*\.write_strength", r".*\.write_gate"]
-KEPT = ["lm_head", *OF_THE_MEMORY]
+KEPT = ["lm_head", r".*\.memory\..*"]
 PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 PROJECTIONS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 
@@ -55,16 +54,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 def folder(tmp_path_factory):
     """A saved model with all that can stand on the way to the memory."""
     path = tmp_path_factory.mktemp("float")
-    model = tiny_model(
-        hidden_size=32,
-        head_dim=8,
-        local_attention="sliding",
-        num_sink_tokens=2,
-        use_mem_delta_rule=True,
-        learned_delta_update=True,
-        memory_norm_init_scale=1.5,
-        memory_write_gate=True,
-    )
+    biases = {name: False for name in EVERY_OPTION if name.endswith("bias")}
+    model = tiny_model(**{**EVERY_OPTION, "memory_layers": None, **biases, "hidden_size": 32, "head_dim": 8})
     model.save_pretrained(path)
     return path
 
@@ -130,7 +121,8 @@ def test_it_generates_past_several_segments_with_a_float32_memory(folder, quanti
     assert isinstance(cache, InfiniCache)
     assert cache.tokens_read.tolist() == [32, 32]
     for name, state in cache.layers[-1].states().items():
-        assert state.dtype == (dtype if name in ("keys", "values") else torch.float32), name
+        kinds = {"keys": dtype, "values": dtype, "places": torch.long}
+        assert state.dtype == kinds.get(name.split("_")[-1], torch.float32), name
     assert cache.layers[-1].memory.isfinite().all()
     assert cache.layers[-1].memory.abs().sum() > 0
 

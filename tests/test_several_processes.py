@@ -225,7 +225,9 @@ class TestTensorParallel:
         layer = model.model.layers[1].self_attn
         for name, _ in layer.named_parameters():
             rule = f"model.layers.*.self_attn.{name}"
-            assert rule in model.tp_plan or rule.rpartition(".")[0] in model.tp_plan, name
+            # The score of a token is one for all heads, whole in each process; nothing is differentiated through it.
+            if "slot_score" not in name:
+                assert rule in model.tp_plan or rule.rpartition(".")[0] in model.tp_plan, name
 
 
 class TestRowsOfTheirOwn:

@@ -10,7 +10,7 @@ from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_several_processes import SCRIPTS, torchrun
-from tiny import MODES, random_ids, tiny_config, tiny_model
+from tiny import EVERY_OPTION_BUT_SLOTS, MODES, random_ids, tiny_config, tiny_model
 from torch import nn
 
 from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification
@@ -95,7 +95,7 @@ class TestFingerprint:
         assert strided.weights_fingerprint() == expected
 
     def test_is_another_after_any_training(self):
-        model = tiny_model(qk_norm=True, memory_norm_init_scale=1.5, memory_write_gate=True, learned_delta_update=True)
+        model = tiny_model(**EVERY_OPTION_BUT_SLOTS)
         expected = model.weights_fingerprint()
         for name, _ in model.model.named_parameters():
             trained = copy.deepcopy(model)
