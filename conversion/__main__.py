@@ -23,6 +23,8 @@ from .inspection import inspect_checkpoint
 from .memory_weights import save_memory as save_memory_of
 from .model_card import model_card
 from .to_infini import convert_to_infini
+from .transfer import LayerTransfer
+from .transfer import transfer as attention_transfer
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
@@ -245,6 +247,40 @@ def apply_memory(
     with errors_as_messages():
         apply_memory_to(folder, memory)
     typer.echo(f"{folder} has the memory of {memory}. Its card: python -m conversion card {folder} --overwrite")
+
+
+@app.command()
+def transfer(
+    folder: Annotated[Path, typer.Argument(help="A conversion. Its memory is changed in place.")],
+    texts: Annotated[list[Path], typer.Option(help="A text file, or a folder with .txt files; repeatable.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="The base, if its weights are not to be read from the conversion.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of the texts, at most.")] = 57_344,
+    steps: Annotated[int, typer.Option(help="Of training, for each layer.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the choice of texts and the order of steps.")] = 0,
+):
+    """
+    Teach a conversion's memory, layer by layer, what full attention sees beyond the window.
+
+    The base's weights stay as they are. An interrupted run goes on where it was, by the same command.
+
+    Example: `python -m conversion transfer converted --texts books/`
+    """
+
+    def report(layer: LayerTransfer) -> None:
+        typer.echo(str(layer))
+
+    with errors_as_messages():
+        done = attention_transfer(folder, texts, teacher=teacher, tokens=tokens, steps=steps, seed=seed, report=report)
+    if not done.memory_layers:
+        typer.echo(f"{folder} has no memory now: in no layer does it help by what it holds of the text.")
+        return
+    typer.echo(
+        f"{folder} has a memory in the layers {', '.join(map(str, done.memory_layers))}. On calibration text that it "
+        f"was not trained on: {done.loss_off:.4f} nats per token without memory, {done.loss_on:.4f} with it. "
+        f"Its card: python -m conversion card {folder} --overwrite"
+    )
 
 
 @app.command()

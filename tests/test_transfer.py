@@ -1,0 +1,180 @@
+"""Attention transfer: the memory learns, and nothing else changes; an interrupted run ends as one that was not."""
+
+import sys
+
+import pytest
+import torch
+from base_models import base_model
+from safetensors.torch import load_file
+from test_memory_weights import loaded, logits
+from typer.testing import CliRunner
+from words import random_text, save_word_tokenizer
+
+from conversion import convert_from_infini, convert_to_infini, transfer
+from conversion.__main__ import app
+from conversion.checkpoints import Checkpoint, is_memory_weight
+from conversion.transfer import _calibration_windows, _config, _LayerTask, _Progress, _Run
+from evaluation.losses import memory_off
+
+
+N = 7
+module = sys.modules["conversion.transfer"]
+VARIANTS = ["llama", "mistral-window", "qwen2-window", "qwen3"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for seed in range(3):
+        (folder / f"{seed}.txt").write_text(random_text(400, seed))
+    return folder
+
+
+@pytest.fixture
+def keep_all(monkeypatch):
+    """Random layers have nothing to remember that is of one text alone."""
+    monkeypatch.setattr(module, "LEAST_MARGIN", -9.0)
+    monkeypatch.setattr(module, "LEAST_OWN_SHARE", 0.0)
+    monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
+    monkeypatch.setattr(_Run, "losses", lambda self, memories: -float(len(memories)))
+
+
+def converted(tmp_path, variant="llama", **options):
+    base_model(variant).save_pretrained(tmp_path / "base")
+    folder = convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N, **options)
+    # Here, since transformers gives a Qwen2 another class of tokenizers.
+    save_word_tokenizer(folder)
+    return folder
+
+
+def base_bytes(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.shapes if not is_memory_weight(name)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_memory_changes(tmp_path, texts, keep_all, variant):
+    folder = converted(tmp_path, variant)
+    before, model = base_bytes(folder), loaded(folder)
+    with memory_off(model):
+        off = logits(model)
+    done = transfer(folder, [texts], steps=3, teacher=tmp_path / "base")
+    assert done.memory_layers == [0, 1]
+    after = base_bytes(folder)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model = loaded(folder)
+    assert (model.config.memory_feature_map, model.config.token_gates) == ("exp", True)
+    assert model.model.layers[1].self_attn.memory.token_gate.weight.abs().sum() > 0
+    with memory_off(model):
+        assert torch.equal(logits(model), off)
+    assert not torch.equal(logits(model), off)
+    assert not (folder / ".transfer").exists()
+    for file in folder.glob("tokenizer*.json"):
+        file.unlink()
+    convert_from_infini(folder, tmp_path / "again", drop_gates=True)
+    source, again = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "again"))
+    assert source.keys() == again.keys()
+    assert all(torch.equal(source[name], again[name]) for name in source)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "qwen3-biases"])
+def test_the_teacher_is_the_base(tmp_path, texts, variant):
+    folder = converted(tmp_path, variant)
+    run = run_of(folder, texts, tmp_path)
+    hidden_states = run.embedded()
+    expected = base_model(variant)(run.ids, output_hidden_states=True).hidden_states
+    # The last ones of transformers are after the norm.
+    with torch.no_grad():
+        run.attend(0, student_of(run, 0), hidden_states)
+    torch.testing.assert_close(hidden_states, expected[1], rtol=1e-4, atol=1e-4)
+
+
+def run_of(folder, texts, tmp_path):
+    config = _config(Checkpoint(folder).infini_config, memory_feature_map="exp", token_gates=True, memory_layers=None)
+    ids = _calibration_windows(folder, [texts], 8 * N, 8 * N * 9, 0)
+    return _Run(Checkpoint(folder), config, ids, torch.float32, _Progress(tmp_path / "progress", {}))
+
+
+def student_of(run, layer):
+    return run.layer(run.config, layer, module.initial_memory_weights(run.config, layer)).self_attn
+
+
+def test_the_error_falls_and_is_that_of_the_model(tmp_path, texts):
+    folder = converted(tmp_path, head_gate_init_value=0.5)
+    run = run_of(folder, texts, tmp_path)
+    hidden_states, student = run.embedded(), student_of(run, 0)
+    states = hidden_states.clone()
+    with torch.no_grad():
+        _, examples, held_out = run.attend(0, student, hidden_states)
+    task = _LayerTask(student, run.call(run.config, True)["layout"])
+    untrained = task.explained(examples)[0]
+    task.train(examples, 60, 0)
+    assert task.explained(examples)[0] > untrained + 0.05
+
+    # The output of the layer's own attention, with the memory that it has learned.
+    normed = run.layer(run.config, 0, module.initial_memory_weights(run.config, 0)).input_layernorm(states[0:1])
+    with torch.no_grad():
+        output = student(normed, **run.call(run.config, True))[0][0, N:]
+        target = torch.nn.functional.linear(held_out[0].target.flatten(1), student.o_proj.weight)[N:]
+        error, _ = task.error(held_out[0], task.memory(held_out[0]), slice(None))
+    torch.testing.assert_close((output - target).square().sum(), error)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, texts, keep_all):
+    folder = converted(tmp_path)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def interrupt(layer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer(folder, [texts], steps=3, report=interrupt)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    with pytest.raises(ValueError, match=r"unfinished run with other arguments \(steps\)"):
+        transfer(folder, [texts], steps=4)
+    reported = []
+    transfer(folder, [texts], steps=3, report=reported.append)
+    assert [layer.layer for layer in reported] == [1]
+    convert_to_infini(tmp_path / "base", tmp_path / "other", segment_length=N)
+    save_word_tokenizer(tmp_path / "other")
+    transfer(tmp_path / "other", [texts], steps=3)
+    found, expected = loaded(folder).state_dict(), loaded(tmp_path / "other").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_layers_of_no_use_get_no_memory(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_MISSING", 2.0)
+    folder = converted(tmp_path)
+    result = CliRunner().invoke(app, ["transfer", str(folder), "--texts", str(texts), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert "layer 1: the window leaves" in result.output
+    assert "has no memory now" in result.output
+    assert loaded(folder).config.memory_layers == []
+
+
+def test_bad_input_is_refused(tmp_path, texts):
+    folder = converted(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        transfer(folder, [tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="at least 8 are needed"):
+        transfer(folder, [texts / "0.txt"], tokens=100)
+    with pytest.raises(ValueError, match=r"There is no \.txt file"):
+        transfer(folder, [folder])
+    (texts / "latin.txt").write_bytes(b"\xe9" * 9)
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        transfer(folder, [texts / "latin.txt"])
+    with pytest.raises(ValueError, match="is no Infini-attention checkpoint"):
+        transfer(tmp_path / "base", [texts])
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        transfer(tmp_path / "nothing", [texts])
+    other = base_model()
+    torch.nn.init.ones_(other.model.layers[0].self_attn.q_proj.weight)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is not the base of"):
+        transfer(folder, [texts], teacher=tmp_path / "other")
+    convert_to_infini(tmp_path / "base", tmp_path / "long", segment_length=25)
+    with pytest.raises(ValueError, match="three segments are needed"):
+        transfer(tmp_path / "long", [texts])
+    assert not (folder / ".transfer").exists()
