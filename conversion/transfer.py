@@ -182,8 +182,7 @@ def transfer(
         "dtype": str(dtype),
     }
     run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments))
-    done = run.train(steps, seed, report)
-    done = run.choose(done)
+    done = run.choose(run.train(steps, seed, report))
     kept: dict[str, torch.Tensor] = {}
     for layer in done.memory_layers:
         kept |= run.progress.memory(layer)
@@ -204,7 +203,8 @@ def _window_length(config: InfiniConfig) -> int:
     if segments < 3:
         raise ValueError(
             f"segment_length={config.segment_length} leaves nothing to learn from: the teacher was trained on "
-            f"{config.max_position_embeddings} positions, and three segments are needed. Convert it with a smaller one."
+            f"{config.max_position_embeddings} positions, and three segments are needed. Convert it with "
+            "a smaller one."
         )
     return segments * config.segment_length
 
@@ -242,8 +242,8 @@ def _calibration_windows(
     chosen = [windows[turn] for turn in range(max(quota, default=0)) for windows in spread if turn < len(windows)]
     if len(chosen) < HELD_OUT + 1:
         raise ValueError(
-            f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 1} are "
-            "needed. Give longer texts: files that are shorter than a window are of no use."
+            f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 1} "
+            "are needed. Give longer texts: files that are shorter than a window are of no use."
         )
     return torch.stack(chosen)
 
@@ -344,7 +344,7 @@ class _Run:
         with tqdm(total=count, initial=start, desc="Transfer", unit="layer") as progress:
             for index in range(start, count):
                 memory = initial_memory_weights(self.config, index)
-                student = self.layer(self.config, index, memory).self_attn
+                student: Any = self.layer(self.config, index, memory).self_attn
                 with torch.no_grad():
                     figures, examples, held_out = self.attend(index, student, hidden_states)
                 trained: dict[str, torch.Tensor] = {}
@@ -401,7 +401,6 @@ class _Run:
 
     def choose(self, layers: list[LayerTransfer]) -> Transfer:
         """Drops the half of the layers whose memories explain least, until the rest helps the model on new text."""
-        chosen = Transfer(layers)
         while kept := [layer for layer in layers if layer.is_kept]:
             off, on = self.losses({}), self.losses({layer.layer: self.progress.memory(layer.layer) for layer in kept})
             if on < off:
@@ -409,7 +408,7 @@ class _Run:
             kept.sort(key=lambda layer: layer.missing * ((layer.own or 0) - (layer.foreign or 0)))
             for layer in kept[: (len(kept) + 1) // 2]:
                 layer.is_kept = False
-        return chosen
+        return Transfer(layers)
 
     @torch.no_grad()
     def losses(self, memories: Mapping[int, Mapping[str, torch.Tensor]]) -> float:
@@ -474,7 +473,7 @@ class _LayerTask:
         """One window a step, in random order."""
         gates, token_gate = self.attention.head_gates, self.attention.memory.token_gate
         others = [of for name, of in self.attention.memory.named_parameters() if "token_gate" not in name]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [*gates.parameters(), *others], "lr": LEARNING_RATE},
             {"params": list(token_gate.parameters()), "lr": TOKEN_GATE_LEARNING_RATE},
         ]
