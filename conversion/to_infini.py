@@ -42,6 +42,7 @@ from .small_files import (
     write_fields,
     write_tokenizer,
 )
+from .transfer import transfer as attention_transfer
 from .wrong_sources import what_weights_they_are
 
 
@@ -68,6 +69,7 @@ def convert_to_infini(
     max_shard_size: int | str = "5GB",
     allow_bin: bool = False,
     revision: str | None = None,
+    transfer: Sequence[str | os.PathLike] | None = None,
     **options: Any,
 ) -> Path:
     """
@@ -98,6 +100,8 @@ def convert_to_infini(
         max_shard_size: of an output file, in bytes or as in `"5GB"`.
         allow_bin: read PyTorch `.bin` files where there are no safetensors.
         revision: of a model on the Hub.
+        transfer: texts by which the memory is taught at once, see [`conversion.transfer`]; if that is interrupted, the
+            conversion stands, and `conversion.transfer` goes on.
         options: other fields of the memory in [`InfiniConfig`], such as `memory_feature_map`, `token_gates` or
             `memory_layers`. What they add starts as in a new model.
 
@@ -166,6 +170,8 @@ def convert_to_infini(
         write_weights(folder, shapes, weights | of_memory, largest_file)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
+    if transfer is not None:
+        attention_transfer(output, transfer)
     return Path(output).absolute()
 
 

@@ -34,7 +34,7 @@ from modeling_infini.local_attention import angle_table, angles_of_call, local_a
 from modeling_infini.memory import MemoryState
 from modeling_infini.modeling_infini import InfiniAttention, InfiniDecoderLayer
 
-from .architectures import base_config
+from .architectures import MEMORY_OPTIONS, base_config
 from .base_fingerprint import base_fingerprint
 from .checkpoints import Checkpoint, is_memory_weight, read_json, write_json
 from .in_place import replace_memory
@@ -167,7 +167,10 @@ def transfer(
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
     checkpoint = Checkpoint(folder)
-    config = _config(checkpoint.infini_config, **FIELDS, memory_layers=None, head_gate_init_value=0.0)
+    # Slots, which have scores of their own, stay as they are.
+    config = _config(
+        checkpoint.infini_config, **FIELDS, memory_layers=None, head_gate_init_value=0.0, num_memory_slots=0
+    )
     fingerprint = base_fingerprint(checkpoint)
     weights = checkpoint if teacher is None else Checkpoint(teacher)
     if teacher is not None and base_fingerprint(weights) != fingerprint:
@@ -176,7 +179,7 @@ def transfer(
     arguments = {
         "fingerprint": fingerprint,
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "memory": {name: getattr(config, name) for name in ("segment_length", "local_attention", "num_sink_tokens")},
+        "memory": {name: getattr(config, name) for name in MEMORY_OPTIONS},
         "steps": steps,
         "seed": seed,
         "dtype": str(dtype),
@@ -335,7 +338,7 @@ class _Run:
         fields = {"segment_length": length, "local_attention": "segment"}
         if window is not None and window < length:
             fields = {"segment_length": window, "local_attention": "sliding"}
-        return _config(self.config, **fields, num_sink_tokens=0, num_memory_slots=0, memory_layers=[])
+        return _config(self.config, **fields, num_sink_tokens=0, memory_layers=[])
 
     def train(self, steps: int, seed: int, report: Callable[[LayerTransfer], object] | None) -> list[LayerTransfer]:
         """Every layer in turn, whose inputs are those of the teacher."""

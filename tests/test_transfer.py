@@ -6,7 +6,7 @@ import pytest
 import torch
 from base_models import base_model
 from safetensors.torch import load_file
-from test_memory_weights import loaded, logits
+from test_memory_weights import OPTIONS, loaded, logits
 from typer.testing import CliRunner
 from words import random_text, save_word_tokenizer
 
@@ -53,9 +53,11 @@ def base_bytes(folder):
     return {name: checkpoint.read(name) for name in checkpoint.shapes if not is_memory_weight(name)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_only_the_memory_changes(tmp_path, texts, keep_all, variant):
-    folder = converted(tmp_path, variant)
+@pytest.mark.parametrize(
+    ("variant", "options"), [*((variant, {}) for variant in VARIANTS), ("llama", OPTIONS | {"memory_layers": None})]
+)
+def test_only_the_memory_changes(tmp_path, texts, keep_all, variant, options):
+    folder = converted(tmp_path, variant, **options)
     before, model = base_bytes(folder), loaded(folder)
     with memory_off(model):
         off = logits(model)
@@ -142,6 +144,13 @@ def test_an_interrupted_run_goes_on(tmp_path, texts, keep_all):
     transfer(tmp_path / "other", [texts], steps=3)
     found, expected = loaded(folder).state_dict(), loaded(tmp_path / "other").state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_conversion_may_teach_its_memory_at_once(tmp_path, texts, keep_all):
+    base_model().save_pretrained(tmp_path / "base")
+    save_word_tokenizer(tmp_path / "base")
+    folder = convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N, transfer=[texts / "0.txt"] * 2)
+    assert loaded(folder).config.memory_layers == [0, 1]
 
 
 def test_layers_of_no_use_get_no_memory(tmp_path, texts, monkeypatch):
