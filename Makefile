@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-core test-fast test-min test-newest lint format docs notebooks notebooks-write benchmark
+.PHONY: demo test test-core test-fast test-min test-newest lint format smollm2-memory docs notebooks notebooks-write benchmark
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/read_a_book.py
@@ -40,6 +40,13 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The memory in checkpoints/smollm2-memory, whose card names the TEXTS.
+smollm2-memory: $(INSTALLED)
+	$(BIN)/python -m conversion to-infini \
+	    "$$($(BIN)/python -c 'from evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256
+	$(BIN)/python -m conversion transfer smollm2 $(foreach text,$(TEXTS),--texts $(text))
+	$(BIN)/python -m conversion save-memory smollm2 smollm2-memory
 
 # A site in site/; links between pages and to files of the repository are checked.
 docs: $(INSTALLED)

@@ -1,0 +1,45 @@
+"""checkpoints/smollm2-memory: on its base, it helps to read a book that it was not taught on, by what stands there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conversion import convert_from_infini, convert_to_infini
+from conversion.base_fingerprint import base_fingerprint
+from conversion.checkpoints import Checkpoint
+from evaluation.loading import load_model, load_tokenizer
+from evaluation.losses import foreign_losses, memory_off, token_losses
+from evaluation.resources import king_james_bible, smollm2_file
+
+
+MEMORY = Path(__file__).parent.parent / "checkpoints" / "smollm2-memory"
+TOKENS = 1536
+
+
+@pytest.mark.slow
+def test_the_memory_of_smollm2_helps_by_what_was_read(tmp_path):
+    convert_to_infini(smollm2_file(), tmp_path / "infini", memory=MEMORY)
+    model, tokenizer = load_model(tmp_path / "infini"), load_tokenizer(tmp_path / "infini")
+    segment_length = model.config.segment_length
+    text = king_james_bible()
+    # The first books, and the middle of the whole.
+    ids = [tokenizer(part[: 10 * TOKENS], return_tensors="pt").input_ids for part in (text, text[len(text) // 2 :])]
+    documents = {name: part[:, :TOKENS] for name, part in zip("ab", ids)}
+    own, foreign = foreign_losses(model, documents, {"a": "b", "b": "a"}, segment_length)
+    with memory_off(model):
+        off = {name: token_losses(model, document, TOKENS) for name, document in documents.items()}
+
+    def mean(losses):
+        return torch.cat([of[2 * segment_length :] for of in losses.values()]).mean().item()
+
+    assert mean(own) < mean(off) - 0.005
+    assert mean(own) < mean(foreign) - 0.005
+
+    # The base is as it was.
+    convert_from_infini(tmp_path / "infini", tmp_path / "base")
+    assert base_fingerprint(Checkpoint(tmp_path / "base")) == base_fingerprint(Checkpoint(smollm2_file()))
+
+
+def test_the_memory_is_small():
+    assert sum(file.stat().st_size for file in MEMORY.iterdir()) < 10e6
