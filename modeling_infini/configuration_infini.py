@@ -203,7 +203,8 @@ class InfiniConfig(LlamaConfig):
         for name in self.float32_modules:
             of_attention |= {f"{name}.weight": "colwise", name: "local_params"}
             if name.endswith("_map"):
-                of_attention[f"{name}.bias"] = "colwise"
+                # By heads, the first dimension; "colwise" shards that before the last.
+                of_attention |= {f"{name}.weight": "embedding_rowwise", f"{name}.bias": "embedding_rowwise"}
         if self.learned_delta_update:
             of_attention["memory.write_strength"] = "colwise"
         if self.memory_write_gate:
