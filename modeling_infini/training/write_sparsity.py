@@ -74,7 +74,7 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
     """
     if not (weight >= 0 and margin >= 0):
         raise ValueError(f"weight={weight} and margin={margin} must not be negative: nothing is to be written more.")
-    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    layers = [module for module in model.modules() if isinstance(module, InfiniAttention) and module.has_memory]
     # What wraps them included, as PEFT does.
     gates = [layer.memory.write_gate for layer in layers if layer.config.memory_write_gate]
     if not gates:
