@@ -168,7 +168,7 @@ def main(folder: str) -> None:
     for path in sorted(Path(folder, "heads").iterdir()):
         model = load(path, tp_size=world)
         results = of_batch(model)
-        results["gates here"] = model.model.layers[0].self_attn.head_gates.weight.to_local().detach().clone()
+        results["gates here"] = model.model.layers[1].self_attn.head_gates.weight.to_local().detach().clone()
         save_file(results, path / f"results-{rank}.safetensors")
         model.save_pretrained(path / "saved")
     # Prompts of more than a segment are read in several calls, where that is allowed.
