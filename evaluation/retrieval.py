@@ -31,8 +31,9 @@ from .loading import load_model, load_tokenizer
 from .losses import Progress, memory_off
 from .mqar import mqar_example
 from .needle import NUM_DECOYS, needle_example, number_example
-from .passkey import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Wording, passkey_example
+from .passkey import passkey_example, passkey_text_example
 from .variable_tracking import variable_tracking_example
+from .wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Wording, draw_plain_wording, draw_wording
 
 
 class Task(NamedTuple):
@@ -40,29 +41,41 @@ class Task(NamedTuple):
     Attributes:
         draw: a trial from a tokenizer, filler, length, depth and random generator.
         has_depth: whether the depth is a matter of the task.
+        is_text: whether it counts what `generate()` writes after the prompt ([`score_text`]), and not which tokens are
+            the most probable ones ([`score`]).
     """
 
     draw: Callable[[PreTrainedTokenizerBase, Filler, int, float, np.random.Generator], Example]
     has_depth: bool
+    is_text: bool = False
 
 
-def _reworded(wordings: Sequence[Wording]) -> Task:
-    """The passkey task in any of `wordings`."""
+def _any_of(wordings: Sequence[Wording]) -> Callable[[np.random.Generator], Wording]:
+    return lambda generator: wordings[int(generator.integers(len(wordings)))]
+
+
+def _reworded(draw_wording: Callable[[np.random.Generator], Wording], is_text: bool = False) -> Task:
+    """The passkey task in the wordings that a generator draws."""
 
     def draw(
         tokenizer: PreTrainedTokenizerBase, filler: Filler, length: int, depth: float, generator: np.random.Generator
     ) -> Example:
-        wording = wordings[int(generator.integers(len(wordings)))]
-        return passkey_example(tokenizer, filler, length, depth, generator, wording)
+        wording = draw_wording(generator)
+        make = passkey_text_example if is_text else passkey_example
+        return make(tokenizer, filler, length, depth, generator, wording)
 
-    return Task(draw, True)
+    return Task(draw, True, is_text)
 
 
 TASKS = {
     "passkey": Task(passkey_example, True),
     # As examples/train_passkey.py trains them, and such as it does not.
-    "passkey_trained_wordings": _reworded(TRAINING_WORDINGS),
-    "passkey_unseen_wordings": _reworded(HELD_OUT_WORDINGS),
+    "passkey_trained_wordings": _reworded(_any_of(TRAINING_WORDINGS)),
+    "passkey_unseen_wordings": _reworded(_any_of(HELD_OUT_WORDINGS)),
+    # As text, in the paper's words, in those of the grammar that it trains, and in such as it does not.
+    "passkey_text": _reworded(draw_plain_wording, is_text=True),
+    "passkey_text_grammar": _reworded(draw_wording, is_text=True),
+    "passkey_text_unseen": _reworded(_any_of(HELD_OUT_WORDINGS), is_text=True),
     "needle": Task(needle_example, True),
     # Among others of the same form: what is asked for is not the odd one out.
     "needles": Task(partial(needle_example, num_decoys=NUM_DECOYS), True),
@@ -89,7 +102,7 @@ class Score(NamedTuple):
     Attributes:
         token_accuracy: the share of answer tokens that are the most probable ones.
         exact: whether all of them are.
-        found: the most probable tokens, `(answers,)`.
+        found: the most probable tokens, `(answers,)`, or those that were generated.
     """
 
     token_accuracy: float
@@ -125,6 +138,35 @@ def score(
     tokens = torch.cat(found)
     is_right = tokens == example.input_ids[example.answer_positions]
     return Score(is_right.double().mean().item(), bool(is_right.all()), tokens)
+
+
+@torch.no_grad()
+def score_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    chunk_length: int = 4096,
+    progress: Progress | None = None,
+) -> Score:
+    """
+    Lets `generate()` write after the text before the answers. White space aside, it has to start with the answer;
+    `token_accuracy` is the share of the answer's characters that are right.
+    """
+    prompt, answer = example.input_ids[None, : example.answer_positions[0]].to(model.device), example.facts["answer"]
+    generate: Any = model.generate
+    # Two more for white space.
+    written = generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(example.answer_positions) + 2,
+        do_sample=False,
+        prefill_chunk_size=chunk_length,
+    )[0, prompt.shape[1] :].cpu()
+    text = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+    if progress is not None:
+        progress(len(example.input_ids) - 1)
+    right = [found == expected for found, expected in zip(text, answer)]
+    return Score(sum(right) / len(answer), text.startswith(answer), written)
 
 
 class Setting(NamedTuple):
@@ -171,7 +213,10 @@ def run_trials(
     """
     for setting, trial in settings:
         example = draw_example(tokenizer, fillers[setting.filler], setting, trial, seed)
-        scored = score(model, example, chunk_length, progress)
+        if TASKS[setting.task].is_text:
+            scored = score_text(model, tokenizer, example, chunk_length, progress)
+        else:
+            scored = score(model, example, chunk_length, progress)
         facts = {**example.facts}
         if "depth" in facts:
             facts["depth_drawn"] = facts.pop("depth")

@@ -25,7 +25,8 @@ from modeling_infini.modeling_infini import log_write_gates
 
 from .haystacks import encode, find_filler
 from .loading import load_model, load_tokenizer
-from .passkey import PAPER_WORDING, passkey_example
+from .passkey import passkey_example
+from .wordings import PAPER_WORDING
 
 
 CALL_LENGTH = 4096

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from evaluation.haystacks import find_filler
-from evaluation.passkey import PAPER_WORDING, passkey_example
+from evaluation.passkey import passkey_example
+from evaluation.wordings import PAPER_WORDING
 
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "passkey"

@@ -5,12 +5,13 @@ or goes on with a converted checkpoint.
     python examples/train_passkey.py --train_files austen/ shakespeare/ sotu/ --output_dir passkey-model
     python -m evaluation.retrieval passkey-model --lengths 131072 1048576 --fillers sentence moby_dick.txt
 
-docs/recall.md has the five phases that made checkpoints/passkey.
+docs/recall.md has the phases that made checkpoints/passkey.
 
-What the filler is, how the number is announced and what other numbers there are varies, and only the answer is
-trained on. Texts grow from 80 to 32,768 tokens as the model masters them; after that six in ten are of the greatest
-length, the others of any. Where the number stands is never told to the model or the loss: what teaches it to write
-little is the pressure of `sparse_writes`, which looks at no label.
+What the filler is, how the number is announced and asked for and what other numbers there are varies, and only the
+answer is trained on: the space before it, the digits, and the end of the text. Texts grow from 80 to 32,768 tokens as
+the model masters them; after that six in ten are of the greatest length, the others of any. Where the number stands is
+never told to the model or the loss: what teaches it to write little is the pressure of `sparse_writes`, which looks at
+no label.
 
 Over questions alone a converted checkpoint forgets its language; `--language_share 0.6` mixes passages of texts in.
 
@@ -37,7 +38,8 @@ from transformers import (
 
 from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence, text_filler
 from evaluation.loading import config_fields, load_tokenizer
-from evaluation.passkey import DECOYS, TRAINING_WORDINGS, passkey_example
+from evaluation.passkey import DECOYS, passkey_example
+from evaluation.wordings import TRAINING_WORDINGS, borrow_wording, draw_wording
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments, load_documents, sparse_writes
 
@@ -47,6 +49,10 @@ END_OF_TEXT = "<|endoftext|>"
 PROMPTS_IN_VOCABULARY = 300
 # Texts shorter than this have no opening words and no other numbers.
 SHORT = 256
+# Of the grammar's texts, in words that stand in the filler.
+BORROWED_SHARE = 0.5
+# Tokens of the texts from which these words are.
+WORDS_FROM = 200_000
 # A stage is mastered by the mean loss of so many logs in a row.
 LOGS_OF_MASTERY = 3
 MODEL = {
@@ -110,6 +116,9 @@ class RecipeArguments:
     )
     stray_numbers: float = field(
         default=0.0, metadata={"help": "The share of the filler's words that are replaced by numbers of any kind."}
+    )
+    grammar_share: float = field(
+        default=0.0, metadata={"help": "Of all texts, in wordings of the grammar; the others in six fixed ones."}
     )
     write_sparsity: float = field(default=0.003, metadata={"help": "Weight of the penalty on writes; 0: none."})
     language_share: float = field(
@@ -229,6 +238,7 @@ class PasskeyTexts(IterableDataset):
         self.tokenizer = tokenizer
         self.fillers = fillers
         self.language = language
+        self.words = str(tokenizer.decode(language.ids[:WORDS_FROM])).split()
         self.curriculum = curriculum
         self.generator = np.random.default_rng(seed)
 
@@ -255,7 +265,11 @@ class PasskeyTexts(IterableDataset):
 
     def _draw_text(self, length: int) -> dict[str, torch.Tensor]:
         draw = self.generator
-        wording = TRAINING_WORDINGS[draw.integers(len(TRAINING_WORDINGS))]
+        if draw.random() < self.curriculum.arguments.grammar_share:
+            borrows = draw.random() < BORROWED_SHARE
+            wording = borrow_wording(self.words, draw) if borrows else draw_wording(draw)
+        else:
+            wording = TRAINING_WORDINGS[draw.integers(len(TRAINING_WORDINGS))]
         decoys = 0
         if length < SHORT:
             wording = wording._replace(opening="")
@@ -268,7 +282,9 @@ class PasskeyTexts(IterableDataset):
         example = passkey_example(self.tokenizer, filler, length - 1, depth, draw, wording, decoys, near)
         ids = torch.cat([example.input_ids, torch.tensor([self.tokenizer.eos_token_id])])
         labels = torch.full_like(ids, -100)
-        labels[example.answer_positions[0] :] = ids[example.answer_positions[0] :]
+        # The space, the digits and the end: what follows the prompt as a user writes it.
+        start = len(example.input_ids) - len(encode(self.tokenizer, wording.answer(example.facts["answer"])))
+        labels[start:] = ids[start:]
         return {"input_ids": ids, "labels": labels}
 
 
@@ -292,10 +308,13 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def with_stray_numbers(text: str, share: float, generator: np.random.Generator) -> str:
-    """A text in which so many of the words are numbers of one to five digits instead, as `12`, `12th` or `12,000`."""
+    """
+    A text in which so many of the words are numbers of one to four digits instead, as `12`, `12th` or `12,000`. Those
+    of five are told from the one in question by their sentences ([`DECOYS`]) alone.
+    """
     words = text.split()
     for place in np.flatnonzero(generator.random(len(words)) < share):
-        number = generator.integers(10 ** generator.integers(1, 6))
+        number = generator.integers(10 ** generator.integers(1, 5))
         words[place] = f"{number}{generator.choice(['', 'th', ',000', '.'])}"
     return " ".join(words)
 

@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerFast
 from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence
 from evaluation.mqar import mqar_example
 from evaluation.needle import CITIES, DEEDS, KINDS, NUM_DECOYS, THINGS, needle_example, number_example
-from evaluation.passkey import (
-    DECOYS,
+from evaluation.passkey import DECOYS, NEAR, NUM_DIGITS, passkey_example, passkey_text_example
+from evaluation.variable_tracking import variable_tracking_example
+from evaluation.wordings import (
     HELD_OUT_WORDINGS,
-    NEAR,
-    NUM_DIGITS,
     PAPER_WORDING,
     TRAINING_WORDINGS,
-    passkey_example,
+    borrow_wording,
+    draw_plain_wording,
+    draw_wording,
 )
-from evaluation.variable_tracking import variable_tracking_example
 
 
 LENGTH = 700
@@ -94,6 +94,11 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids).removeprefix(BOS)
 
 
+def set_off(text):
+    """A piece as it stands after another one."""
+    return text if text[:1].isspace() else f" {text}"
+
+
 def find(ids, piece):
     """Where the only occurrence of a piece starts."""
     (start,) = ids.unfold(0, len(piece), 1).eq(piece).all(1).nonzero().flatten().tolist()
@@ -105,7 +110,7 @@ def assert_asked_at_the_end(tokenizer, example, question):
     ids, positions = example.input_ids, example.answer_positions
     assert positions.tolist() == list(range(positions[0], len(ids)))
     assert tokenizer.decode(ids[positions]).lstrip() == example.facts["answer"]
-    assert tokenizer.decode(ids[: positions[0]]).rstrip().endswith(f" {question}")
+    assert tokenizer.decode(ids[: positions[0]]).rstrip().endswith(set_off(question))
 
 
 def assert_at_depth(depth, before, after):
@@ -178,11 +183,11 @@ class TestPasskey:
         text = text_of(tokenizer, ids)
         hidden = wording.needle.format(key=key)
         assert text.startswith(wording.opening)
-        assert text.count(f" {hidden}") == 1
+        assert text.count(set_off(hidden)) == 1
         # No digits but those that are hidden and asked for.
         assert re.findall(r"\d+", text) == [key] * (hidden.count(key) + 1)
 
-        piece, end = encode(tokenizer, f" {hidden}"), encode(tokenizer, f" {wording.question}")
+        piece, end = encode(tokenizer, set_off(hidden)), encode(tokenizer, set_off(wording.question))
         start, end_start = find(ids, piece), find(ids, end)
         before = start - len(opening_of(tokenizer)) - len(encode(tokenizer, wording.opening))
         assert_at_depth(depth, before, end_start - start - len(piece))
@@ -214,7 +219,7 @@ class TestPasskey:
         sentence = "|".join(re.escape(decoy).replace(r"\{key\}", r"\d{5}") for decoy in DECOYS)
         decoys = list(re.finditer(f" (?:{sentence})", text))
         assert len(decoys) == 6
-        assert text.count(f" {hidden}") == 1
+        assert text.count(set_off(hidden)) == 1
         numbers = re.findall(r"\d+", text)
         assert numbers.count(key) == hidden.count(key) + 1
         assert len(numbers) == numbers.count(key) + 6
@@ -222,9 +227,9 @@ class TestPasskey:
         def tokens_of(matches):
             return sum(len(encode(tokenizer, match.group())) for match in matches)
 
-        piece, end = encode(tokenizer, f" {hidden}"), encode(tokenizer, f" {wording.question}")
+        piece, end = encode(tokenizer, set_off(hidden)), encode(tokenizer, set_off(wording.question))
         start, end_start = find(ids, piece), find(ids, end)
-        decoys_before = tokens_of(match for match in decoys if match.start() < text.index(f" {hidden}"))
+        decoys_before = tokens_of(match for match in decoys if match.start() < text.index(set_off(hidden)))
         before = start - len(opening_of(tokenizer)) - len(encode(tokenizer, wording.opening)) - decoys_before
         after = end_start - start - len(piece) - (tokens_of(decoys) - decoys_before)
         assert_at_depth(depth, before, after)
@@ -253,10 +258,75 @@ class TestPasskeyWordings:
             texts = [getattr(wording, part) for wording in (*TRAINING_WORDINGS, *HELD_OUT_WORDINGS)]
             assert len(set(texts)) == len(texts)
 
+    def test_the_grammar_has_ever_new_wordings_and_all_forms(self):
+        generator = np.random.default_rng(0)
+        wordings = [draw_wording(generator) for _ in range(1000)]
+        assert len({wording.needle for wording in wordings}) > 800
+        assert len({wording.question for wording in wordings}) > 800
+        assert all("12345" in wording.needle.format(key="12345") for wording in wordings)
+        assert not any("{" in wording.opening + wording.question for wording in wordings)
+        forms = {
+            (wording.opening == "", wording.question[0] == "\n", wording.question.rstrip()[-1] == "?")
+            for wording in wordings
+        }
+        assert len(forms) == 8
+        assert {wording.question[-1] for wording in wordings} >= {" ", "\n", "s", ":", "?"}
+
+    def test_the_grammar_has_none_of_the_words_that_are_held_out(self):
+        generator = np.random.default_rng(0)
+        drawn = " ".join(" ".join(draw_wording(generator)) for _ in range(3000)).lower()
+        for words in ("magic", "account", "password", "badge", "regist", "alarm", "verification", "digits", "reply"):
+            assert any(words in " ".join(wording).lower() for wording in HELD_OUT_WORDINGS)
+            assert words not in drawn
+
+    def test_borrowed_words_are_those_of_the_text_without_digits_or_braces(self):
+        generator = np.random.default_rng(0)
+        words = ["In", "1815", "the", "{name}", "of", "Emma", "Woodhouse", "was", "handsome", "clever", "and", "rich"]
+        wordings = [borrow_wording(words, generator) for _ in range(300)]
+        for wording in wordings:
+            assert wording.opening == ""
+            assert 1 <= wording.needle.count("{key}") <= 2
+            said = re.findall(r"[\w{}]+", f"{wording.needle} {wording.question}".replace("{key}", ""))
+            assert set(said) <= set(words) - {"1815", "{name}"}
+        assert {wording.question[-1] for wording in wordings if wording.question} >= {" ", "\n", ":"}
+
+    def test_plain_wordings_are_the_paper_s_in_all_forms(self):
+        generator = np.random.default_rng(0)
+        wordings = {draw_plain_wording(generator) for _ in range(200)}
+        assert {wording.question.strip() for wording in wordings} == {PAPER_WORDING.question}
+        assert {wording.needle for wording in wordings} == {PAPER_WORDING.needle}
+        assert len(wordings) == 2 * 2 * 3
+
     def test_numbers_may_start_with_any_digit(self, tokenizer, filler):
         generator = np.random.default_rng(0)
         keys = [passkey_example(tokenizer, filler, LENGTH, 0.5, generator).facts["answer"] for _ in range(100)]
         assert {key[0] for key in keys} == set("0123456789")
+
+
+class TestPasskeyAsText:
+    @pytest.mark.parametrize("ending", ["", " ", "\n"])
+    @pytest.mark.parametrize("lead", ["", "\n"])
+    def test_prompt_is_what_the_tokenizer_makes_of_the_text(self, tokenizer, filler, lead, ending):
+        wording = PAPER_WORDING._replace(question=f"{lead}{PAPER_WORDING.question}{ending}")
+        for seed in range(10):
+            example = passkey_text_example(tokenizer, filler, LENGTH, 0.4, np.random.default_rng(seed), wording)
+            key, start = example.facts["answer"], int(example.answer_positions[0])
+            text = text_of(tokenizer, example.input_ids[:start])
+            assert tokenizer(text).input_ids == example.input_ids[:start].tolist()
+            assert text.startswith(PAPER_WORDING.opening)
+            assert text.count(key) == 2
+            # A break, or the space that sets words off.
+            assert text.endswith(f"{lead or ' '}{PAPER_WORDING.question}{ending}")
+            answer = tokenizer.decode(example.input_ids[start:])
+            assert answer == (key if ending == " " else f" {key}")
+            assert example.answer_positions.tolist() == list(range(start, len(example.input_ids)))
+            assert abs(len(example.input_ids) - LENGTH) <= 3
+
+    def test_a_text_without_opening_starts_with_a_word(self, tokenizer, filler):
+        wording = PAPER_WORDING._replace(opening="")
+        for depth in (0.0, 0.5):
+            example = passkey_text_example(tokenizer, filler, LENGTH, depth, np.random.default_rng(0), wording)
+            assert not text_of(tokenizer, example.input_ids)[0].isspace()
 
 
 class TestNeedle:

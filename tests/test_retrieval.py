@@ -13,7 +13,6 @@ from words import WORDS, random_text, save_word_tokenizer
 from evaluation.examples import Example
 from evaluation.haystacks import Filler, repeated_sentence
 from evaluation.loading import load_tokenizer
-from evaluation.passkey import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from evaluation.retrieval import (
     RetrievalCallback,
     Score,
@@ -24,8 +23,10 @@ from evaluation.retrieval import (
     plot,
     run_trials,
     score,
+    score_text,
     weights_digest,
 )
+from evaluation.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments
 
 
@@ -86,6 +87,47 @@ class TestScore:
         read = []
         score(tiny_model(), random_example(20, 2), 8, read.append)
         assert read == [8, 8, 3]
+
+
+class TestScoreOfText:
+    """Of what `generate()` writes after the prompt."""
+
+    def written(self, folder, text):
+        """A score where the model writes `text`."""
+        tokenizer = load_tokenizer(folder)
+        answer, written = (tokenizer(words).input_ids for words in ("w1 w2", text))
+        example = Example(torch.tensor([5, 6, 7, *answer]), torch.tensor([3, 4]), {"answer": "w1 w2"})
+        model, lengths = tiny_model(), []
+
+        def generate(prompt, max_new_tokens, **_):
+            lengths.append(max_new_tokens)
+            return torch.cat([prompt, torch.tensor([written])], 1)
+
+        model.generate = generate
+        scored = score_text(model, tokenizer, example)
+        assert lengths == [4]
+        return scored
+
+    def test_what_follows_has_to_start_with_the_answer(self, folder):
+        assert self.written(folder, "w1 w2").exact
+        assert self.written(folder, "w1 w2 w9").exact
+        assert not self.written(folder, "w9 w1 w2").exact
+        assert not self.written(folder, "w1").exact
+
+    def test_characters_are_counted(self, folder):
+        assert self.written(folder, "w1 w3").token_accuracy == 4 / 5
+        assert self.written(folder, "w1").token_accuracy == 2 / 5
+
+    @pytest.mark.parametrize("chunk_length", [4, 100])
+    def test_it_is_greedy_generation_from_the_prompt(self, folder, chunk_length):
+        model, tokenizer = tiny_model(), load_tokenizer(folder)
+        example, read = random_example(23, 2), []
+        expected = model.generate(example.input_ids[None, :21], max_new_tokens=4, do_sample=False)[0, 21:]
+        example.facts["answer"] = tokenizer.decode(expected[:2])
+        scored = score_text(model, tokenizer, example, chunk_length, read.append)
+        assert torch.equal(scored.found, expected)
+        assert scored.exact
+        assert read == [22]
 
 
 @pytest.fixture
@@ -241,6 +283,28 @@ class TestCommandLine:
     def test_an_unknown_filler_is_refused(self, folder):
         with pytest.raises(FileNotFoundError, match='neither "sentence" nor "bible" nor a text file'):
             main([str(folder), "--fillers", "nothing.txt"])
+
+
+@pytest.mark.parametrize("task", ["passkey_text", "passkey_text_grammar", "passkey_text_unseen"])
+def test_texts_are_written_after_and_not_filled_in(task, folder, monkeypatch):
+    tokenizer = load_tokenizer(CHECKPOINT)
+    fillers = {"sentence": repeated_sentence(tokenizer)}
+    prompts = []
+
+    def generate(prompt, **_):
+        prompts.append(tokenizer.decode(prompt[0]))
+        return torch.cat([prompt, torch.tensor([tokenizer(" 12345").input_ids])], 1)
+
+    model = tiny_model()
+    model.generate = generate
+    wanted = [(Setting(task, "sentence", 400, 0, 1), trial) for trial in range(3)]
+    rows = list(run_trials(model, tokenizer, fillers, wanted))
+    assert len(prompts) == len(rows) == 3
+    for row, prompt in zip(rows, prompts):
+        assert row["answer"] in prompt
+        assert not prompt.rstrip().endswith(row["answer"])
+        assert row["found"] == " 12345"
+        assert not row["exact"]
 
 
 @pytest.mark.parametrize(

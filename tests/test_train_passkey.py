@@ -96,27 +96,34 @@ def test_pressure_on_a_model_without_write_gates_is_refused_before_training(trai
         train("refused", "--config_overrides", f"{SMALL},memory_write_gate=false", "--max_steps", 1)
 
 
-@pytest.mark.parametrize("length", [80, 300])
-def test_only_the_answer_and_the_end_are_labels(length):
+@pytest.mark.parametrize(("length", "grammar_share"), [(200, 0.0), (200, 1.0), (400, 1.0)])
+def test_the_whole_answer_is_labels_and_nothing_else(length, grammar_share):
     tokenizer = train_passkey.train_tokenizer([random_text(3000)], 400)
-    recipe = train_passkey.RecipeArguments(train_files=[], lengths=[length], tokens_per_step=4 * length)
+    recipe = train_passkey.RecipeArguments(
+        train_files=[], lengths=[length], tokens_per_step=16 * length, grammar_share=grammar_share
+    )
     model = train_passkey.make_model(tokenizer, recipe)
     filler = repeated_sentence(tokenizer)
     texts = train_passkey.PasskeyTexts(
         tokenizer, [filler, filler], filler, train_passkey.Curriculum(model, recipe), seed=0
     )
     batch = next(iter(texts))
-    assert batch["input_ids"].shape == batch["labels"].shape == (4, length)
+    assert batch["input_ids"].shape == batch["labels"].shape == (16, length)
+    answers = []
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         asked = labels != -100
         assert torch.equal(labels[asked], ids[asked])
-        answer = tokenizer.decode(ids[asked])
-        assert answer.endswith(train_passkey.END_OF_TEXT)
-        number = answer.removesuffix(train_passkey.END_OF_TEXT).strip()
+        prompt, answer = tokenizer.decode(ids[~asked]), tokenizer.decode(ids[asked])
+        assert tokenizer.decode(ids) == prompt + answer
+        space = "" if prompt[-1] == " " else " "
+        number = answer.removeprefix(space).removesuffix(train_passkey.END_OF_TEXT)
+        assert answer == f"{space}{number}{train_passkey.END_OF_TEXT}"
         assert len(number) == 5
         assert number.isdigit()
-        # Where the question stands, and in the needle.
-        assert tokenizer.decode(ids).count(number) == 3
+        assert number in prompt
+        answers.append(answer)
+    # Questions of the grammar also end in a space.
+    assert any(answer[0].isdigit() for answer in answers) == (grammar_share > 0)
 
 
 def test_passages_are_learned_between_questions_in_segments_of_the_model(train, monkeypatch):

@@ -30,8 +30,8 @@ from conversion.gguf_files import is_gguf
 from evaluation.examples import opening_ids
 from evaluation.haystacks import encode
 from evaluation.loading import load_model, load_tokenizer
-from evaluation.passkey import PAPER_WORDING
 from evaluation.retrieval import weights_digest
+from evaluation.wordings import PAPER_WORDING
 from modeling_infini import InfiniCache, InfiniConfig, state_nbytes
 
 
