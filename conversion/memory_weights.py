@@ -399,6 +399,9 @@ def _read_fields(file: Path) -> dict[str, Any]:
     _require_known(file, texts, ("fingerprint", *ORIGIN_FIELDS))
     _require_known(file, base["config"], base_fields(InfiniConfig()))
     _require_known(file, fields["memory"], MEMORY_OPTIONS)
+    wanted = {*base_fields(InfiniConfig()), *MEMORY_OPTIONS}
+    if missing := sorted(wanted - base["config"].keys() - fields["memory"].keys()):
+        raise ValueError(f"{file} does not say the {missing[0]} of the memory or of its base.")
     if any(not isinstance(value, str) for value in texts.values()):
         raise ValueError(f"{file} must say what the base is in texts.")
     return fields

@@ -126,6 +126,13 @@ def convert_to_infini(
     }
     if foreign := sorted(set(options) - set(MEMORY_OPTIONS)):
         raise TypeError(f"convert_to_infini has no argument {foreign[0]}, and a memory no such field.")
+    if transfer is not None:
+        if memory is not None or head_gates is not None:
+            raise ValueError(
+                "transfer teaches memory and gates anew. Leave out either transfer, or memory and head_gates."
+            )
+        if absent := [path for path in transfer if not Path(path).exists()]:
+            raise FileNotFoundError(f"There is no file or folder {absent[0]}.")
     if memory is None:
         defaults = {"local_attention": "sliding", "head_gate_init_value": 4.0, "use_mem_delta_rule": False}
         options |= {name: value for name, value in defaults.items() if options[name] is None}

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy, embedding, linear
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import logging
 
 from modeling_infini import InfiniConfig
 from modeling_infini.cache import Past
@@ -46,7 +47,7 @@ FIELDS = {"memory_feature_map": "exp", "token_gates": True}
 
 # Segments in a calibration window: what full attention sees is at most this.
 WINDOW_SEGMENTS = 8
-# Each so many-th window is not trained on: by these the layers are chosen.
+# Each so many-th window is not trained on: by these the layers are chosen. Windows come from the texts in turn.
 HELD_OUT = 7
 
 # Below this share of the output's square error that local attention leaves, there is nothing to learn.
@@ -66,6 +67,8 @@ QUERY_STRIDE = 8
 
 LOGITS_AT_A_TIME = 512
 PROGRESS = ".transfer"
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -175,7 +178,11 @@ def transfer(
     weights = checkpoint if teacher is None else Checkpoint(teacher)
     if teacher is not None and base_fingerprint(weights) != fingerprint:
         raise ValueError(f"{teacher} is not the base of {folder}: its weights are others. Leave the teacher out.")
-    ids = _calibration_windows(folder, texts, _window_length(config), tokens, seed)
+    ids, num_texts = _calibration_windows(folder, texts, _window_length(config), tokens, seed)
+    if num_texts == 1:
+        logger.warning(
+            "All windows are of one text: what another text's memory explains is that of another part of it."
+        )
     arguments = {
         "fingerprint": fingerprint,
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
@@ -184,7 +191,7 @@ def transfer(
         "seed": seed,
         "dtype": str(dtype),
     }
-    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments))
+    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), num_texts)
     done = run.choose(run.train(steps, seed, report))
     kept: dict[str, torch.Tensor] = {}
     for layer in done.memory_layers:
@@ -214,8 +221,8 @@ def _window_length(config: InfiniConfig) -> int:
 
 def _calibration_windows(
     folder: Path, texts: Sequence[str | os.PathLike], length: int, tokens: int, seed: int
-) -> torch.Tensor:
-    """Windows `(windows, length)` from all texts in turn, spread over each."""
+) -> tuple[torch.Tensor, int]:
+    """Windows `(windows, length)` from all texts in turn, spread over each; and from how many texts they are."""
     files: list[Path] = []
     for path in map(Path, texts):
         if not path.exists():
@@ -243,12 +250,12 @@ def _calibration_windows(
             quota[index] += sum(quota) < count and quota[index] < len(windows)
     spread = [windows[torch.arange(n) * len(windows) // max(n, 1)] for windows, n in zip(found, quota)]
     chosen = [windows[turn] for turn in range(max(quota, default=0)) for windows in spread if turn < len(windows)]
-    if len(chosen) < HELD_OUT + 1:
+    if len(chosen) < HELD_OUT + 2:
         raise ValueError(
-            f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 1} "
+            f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 2} "
             "are needed. Give longer texts: files that are shorter than a window are of no use."
         )
-    return torch.stack(chosen)
+    return torch.stack(chosen), len(found)
 
 
 class _Progress:
@@ -297,10 +304,13 @@ class _Run:
     ids: torch.Tensor
     dtype: torch.dtype
     progress: _Progress
+    num_texts: int
 
     @cached_property
     def held_out(self) -> list[int]:
-        return list(range(0, len(self.ids), HELD_OUT))
+        # Else one text would give all of them, where the texts are as many.
+        stride = HELD_OUT + (self.num_texts % HELD_OUT == 0)
+        return list(range(0, len(self.ids), stride))
 
     def read(self, name: str) -> torch.Tensor:
         return self.weights.read(name).to(self.dtype)
@@ -385,7 +395,7 @@ class _Run:
         error = norm = 0.0
         examples: dict[int, Example] = {}
         after = self.config.segment_length
-        order = [*self.held_out, *(window for window in range(len(self.ids)) if window % HELD_OUT)]
+        order = [*self.held_out, *(window for window in range(len(self.ids)) if window not in self.held_out)]
         for number, window in enumerate(order):
             states = hidden_states[window].clone().unsqueeze(0)
             with _inputs_of(teacher.self_attn.o_proj) as target:

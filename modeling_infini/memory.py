@@ -83,7 +83,8 @@ def log_features(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
     Returns:
         `(..., heads, 2 head_dim)`, between -20 and 20: sums of their products over millions of tokens are finite.
     """
-    mapped = torch.einsum("...hj,hij->...hi", states.to(weight.dtype), weight) + bias
+    dtype = memory_dtype(weight.dtype)
+    mapped = torch.einsum("...hj,hij->...hi", states.to(dtype), weight.to(dtype)) + bias
     mapped = mapped.clamp(-20, 20)
     return torch.cat([mapped, -mapped], -1)
 

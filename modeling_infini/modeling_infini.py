@@ -206,6 +206,12 @@ class InfiniSlotScore(nn.Linear):
     """The score W x of a token, by which it stays in a slot or not; at first the same for all."""
 
 
+def in_dtype_of(linear: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Hidden states for a linear layer that may be in a wider dtype than the model: the memory alone was trained."""
+    dtype = linear.weight.dtype
+    return hidden_states.to(dtype) if dtype.is_floating_point else hidden_states
+
+
 def of_own_heads(logits: torch.Tensor) -> torch.Tensor:
     """Logits `(..., heads)`, at least in float32; those of its own heads in each process of tensor parallelism."""
     # DTensors have no backward of logsigmoid.
@@ -254,16 +260,20 @@ class InfiniMemory(nn.Module):
         """
         strength = None
         if self.config.learned_delta_update:
-            strength = self.write_strength(hidden_states).to(memory_dtype(hidden_states.dtype)).sigmoid()
+            strength = self.write_strength(in_dtype_of(self.write_strength, hidden_states))
+            strength = strength.to(memory_dtype(hidden_states.dtype)).sigmoid()
         memory_keys = keys if self.config.memory_norm_init_scale is None else self.key_norm(keys)
         if self.config.memory_feature_map == "exp":
             memory_keys = self.key_map(memory_keys)
         if self.config.memory_write_gate:
-            memory_keys = memory_keys + log_write_gates(self.write_gate(hidden_states)).unsqueeze(-1)
+            memory_keys = memory_keys + log_write_gates(
+                self.write_gate(in_dtype_of(self.write_gate, hidden_states))
+            ).unsqueeze(-1)
         scores = None
         if self.config.num_memory_slots:
             # Rounded, so that tokens of the same score have the same however a text is cut into calls.
-            scores = self.slot_score(hidden_states).to(torch.bfloat16).to(memory_dtype(hidden_states.dtype))
+            scores = self.slot_score(in_dtype_of(self.slot_score, hidden_states))
+            scores = scores.to(torch.bfloat16).to(memory_dtype(hidden_states.dtype))
         return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength, scores)
 
     def forward(
@@ -407,7 +417,9 @@ class InfiniAttention(nn.Module):
     def _local_share(self, hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
         """g, `(G or 1, query_length or 1, heads)`; 1 in the first segments of streams."""
         if self.config.token_gates:
-            share = layout.to_segments(self.head_gates(of_own_heads(self.memory.token_gate(hidden_states))))
+            token_gate = self.memory.token_gate
+            token_logits = of_own_heads(token_gate(in_dtype_of(token_gate, hidden_states)))
+            share = layout.to_segments(self.head_gates(token_logits))
         else:
             share = self.head_gates().view(1, 1, -1)
         return torch.where((layout.segment_index > 0).view(-1, 1, 1), share, 1.0)

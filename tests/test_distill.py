@@ -10,7 +10,7 @@ import pytest
 import torch
 from base_models import base_model
 from safetensors.torch import load_file
-from tiny import VOCABULARY, random_ids, tiny_model
+from tiny import EVERY_OPTION, VOCABULARY, random_ids, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from training import cpu_arguments
@@ -343,3 +343,25 @@ def test_documents_that_are_shorter_than_a_passage_are_read_whole(folder):
     assert (batch["shift_labels"][0, 39:] == -100).all()
     with pytest.raises(ValueError, match="No text has 200 tokens"):
         distill.Passages([{"input_ids": random_ids(100)}], 200)
+
+
+def test_rows_that_the_teacher_would_misread_are_refused():
+    ids = random_ids(2, 6)
+    restarts = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    left = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    for inputs, message in (
+        ({"position_ids": restarts}, "one document per row"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)}, "one document per row"),
+        ({"attention_mask": left}, "on the right alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distillation._require_one_text_per_row({"input_ids": ids, **inputs})
+    distillation._require_one_text_per_row({"input_ids": ids, "attention_mask": left.flip(1)})
+
+
+def test_a_memory_that_was_trained_in_float32_works_in_a_bfloat16_model():
+    model = tiny_model(torch.bfloat16, **EVERY_OPTION)
+    train_memory_alone(model)
+    ids = random_ids(1, 17)
+    assert model(ids).logits.dtype == torch.bfloat16
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 20)

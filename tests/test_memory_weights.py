@@ -303,16 +303,24 @@ class TestOtherModels:
             Checkpoint(memory)
 
 
-def set_field(*path, value):
+def edit_field(*path, edit):
     def change(folder):
         file = folder / "memory_config.json"
         fields = content = json.loads(file.read_text())
         for name in path[:-1]:
             content = content[name]
-        content[path[-1]] = value
+        edit(content, path[-1])
         file.write_text(json.dumps(fields))
 
     return change
+
+
+def set_field(*path, value):
+    return edit_field(*path, edit=lambda content, name: content.update({name: value}))
+
+
+def drop_field(*path):
+    return edit_field(*path, edit=dict.pop)
 
 
 def set_weights(change):
@@ -358,6 +366,8 @@ DAMAGES = {
     ),
     "base": (set_field("base", "auto_map", value={}), "has the field auto_map"),
     "base field": (set_field("base", "config", "vocab_size", value=1), "has the field vocab_size"),
+    "no segments": (drop_field("memory", "segment_length"), "does not say the segment_length"),
+    "no angles": (drop_field("base", "config", "rope_parameters"), "does not say the rope_parameters"),
     "text": (set_field("base", "name", value=["a"]), "in texts"),
     "layers": (set_field("base", "config", "num_hidden_layers", value=10**9), "describes no model"),
     "heads": (set_field("base", "config", "head_dim", value=10**12), "describes no model"),

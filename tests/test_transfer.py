@@ -95,8 +95,8 @@ def test_the_teacher_is_the_base(tmp_path, texts, variant):
 
 def run_of(folder, texts, tmp_path):
     config = _config(Checkpoint(folder).infini_config, memory_feature_map="exp", token_gates=True, memory_layers=None)
-    ids = _calibration_windows(folder, [texts], 8 * N, 8 * N * 9, 0)
-    return _Run(Checkpoint(folder), config, ids, torch.float32, _Progress(tmp_path / "progress", {}))
+    ids, num_texts = _calibration_windows(folder, [texts], 8 * N, 8 * N * 9, 0)
+    return _Run(Checkpoint(folder), config, ids, torch.float32, _Progress(tmp_path / "progress", {}), num_texts)
 
 
 def student_of(run, layer):
@@ -151,6 +151,24 @@ def test_a_conversion_may_teach_its_memory_at_once(tmp_path, texts, keep_all):
     save_word_tokenizer(tmp_path / "base")
     folder = convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N, transfer=[texts / "0.txt"] * 2)
     assert loaded(folder).config.memory_layers == [0, 1]
+    options = {"segment_length": N, "transfer": [texts]}
+    with pytest.raises(ValueError, match="Leave out either transfer, or memory and head_gates"):
+        convert_to_infini(tmp_path / "base", tmp_path / "other", head_gates=[0, 0], **options)
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        convert_to_infini(tmp_path / "base", tmp_path / "other", **options | {"transfer": [tmp_path / "nothing"]})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("count", [2, 7, 8])
+def test_windows_that_are_held_out_are_of_several_texts(tmp_path, count):
+    folder = converted(tmp_path)
+    files = [tmp_path / f"{number}.txt" for number in range(count)]
+    for number, file in enumerate(files):
+        file.write_text(random_text(600, number))
+    ids, num_texts = _calibration_windows(folder, files, 3 * N, 3 * N * 28, 0)
+    run = _Run(Checkpoint(folder), None, ids, torch.float32, None, num_texts)
+    # Windows come from the texts in turn.
+    assert len({window % count for window in run.held_out}) > 1
 
 
 def test_layers_of_no_use_get_no_memory(tmp_path, texts, monkeypatch):
@@ -167,7 +185,7 @@ def test_bad_input_is_refused(tmp_path, texts):
     folder = converted(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
         transfer(folder, [tmp_path / "nothing"])
-    with pytest.raises(ValueError, match="at least 8 are needed"):
+    with pytest.raises(ValueError, match="at least 9 are needed"):
         transfer(folder, [texts / "0.txt"], tokens=100)
     with pytest.raises(ValueError, match=r"There is no \.txt file"):
         transfer(folder, [folder])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..streams import streams_of_call
 from .trainer import InfiniTrainer
 
 
@@ -114,6 +115,19 @@ def train_memory_alone(model: nn.Module, others: Iterable[str] = ()) -> None:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
+def _require_one_text_per_row(inputs: dict) -> None:
+    """The teacher reads the ids alone, from left to right."""
+    shape = inputs["input_ids"].shape
+    is_token, restarts = streams_of_call(inputs.get("attention_mask"), inputs.get("position_ids"), shape, None)
+    if restarts is not None and restarts.any():
+        raise ValueError(
+            "DistillationTrainer takes one document per row, and these rows have several (position_ids that start "
+            "again, or documents numbered in attention_mask): the teacher would read across them."
+        )
+    if is_token is not None and (is_token[:, 1:] & ~is_token[:, :-1]).any():
+        raise ValueError("DistillationTrainer takes padding on the right alone: the teacher would read other as text.")
+
+
 class DistillationTrainer(InfiniTrainer):
     """
     An [`InfiniTrainer`] that trains towards a teacher's distributions instead of the texts' next tokens.
@@ -158,6 +172,7 @@ class DistillationTrainer(InfiniTrainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
+        _require_one_text_per_row(inputs)
         with self.accelerator.autocast():
             states = window_states(self.teacher, inputs["input_ids"], self.teacher_window)
         return {**inputs, "teacher_states": states}
