@@ -9,6 +9,7 @@ stream. In `"sliding"`, keys are kept without RoPE, and the slots of a window ar
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
@@ -102,19 +103,20 @@ def local_attention_mask(
         batch_size, is_by_row = start.shape[0], window.shape[0] > 1
 
         def sees(batch, head, query, slot):
-            row = batch * is_by_row
+            row, sink = batch * is_by_row, slot - count
             query, position = queries[row, query - layout.query_start], window[row, slot]
             in_window = (start[batch] + position >= 0) & (position <= query) & (query - position < segment_length)
-            return torch.where(slot < sinks, start[batch] + query - slot >= segment_length, in_window)
+            return torch.where(sink < sinks, start[batch] + query - sink >= segment_length, in_window)
 
         if slot_places is not None:
             (batch_size, count), sees_window, starts = slot_places.shape, sees, start.shape[0]
+            # As long as both together: inductor (torch 2.13) cannot compile indices that are clamped.
+            slot_places, window = F.pad(slot_places, (0, window.shape[1])), F.pad(window, (count, 0))
 
             def sees(batch, head, query, slot):
-                place = slot_places[batch, slot.clamp(max=count - 1)]
-                has_left = queries[batch * is_by_row, query - layout.query_start] - place >= segment_length
-                in_window = sees_window(batch * (starts > 1), head, query, (slot - count).clamp(min=0))
-                return torch.where(slot < count, has_left, in_window)
+                distance = queries[batch * is_by_row, query - layout.query_start] - slot_places[batch, slot]
+                in_window = sees_window(batch * (starts > 1), head, query, slot)
+                return torch.where(slot < count, distance >= segment_length, in_window)
 
         if is_flash:
             padding_mask = (start.unsqueeze(1) + window >= 0) & (window <= queries[:, -1:])
@@ -122,7 +124,7 @@ def local_attention_mask(
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
         batch_size=batch_size,
         q_length=queries.shape[1],
-        kv_length=count + window.shape[1],
+        kv_length=window.shape[1],
         q_offset=layout.query_start,
         kv_offset=0,
         mask_function=sees,
