@@ -382,8 +382,8 @@ def _shape(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_memory_weight(name: str) -> bool:
-    """Whether a parameter is what a memory adds to its base: head gates, and all that is in a layer's memory."""
-    return re.search(r"\.self_attn\.(head_gates|memory)\.", name) is not None
+    """Whether a parameter is what a memory adds to its base: head gates, slot scores, and all in a layer's memory."""
+    return re.search(r"\.self_attn\.(head_gates|memory|slot_score)\.", name) is not None
 
 
 def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weights, max_shard_size: int | str) -> None:

@@ -120,7 +120,7 @@ def _require_no_loss(checkpoint: Checkpoint, config: InfiniConfig) -> None:
     if applied and memory_digest({name: checkpoint.read(name) for name in names}) == applied.get("sha256"):
         return
     initial: dict[str, torch.Tensor] = {}
-    for layer in config.layers_with_memory:
+    for layer in range(config.num_hidden_layers):
         initial |= initial_memory_weights(config, layer)
     for name in names:
         weight = checkpoint.read(name)

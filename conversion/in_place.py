@@ -134,7 +134,7 @@ def _complete(
     shapes = memory_shapes(config)
     require_fitting(weights, shapes, "the memory")
     complete = {}
-    for layer in config.layers_with_memory:
+    for layer in range(config.num_hidden_layers):
         for name, weight in initial_memory_weights(config, layer).items():
             here = checkpoint.shapes.get(name)
             if name in weights:

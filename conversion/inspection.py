@@ -60,10 +60,11 @@ class Inspection:
             "local attention": f"{config.local_attention}: "
             + (local if config.is_sliding else "the tokens of the own segment"),
             "memory": memory_rule(config),
-            "memory layers": self._memory_layers(),
-            "memory slots": f"{config.num_memory_slots:,} tokens per layer with memory, chosen by a learned score"
+            "memory layers": self._layers(config.layers_with_memory),
+            "memory slots": f"{config.num_memory_slots:,} tokens per layer, chosen by a learned score"
             if config.num_memory_slots
             else "",
+            "slot layers": self._layers(config.layers_with_slots) if config.num_memory_slots else "",
             "state": f"{self.state_nbytes / 1e6:,.1f} MB per sequence, whatever its length; full attention keeps as "
             f"much for {self.state_nbytes / full_attention_token:,.0f} tokens",
         }
@@ -77,9 +78,9 @@ class Inspection:
             table.add_row(name, Text(value))
         return table
 
-    def _memory_layers(self) -> str:
-        """Nothing where all have one."""
-        layers, count = self.config.layers_with_memory, self.config.num_hidden_layers
+    def _layers(self, layers: list[int]) -> str:
+        """Nothing where it is all of them."""
+        count = self.config.num_hidden_layers
         return "" if len(layers) == count else f"{', '.join(map(str, layers)) or 'none'} of 0 to {count - 1}"
 
     def _origin(self) -> str:

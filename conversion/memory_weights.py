@@ -97,7 +97,9 @@ class MemoryWeights:
             )
         expected = memory_shapes(config)
         if not expected:
-            raise ValueError(f"{holder} has no layer with a memory (memory_layers=[]): there is nothing to save.")
+            raise ValueError(
+                f"{holder} has no layer with a memory (memory_layers=[]) or with slots: there is nothing to save."
+            )
         if missing := sorted(expected.keys() - weights.keys()):
             raise ValueError(f"{holder} lacks {missing[0]}, which its configuration asks for: it is no whole model.")
         taken = {name: at_least_float32(read(name)) for name in expected}
@@ -289,15 +291,15 @@ def memory_digest(weights: dict[str, torch.Tensor]) -> str:
 def memory_shapes(config: InfiniConfig) -> dict[str, torch.Size]:
     """The shape of each parameter that a memory of this configuration has, by its name in the model."""
     shapes: dict[str, torch.Size] = {}
-    for layer in config.layers_with_memory:
-        if not shapes:
+    with_memory, with_slots = set(config.layers_with_memory), set(config.layers_with_slots)
+    of_kind: dict[tuple[bool, bool], dict[str, torch.Size]] = {}
+    for layer in sorted(with_memory | with_slots):
+        kind = (layer in with_memory, layer in with_slots)
+        if kind not in of_kind:
             with torch.device("meta"):
-                parameters = dict(InfiniAttention(config, layer).named_parameters(f"model.layers.{layer}.self_attn"))
-            of_first = {name: weight.shape for name, weight in parameters.items() if is_memory_weight(name)}
-            first = layer
-        shapes |= {
-            name.replace(f"model.layers.{first}.", f"model.layers.{layer}."): shape for name, shape in of_first.items()
-        }
+                parameters = InfiniAttention(config, layer).named_parameters(".self_attn")
+            of_kind[kind] = {name: weight.shape for name, weight in parameters if is_memory_weight(name)}
+        shapes |= {f"model.layers.{layer}{name}": shape for name, shape in of_kind[kind].items()}
     return shapes
 
 

@@ -171,9 +171,8 @@ def transfer(
         raise ValueError(f"steps={steps} must be at least 1.")
     checkpoint = Checkpoint(folder)
     # Slots, which have scores of their own, stay as they are.
-    config = _config(
-        checkpoint.infini_config, **FIELDS, memory_layers=None, head_gate_init_value=0.0, num_memory_slots=0
-    )
+    no_slots = {"num_memory_slots": 0, "slot_layers": None}
+    config = _config(checkpoint.infini_config, **FIELDS, **no_slots, memory_layers=None, head_gate_init_value=0.0)
     fingerprint = base_fingerprint(checkpoint)
     weights = checkpoint if teacher is None else Checkpoint(teacher)
     if teacher is not None and base_fingerprint(weights) != fingerprint:

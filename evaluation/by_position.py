@@ -61,6 +61,7 @@ DESCRIBED = (
     "memory_feature_map",
     "token_gates",
     "num_memory_slots",
+    "slot_layers",
 )
 
 # From the first token to that after the last, both counted from 0.

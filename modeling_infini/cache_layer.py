@@ -138,9 +138,9 @@ class LayerPast:
         all are the first ones of their streams.
         """
         window = Window(*map(layout.windows, states[:2], self.ring(states, layout)))
-        if not (self.has_memory and layout.reads_past):
+        if not layout.reads_past:
             return window, None
-        memory = self.scan(states, layout).before(layout)
+        memory = self.scan(states, layout).before(layout) if self.has_memory else None
         if states.slot_scores is not None:
             tokens = window.tokens(layout.windows(states.slot_scores, None), layout).map(layout.by_stream)
             nothing = tokens.map(lambda of: of.new_zeros(of.shape[0], layout.config.num_memory_slots, *of.shape[3:]))
@@ -222,7 +222,7 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         LayerPast.__init__(self, layer_idx in config.layers_with_memory)
         self.config = config
-        self.has_slots = self.has_memory and config.num_memory_slots > 0
+        self.has_slots = layer_idx in config.layers_with_slots
         self.record: list[TokenStates] | None = None
         self._is_shared_with_graph = False
 
@@ -239,10 +239,10 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         """Empty states for keys and values of `(batch, kv_heads, any, head_dim)`."""
         batch, heads, _, head_dim = key_states.shape
         slots = self.config.num_sink_tokens + self.config.segment_length
+        dtype, key_dim = memory_dtype(key_states.dtype), self.config.memory_key_dim
         self.keys = key_states.new_zeros(batch, heads, slots, head_dim)
         self.values = value_states.new_zeros(batch, heads, slots, head_dim)
         if self.has_memory:
-            dtype, key_dim = memory_dtype(key_states.dtype), self.config.memory_key_dim
             self.memory = key_states.new_zeros(batch, heads, key_dim, head_dim, dtype=dtype)
             self.normaliser = key_states.new_zeros(batch, heads, key_dim, dtype=dtype)
             self.pending_memory = torch.zeros_like(self.memory)
@@ -319,10 +319,10 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         if self.record is not None:
             self.record.append(states)
         window = Window(*map(layout.update, states[:2], (self.keys.transpose(1, 2), self.values.transpose(1, 2))))
-        if not self.has_memory:
-            return window, None
         if self.has_slots:
             window = self._fill_slots(states, window, layout)
+        if not self.has_memory:
+            return window, None
         if isinstance(layout, DecodeLayout):
             return window, self._write_token(states, layout)
         return window, self._write_segments(states, layout)

@@ -62,6 +62,7 @@ MEMORY_FIELDS = (
     "memory_feature_map",
     "token_gates",
     "num_memory_slots",
+    "slot_layers",
     "memory_norm_init_scale",
     "memory_write_gate",
     "memory_eps",
@@ -162,10 +163,12 @@ class InfiniConfig(LlamaConfig):
         token_gates (`bool`, defaults to `False`):
             Let the gate of a head depend on the token that reads, too: a learned W x is added to the gate's logit.
         num_memory_slots (`int`, defaults to 0):
-            Number of tokens whose exact keys and values each layer with memory keeps beside the matrix, chosen where a
-            segment ends by a score that the layer gives each token: W x, one for all heads. They are seen in the
-            softmax of local attention. Needs `"sliding"`. With weights of 0, as at initialization, the latest tokens
-            stay: a longer window.
+            Number of tokens whose exact keys and values a layer keeps, chosen where a segment ends by a score that the
+            layer gives each token: W x, one for all heads. They are seen in the softmax of local attention. Needs
+            `"sliding"`. With weights of 0, as at initialization, the latest tokens stay: a longer window.
+        slot_layers (`list[int]`, *optional*):
+            Indices of the layers that have slots, with or without a memory beside them. `None`: all layers, if
+            `num_memory_slots` is not 0.
         converted_from (`dict`, *optional*):
             What the model was converted from: `model_type`, and what is known of `name`, `revision` and `license`,
             besides those of its fields that have no meaning here. Written by conversions, read by model cards.
@@ -194,6 +197,7 @@ class InfiniConfig(LlamaConfig):
     memory_feature_map: Literal["elu", "exp"] = "elu"
     token_gates: bool = False
     num_memory_slots: int = 0
+    slot_layers: list[int] | None = None
     converted_from: dict | None = None
 
     @property
@@ -228,6 +232,12 @@ class InfiniConfig(LlamaConfig):
         return list(range(self.num_hidden_layers)) if self.memory_layers is None else self.memory_layers
 
     @property
+    def layers_with_slots(self) -> list[int]:
+        """`slot_layers`, with the default that `None` stands for; none where there are no slots."""
+        layers = list(range(self.num_hidden_layers)) if self.slot_layers is None else self.slot_layers
+        return layers if self.num_memory_slots else []
+
+    @property
     def memory_key_dim(self) -> int:
         """Number of features of a key: the rows of a head's M."""
         return 2 * self.head_dim if self.memory_feature_map == "exp" else self.head_dim
@@ -257,7 +267,7 @@ class InfiniConfig(LlamaConfig):
         configurations that say the same in other words.
         """
         fields = {name: getattr(self, name) for name in MEMORY_FIELDS} | self.projection_biases
-        fields["memory_layers"] = self.layers_with_memory
+        fields |= {"memory_layers": self.layers_with_memory, "slot_layers": self.layers_with_slots}
         fields["rope_parameters"] = {
             name: value
             for name, value in self.rope_parameters.items()
@@ -355,13 +365,15 @@ class InfiniConfig(LlamaConfig):
                 f'num_memory_slots={self.num_memory_slots} needs local_attention="sliding"; with '
                 f'local_attention="{self.local_attention}" it must be 0.'
             )
-        if self.memory_layers is not None:
-            places = [*self.memory_layers, self.num_hidden_layers]
-            if any(not 0 <= layer < after for layer, after in pairwise(places)):
+        for name in ("memory_layers", "slot_layers"):
+            layers = getattr(self, name)
+            if layers is not None and any(not 0 <= a < b for a, b in pairwise([*layers, self.num_hidden_layers])):
                 raise ValueError(
-                    f"memory_layers={self.memory_layers} must be indices of the num_hidden_layers="
-                    f"{self.num_hidden_layers} layers, from 0 on, each greater than the one before."
+                    f"{name}={layers} must be indices of the num_hidden_layers={self.num_hidden_layers} layers, "
+                    "from 0 on, each greater than the one before."
                 )
+        if self.slot_layers and not self.num_memory_slots:
+            raise ValueError(f"slot_layers={self.slot_layers} needs num_memory_slots: how many each of them has.")
         self._validate_floats()
         if getattr(self, "is_causal", True) is False:
             raise ValueError("is_causal=False is not supported: a memory holds what was read before.")

@@ -229,7 +229,7 @@ class InfiniMemory(nn.Module):
     How a layer writes and reads its memory. What it has written is not here: M and z are states of the cache.
 
     Modules, where the configuration asks for them: `query_norm`, `key_norm`; `query_map`, `key_map` of `"exp"`;
-    `write_gate`; `token_gate`; `slot_score`; and `write_strength`, whose sigmoid is how strongly a token is written.
+    `write_gate`; `token_gate`; and `write_strength`, whose sigmoid is how strongly a token is written.
     """
 
     def __init__(self, config: InfiniConfig):
@@ -243,8 +243,6 @@ class InfiniMemory(nn.Module):
         if config.memory_feature_map == "exp":
             self.query_map = InfiniFeatureMap(config.num_attention_heads, config.head_dim)
             self.key_map = InfiniFeatureMap(config.num_key_value_heads, config.head_dim)
-        if config.num_memory_slots:
-            self.slot_score = InfiniSlotScore(config.hidden_size, 1, bias=False)
         if config.token_gates:
             self.token_gate = InfiniTokenGate(config.hidden_size, config.num_attention_heads, bias=False)
         if config.memory_write_gate:
@@ -269,12 +267,7 @@ class InfiniMemory(nn.Module):
             memory_keys = memory_keys + log_write_gates(
                 self.write_gate(in_dtype_of(self.write_gate, hidden_states))
             ).unsqueeze(-1)
-        scores = None
-        if self.config.num_memory_slots:
-            # Rounded, so that tokens of the same score have the same however a text is cut into calls.
-            scores = self.slot_score(in_dtype_of(self.slot_score, hidden_states))
-            scores = scores.to(torch.bfloat16).to(memory_dtype(hidden_states.dtype))
-        return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength, scores)
+        return TokenStates(keys, values, None if memory_keys is keys else memory_keys, strength)
 
     def forward(
         self, local: torch.Tensor, queries: torch.Tensor, memory: MemoryState, local_share: torch.Tensor
@@ -335,6 +328,9 @@ class InfiniAttention(nn.Module):
         if self.has_memory:
             self.head_gates = InfiniHeadGates(config)
             self.memory = InfiniMemory(config)
+        self.has_slots = layer_idx in config.layers_with_slots
+        if self.has_slots:
+            self.slot_score = InfiniSlotScore(config.hidden_size, 1, bias=False)
 
     def forward(
         self,
@@ -370,6 +366,10 @@ class InfiniAttention(nn.Module):
         states = TokenStates(keys, values)
         if self.has_memory:
             states = self.memory.token_states(hidden_states, keys, values)
+        if self.has_slots and self.config.num_memory_slots:
+            # Rounded, so that tokens of the same score have the same however a text is cut into calls.
+            scores = self.slot_score(in_dtype_of(self.slot_score, hidden_states)).to(torch.bfloat16)
+            states = states._replace(slot_scores=scores.to(memory_dtype(hidden_states.dtype)))
         kept = states
         if not self.config.is_sliding:
             # A token is seen at one place alone: its key is kept as it is seen there.
@@ -405,7 +405,7 @@ class InfiniAttention(nn.Module):
         if memory is not None:
             local_share = self._local_share(hidden_states, layout)
             output = self.memory(output, queries, memory, local_share)
-        if self.has_memory and torch.is_grad_enabled():
+        if (self.has_memory or self.has_slots) and torch.is_grad_enabled():
             output = output + self._zero(states, queries, hidden_states, layout, memory)
         output = layout.to_columns(output)
 
@@ -437,7 +437,7 @@ class InfiniAttention(nn.Module):
         different lengths exchange gradients of the same parameters. What is written may be read in a later call alone.
         """
         unused = [states.memory_keys, states.write_strength, states.slot_scores]
-        if memory is None:
+        if self.has_memory and memory is None:
             memory_queries = self.memory.query_states(queries)
             unused += [self._local_share(hidden_states, layout), None if memory_queries is queries else memory_queries]
         return 0 * sum(of_memory.sum() for of_memory in unused if of_memory is not None)

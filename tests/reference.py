@@ -112,6 +112,7 @@ def reference_stream(ids, weights, config):
         return [sigma(x + gate.log()) for gate, x in zip(gates, states)]
 
     memory_layers = range(config.num_hidden_layers) if config.memory_layers is None else config.memory_layers
+    slot_layers = range(config.num_hidden_layers) if config.slot_layers is None else config.slot_layers
     feature_dim = 2 * dim if config.memory_feature_map == "exp" else dim
     states = [[Head(dim, feature_dim) for _ in range(kv_heads)] for _ in range(config.num_hidden_layers)]
     slots = [[] for _ in range(config.num_hidden_layers)]
@@ -160,14 +161,14 @@ def reference_stream(ids, weights, config):
                 for head, features_of_head, strength in zip(states[layer], features, strengths):
                     head.features.append(features_of_head)
                     head.strengths.append(strength)
-                if config.num_memory_slots > 0:
-                    # Rounded: equal tokens have equal scores, whoever adds up the products in whichever order.
-                    scores[layer].append(linear(h, f"{memory}.slot_score").to(torch.bfloat16))
                 if (position + 1) % length == 0:
                     for head in states[layer]:
                         close_segment(head, length, config.use_mem_delta_rule, config.memory_eps)
-                    if config.num_memory_slots > 0:
-                        slots[layer] = choose_slots(slots[layer], scores[layer], position, config)
+            if config.num_memory_slots > 0 and layer in slot_layers:
+                # Rounded: equal tokens have equal scores, whoever adds up the products in whichever order.
+                scores[layer].append(linear(h, f"{at}.self_attn.slot_score").to(torch.bfloat16))
+                if (position + 1) % length == 0:
+                    slots[layer] = choose_slots(slots[layer], scores[layer], position, config)
             x = x + linear(torch.cat(outputs), f"{at}.self_attn.o_proj")
             h = rms_norm(x, weights[f"{at}.post_attention_layernorm.weight"], config.rms_norm_eps)
             gate = linear(h, f"{at}.mlp.gate_proj")

@@ -73,10 +73,9 @@ def losses_with_memory_of(model, ids, other):
     def replace(past, states, layout):
         window, memory = update(past, states, layout)
         others, memory_of_other = seen.pop(0)
-        if memory is None:
-            return window, None
-        segments = len(memory.matrix)
-        memory = type(memory)(*(states[:segments] for states in memory_of_other))
+        segments = len(window.keys)
+        if memory is not None:
+            memory = type(memory)(*(states[:segments] for states in memory_of_other))
         if window.slot_places is not None:
             keys, values = (
                 torch.cat([theirs[:segments, :slots], own[:, slots:]], 1)

@@ -21,7 +21,12 @@ FLOATS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_
         ({"num_sink_tokens": 2}, 'needs local_attention="sliding"'),
         ({"num_memory_slots": 2}, 'num_memory_slots=2 needs local_attention="sliding"'),
         ({"num_memory_slots": -1, "local_attention": "sliding"}, "num_memory_slots=-1 must be at least 0"),
-        *(({"memory_layers": layers}, "memory_layers") for layers in ([1, 0], [0, 0], [2], [-1], [0.5], "1")),
+        *(
+            ({name: layers, "local_attention": "sliding", "num_memory_slots": 1}, name)
+            for name in ("memory_layers", "slot_layers")
+            for layers in ([1, 0], [0, 0], [2], [-1], [0.5], "1")
+        ),
+        ({"slot_layers": [0], "local_attention": "sliding"}, "needs num_memory_slots"),
         ({"memory_feature_map": "relu"}, "memory_feature_map"),
         ({"num_sink_tokens": 6, "local_attention": "sliding"}, "between 0 and segment_length=5"),
         ({"local_attention": "global"}, "local_attention"),

@@ -27,6 +27,7 @@ from torch._dynamo.testing import CompileCounter
 from evaluation.losses import memory_off
 from modeling_infini import InfiniCache, InfiniForCausalLM
 from modeling_infini.cache import state_nbytes
+from modeling_infini.cache_layer import InfiniCacheLayer
 
 
 N = 5
@@ -43,7 +44,9 @@ OPTIONS = {
     "slots": SLOTS,
     "one slot": {**SLIDING, "num_memory_slots": 1},
     "more slots than a segment": {**SLIDING, "num_memory_slots": 7, "num_sink_tokens": 2},
-    "slots in one layer": {**SLOTS, "memory_layers": [0], "num_sink_tokens": 1},
+    "slots in one layer": {**SLOTS, "slot_layers": [0], "num_sink_tokens": 1},
+    "slots and memory in other layers": {**SLOTS, "slot_layers": [1], "memory_layers": [0], "num_sink_tokens": 1},
+    "slots without memory": {**SLOTS, "memory_layers": []},
     "all": ALL,
     "all, in one layer": EVERY_OPTION,
 }
@@ -119,7 +122,7 @@ def test_short_inputs_give_the_base_models_logits(fields, dtype):
 @pytest.mark.parametrize("fields", WITH_MEMORY.values(), ids=WITH_MEMORY)
 def test_with_the_memory_off_a_model_is_the_conversion_without_it(fields):
     model, ids = tiny_model(**fields), random_ids(2, 5 * N + 3)
-    local = {name: fields[name] for name in fields if name not in ("memory_layers", "num_memory_slots")}
+    local = {name: fields[name] for name in fields if name not in ("memory_layers", "num_memory_slots", "slot_layers")}
     plain = tiny_model(**{**local, "memory_feature_map": "elu", "token_gates": False})
     plain.load_state_dict(model.state_dict(), strict=False)
     cuts = (N + 1, 4 * N, *range(4 * N + 1, 5 * N + 3))
@@ -179,9 +182,9 @@ def test_a_token_sees_its_window_the_sinks_and_the_greatest_scores(num_sink_toke
     with torch.no_grad():
         # Of the two ways to a token of before, that of the matrix is shut.
         attention.head_gates.weight.fill_(1e4)
-        attention.memory.slot_score.weight.mul_(is_random)
+        attention.slot_score.weight.mul_(is_random)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    scores = attention.memory.slot_score(model.model.layers[0].input_layernorm(embeddings))
+    scores = attention.slot_score(model.model.layers[0].input_layernorm(embeddings))
     scores = scores[0, :, 0].bfloat16().tolist()
     for cuts in ((), (1, N + 2, 2 * N, 2 * N + 1, 2 * N + 2, 4 * N)):
         cache, parts = InfiniCache(model.config), []
@@ -229,8 +232,10 @@ def test_the_state_is_of_constant_size(fields):
     features = dim * (2 if config.memory_feature_map == "exp" else 1)
     of_memory = 2 * heads * features * (dim + 1) * 4
     of_slots = slots * (2 * heads * dim * 4 + 4 + 8) + (slots > 0) * (config.num_sink_tokens + N) * 4
-    layers = range(2) if config.memory_layers is None else config.memory_layers
-    assert state_nbytes(config) == 2 * of_window + len(layers) * (of_memory + of_slots)
+    with_memory, with_slots = (
+        2 if layers is None else len(layers) for layers in (config.memory_layers, config.slot_layers)
+    )
+    assert state_nbytes(config) == 2 * of_window + with_memory * of_memory + with_slots * of_slots
 
 
 def test_layers_without_memory_have_neither_its_weights_nor_its_state():
@@ -245,7 +250,7 @@ def test_layers_without_memory_have_neither_its_weights_nor_its_state():
     assert (shares[1] < 1).all()
     with torch.no_grad():
         _, cache = feed(model, ids, cuts=(2 * N,))
-    assert cache.layers[0].states().keys() == {"keys", "values"}
+    assert cache.layers[0].states().keys() == {"keys", "values", *InfiniCacheLayer.SLOT_STATES}
     assert cache.layers[1].states().keys() > {"keys", "values", "memory"}
     with torch.no_grad():
         expected, _ = reference_stream(ids[0].tolist(), float64_weights(model), model.config)
@@ -261,11 +266,11 @@ def test_new_weights_start_as_they_should():
             torch.testing.assert_close(feature_map.weight.data, 0.7 * torch.eye(6).expand(heads, -1, -1))
             assert torch.equal(feature_map.bias.data, torch.zeros(heads, 6))
         assert memory.token_gate.weight.shape == (4, 24)
-        assert memory.slot_score.weight.shape == (1, 24)
+        assert layer.self_attn.slot_score.weight.shape == (1, 24)
         assert not memory.token_gate.weight.any()
-        assert not memory.slot_score.weight.any()
+        assert not layer.self_attn.slot_score.weight.any()
         assert memory.token_gate.bias is None
-        assert memory.slot_score.bias is None
+        assert layer.self_attn.slot_score.bias is None
     torch.testing.assert_close(model.local_shares(), torch.full((2, 4), 2.0).sigmoid())
 
 

@@ -95,8 +95,9 @@ def test_adapters_of_all_linear_layers_are_merged_those_of_the_memory_included()
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(tiny_model(**EVERY_OPTION), config)
-    memory = model.base_model.model.model.layers[1].self_attn.memory
-    for layer in (memory.write_gate, memory.write_strength, memory.token_gate, memory.slot_score):
+    attention = model.base_model.model.model.layers[1].self_attn
+    memory = attention.memory
+    for layer in (memory.write_gate, memory.write_strength, memory.token_gate, attention.slot_score):
         assert "lora" in str(layer)
     expected = logits_of(model)
     torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny import config_fields, random_ids, randomize, tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conversion.checkpoints import is_memory_weight
 from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
@@ -28,7 +29,7 @@ def llama_and_ours(dtype=torch.float32, rope_parameters=None, **fields):
     ours = InfiniForCausalLM(config).to(dtype).eval()
     missing, unexpected = ours.load_state_dict(llama.state_dict(), strict=False)
     assert not unexpected
-    assert all(name.endswith("head_gates.weight") or ".memory." in name for name in missing)
+    assert all(map(is_memory_weight, missing))
     return llama, ours
 
 

@@ -100,10 +100,11 @@ EVERY_OPTION_BUT_SLOTS = {**EVERY_OPTION, "num_memory_slots": 0}
 
 @st.composite
 def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6):
-    """Both rules, both local modes, grouped queries of 1, 2 and all heads, short segments, layers without memory."""
+    """Both rules, both local modes, grouped queries of 1, 2 and all heads, short segments, layers without either."""
     segment_length = draw(st.integers(min_segment_length, max_segment_length))
     local_attention = draw(st.sampled_from(["segment", "sliding"]))
     sinks = draw(st.integers(0, min(3, segment_length))) if local_attention == "sliding" else 0
+    slots = draw(st.sampled_from([0, 1, 3, 7])) if local_attention == "sliding" else 0
     return {
         "segment_length": segment_length,
         "local_attention": local_attention,
@@ -117,7 +118,8 @@ def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6
         "memory_layers": draw(st.sampled_from([None, [0], [1], []])),
         "memory_feature_map": draw(st.sampled_from(["elu", "exp"])),
         "token_gates": draw(st.booleans()),
-        "num_memory_slots": draw(st.sampled_from([0, 1, 3, 7])) if local_attention == "sliding" else 0,
+        "num_memory_slots": slots,
+        "slot_layers": draw(st.sampled_from([None, [0], [1], []])) if slots else None,
     }
 
 
