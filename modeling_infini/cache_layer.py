@@ -18,7 +18,7 @@ from .memory import (
     scan,
     write_token,
 )
-from .memory_slots import MemorySlots, relative_places, scan_slots, tokens_of_segments
+from .memory_slots import MemorySlots, relative_places, scan_slots, scores_of_passages, tokens_of_segments
 from .streams import DecodeLayout, SegmentLayout
 
 
@@ -77,8 +77,9 @@ class Window(NamedTuple):
         # The ring of a decode step is whole where the segment ends, and not looked at elsewhere.
         if not isinstance(layout, DecodeLayout):
             length = layout.query_start + layout.query_length
-        keys, values, scores = (states[:, -length:] for states in (*self[:2], scores))
-        return MemorySlots(keys, values, scores[..., 0], tokens_of_segments(layout, length).expand(keys.shape[0], -1))
+        keys, values, scores = (states[:, -length:] for states in (*self[:2], scores[..., 0]))
+        places = tokens_of_segments(layout, length).expand(keys.shape[0], -1)
+        return MemorySlots(keys, values, scores_of_passages(scores), places)
 
 
 def written_states(
@@ -198,7 +199,7 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         pending_memory, pending_normaliser: what the n mod N tokens of the open segment will add to them.
         slot_keys, slot_values: `(batch, kv_heads, m, head_dim)`; slot_scores, slot_places: `(batch, m)`; as in
             [`MemorySlots`]. In a layer with slots, as what follows.
-        token_scores: `(batch, num_sink_tokens + N)`, by which the tokens of the ring will be kept in slots.
+        token_scores: `(batch, num_sink_tokens + N)`, the scores of the tokens of the ring.
         record: while recording, the last calls.
     """
 

@@ -1,8 +1,8 @@
 """
 Slots: exact keys and values of single tokens, which a layer keeps beside the matrix of its memory.
 
-A layer gives each token a score. Where a segment ends, its tokens and those in the slots compete, and the m of the
-greatest score stay. Later tokens see them in the softmax of local attention, each one from when it has left the
+A layer gives each token a score. Where a segment ends, its tokens compete with those in the slots, by the mean score of
+a token and its neighbours, and the m of the greatest stay. Later tokens see them in the softmax of local attention, each one from when it has left the
 window, so that nothing is seen twice. Slots are ordered by age, and stand behind the window in that order: the latest
 at -N - 1, relative to the segment's first token.
 """
@@ -10,8 +10,14 @@ at -N - 1, relative to the segment's first token.
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import avg_pool1d
 
 from .streams import DecodeLayout, SegmentLayout, take
+
+
+# How far, in tokens, the neighbours of a token are whose scores count as its own. A number or a sentence is of use only
+# as a whole, and the few tokens that say so by their score stand before it or behind it.
+RADIUS = 5
 
 
 class MemorySlots(NamedTuple):
@@ -20,7 +26,7 @@ class MemorySlots(NamedTuple):
 
     Attributes:
         keys, values: `(rows, m, kv_heads, head_dim)`, keys without RoPE.
-        scores: `(rows, m)`.
+        scores: `(rows, m)`, by [`scores_of_passages`].
         places: `(rows, m)`, int64: the token's place in its stream, counted from 1; 0: an empty slot.
     """
 
@@ -35,6 +41,14 @@ class MemorySlots(NamedTuple):
     def take(self, index: torch.Tensor) -> "MemorySlots":
         """Those of `index` `(rows, K)`."""
         return self.map(lambda states: take(states, index))
+
+
+def scores_of_passages(scores: torch.Tensor) -> torch.Tensor:
+    """
+    By which the tokens of a segment compete: the mean of the scores `(rows, length)` of those at most `RADIUS` away.
+    Tokens of other segments do not count, so that nothing of them must be kept for it.
+    """
+    return avg_pool1d(scores, 2 * RADIUS + 1, stride=1, padding=RADIUS, count_include_pad=False)
 
 
 def kept(scores: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:

@@ -3,6 +3,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from tiny import compute_norm_and_rope_in_float64
 
+from modeling_infini import memory_slots
+
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -15,6 +17,12 @@ settings.register_profile(
 # For `--hypothesis-profile core`.
 settings.register_profile("core", settings.get_profile("tests"), max_examples=10)
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def small_passages(monkeypatch):
+    """In segments of a few tokens, all would have the same neighbours."""
+    monkeypatch.setattr(memory_slots, "RADIUS", 1)
 
 
 @pytest.fixture

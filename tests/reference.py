@@ -1,11 +1,13 @@
 """
 Infini-attention, one token at a time, in float64, written from the equations of the contract and sharing no code with
-the model. Slow and obvious: the oracle of the tests. Differentiable.
+the model, but for the width of a passage. Slow and obvious: the oracle of the tests. Differentiable.
 """
 
 import math
 
 import torch
+
+from modeling_infini import memory_slots
 
 
 def rms_norm(x, weight, eps):
@@ -57,7 +59,11 @@ def close_segment(head, length, delta, eps):
 def choose_slots(slots, scores, position, config):
     """The `(score, place)` that stay at the end of the segment whose last token is at `position`."""
     segment = range(position + 1 - config.segment_length, position + 1)
-    competing = slots + [(scores[place].item(), place) for place in segment if place >= config.num_sink_tokens]
+    radius, competing = memory_slots.RADIUS, list(slots)
+    for place in segment:
+        near = [scores[other].item() for other in segment if abs(other - place) <= radius]
+        if place >= config.num_sink_tokens:
+            competing.append((sum(near) / len(near), place))
     return sorted(competing, reverse=True)[: config.num_memory_slots]
 
 
