@@ -185,7 +185,77 @@ def test_training_moves_the_memory_alone_and_evaluates(tmp_path):
         assert moved == ("memory" in name or "head_gates" in name), name
 
 
+def test_metrics_are_of_the_logits_of_all_tokens(tmp_path):
+    model = tiny_model(**MEMORY)
+    train_memory_alone(model)
+    seen = []
+    arguments = InfiniTrainingArguments(**cpu_arguments(tmp_path, per_device_eval_batch_size=1, chunk_segments=2))
+    trainer = DistillationTrainer(
+        model,
+        arguments,
+        data_collator=lambda batches: batches[0],
+        eval_dataset=[batch_of(2, 33)],
+        compute_metrics=lambda output: seen.append(output) or {},
+        teacher=base_of(model),
+        teacher_window=16,
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    batch = batch_of(2, 33)
+    expected = model(batch["input_ids"]).logits.detach()
+    output = trainer.predict([batch])
+    unlabelled = trainer.predict([{"input_ids": batch["input_ids"]}])
+    for predictions in (seen[0].predictions, output.predictions, unlabelled.predictions):
+        torch.testing.assert_close(torch.from_numpy(predictions), expected)
+    for label_ids in (seen[0].label_ids, output.label_ids):
+        assert torch.equal(torch.from_numpy(label_ids), F.pad(batch["shift_labels"], (1, -1), value=-100))
+    assert output.metrics["test_loss"] == pytest.approx(loss)
+    # For a loss alone, one of each call is enough.
+    kept = []
+    model.register_forward_pre_hook(lambda _, __, kw: kept.append(kw["logits_to_keep"]), with_kwargs=True)
+    trainer.compute_metrics = None
+    trainer.evaluate()
+    assert {*kept} == {1}
+
+
+@pytest.mark.parametrize("has_answers", [False, True])
+def test_documents_have_answer_weights(tmp_path, has_answers):
+    """Beside the columns that the default collator reads."""
+    model = tiny_model(**MEMORY)
+    train_memory_alone(model)
+    batch = batch_of(2, 33)
+    batch["shift_labels"][1, 20:] = -100
+    lengths = [33, 21]
+    names = ["input_ids", "shift_labels", *(["answer_weights"] if has_answers else [])]
+    if not has_answers:
+        batch["answer_weights"].zero_()
+    rows = [{name: batch[name][row, :length].tolist() for name in names} for row, length in enumerate(lengths)]
+    arguments = InfiniTrainingArguments(**cpu_arguments(tmp_path, per_device_eval_batch_size=2, max_steps=1))
+    options = {"train_dataset": rows, "eval_dataset": rows, "teacher": base_of(model), "teacher_window": 16}
+    trainer = DistillationTrainer(model, arguments, **options)
+    expected = plain_loss(model, trainer.teacher, batch, 16).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    trainer.train()
+    with pytest.raises(ValueError, match="some have answer_weights and some have not"):
+        trainer.data_collator([rows[0] | {"answer_weights": [0.5] * 33}, rows[1] | {"answer_weights": None}])
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_answers_that_count_less_than_nothing_are_refused(tmp_path, weight):
+    model = tiny_model(**MEMORY)
+    train_memory_alone(model)
+    batch = batch_of(2, 33)
+    trainer = trainer_of(model, tmp_path, rows=[batch])
+    batch["answer_weights"][0, 3] = weight
+    with pytest.raises(ValueError, match="answer_weights must be finite and not negative"):
+        trainer.train()
+    batch["answer_weights"] = torch.ones(2, 1)
+    with pytest.raises(ValueError, match=r"answer_weights are of the shape \(2, 1\), and input_ids of \(2, 33\)"):
+        trainer.train()
+
+
 def test_what_cannot_teach_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no layer with a memory \(memory_layers=\[\]\)"):
+        train_memory_alone(tiny_model(memory_layers=[]))
     model = tiny_model()
     with pytest.raises(ValueError, match="head must stand still"):
         trainer_of(model, tmp_path)

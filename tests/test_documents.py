@@ -356,3 +356,24 @@ def test_numbers_that_say_nothing_of_what_to_learn_are_named_in_a_warning(monkey
         said.clear()
         assert read()["input_ids"].flatten().tolist() == [1, 2, 3]
         assert set(said) == {"Nothing reads these columns of the documents: id, embedding."}
+
+
+def test_what_each_token_predicts_is_enough():
+    """Labels would be the ids, which `shift_labels` of a masked prompt contradict."""
+    batch = collate_documents(
+        [{"input_ids": [5, 6, 7], "shift_labels": [-100, 7, 8]}, {"input_ids": [], "shift_labels": []}]
+    )
+    assert batch["labels"].tolist() == [[-100, -100, 7], [-100] * 3]
+    assert batch["shift_labels"].tolist() == [[-100, 7, 8], [-100] * 3]
+
+
+def test_numbers_for_a_loss_are_padded_with_nothing():
+    rows = [{"input_ids": [5, 6, 7], "weights": [0, 1, 0]}, {"input_ids": [5, 6], "weights": [0.5, 0.0]}]
+    batch = collate_documents(rows, loss_inputs=("weights", "others"))
+    assert batch["weights"].tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.0]]
+    for column, message in (
+        ([1], "input_ids 2, weights 1"),
+        ([[1], [2]], r"must be a list of numbers; got .*\(2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collate_documents([{"input_ids": [5, 6], "weights": column}], loss_inputs=("weights",))

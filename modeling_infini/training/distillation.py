@@ -107,12 +107,17 @@ def train_memory_alone(model: nn.Module, others: Iterable[str] = ()) -> None:
 
     Args:
         others: what else is trained: parts of parameters' names, such as `lora_`.
+
+    Raises:
+        ValueError: if that is nothing.
     """
     for name, parameter in model.named_parameters():
         is_trained = any(part in name for part in (".self_attn.memory.", ".self_attn.head_gates.", *others))
         parameter.requires_grad_(is_trained)
         if is_trained:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("The model has no layer with a memory (memory_layers=[]): there is nothing to train.")
 
 
 def _require_one_text_per_row(inputs: dict) -> None:
@@ -128,13 +133,25 @@ def _require_one_text_per_row(inputs: dict) -> None:
         raise ValueError("DistillationTrainer takes padding on the right alone: the teacher would read other as text.")
 
 
+def _require_weights(weights: torch.Tensor, shape: torch.Size) -> None:
+    if weights.shape != shape:
+        raise ValueError(
+            f"answer_weights are of the shape {tuple(weights.shape)}, and input_ids of {tuple(shape)}: each token has "
+            "one, as in shift_labels."
+        )
+    if not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError("answer_weights must be finite and not negative: 0 where the teacher is to be followed.")
+
+
 class DistillationTrainer(InfiniTrainer):
     """
     An [`InfiniTrainer`] that trains towards a teacher's distributions instead of the texts' next tokens.
 
-    Inputs are those of `InfiniTrainer`, and `answer_weights` `(B, T)`, if need be. Of the tokens that have a target
-    (in `shift_labels`, or by `labels`), those of weight 0 are to have the teacher's distribution, and the others their
-    target, as an answer that the teacher may be too short-sighted to know; their losses count so much.
+    Inputs are those of `InfiniTrainer`, of one document per row, and `answer_weights` `(B, T)`, if need be. Of the
+    tokens that have a target (in `shift_labels`, or by `labels`), those of weight 0 are to have the teacher's
+    distribution, and the others their target, as an answer that the teacher may be too short-sighted to know; their
+    losses count so much. The weight of an answer stands, as in `shift_labels`, at the token that predicts it: one
+    column to the left of the answer itself.
 
     Checkpoints hold the parameters that are trained, and no others.
 
@@ -150,6 +167,8 @@ class DistillationTrainer(InfiniTrainer):
     loss_inputs = ("teacher_states", "answer_weights")
     # A sum over the targets, divided by their number in all batches of a step.
     loss_is_scaled_for_ga = True
+    # Where nothing but the loss is evaluated, one of each call is enough.
+    _evaluates_logits = False
 
     def __init__(self, *args, teacher: PreTrainedModel, teacher_window: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -172,18 +191,29 @@ class DistillationTrainer(InfiniTrainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
+        weights = inputs.get("answer_weights")
+        if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+            # Of no loss: a prediction.
+            return {name: states for name, states in inputs.items() if name != "answer_weights"}
+        if weights is not None:
+            _require_weights(weights, inputs["input_ids"].shape)
         _require_one_text_per_row(inputs)
         with self.accelerator.autocast():
             states = window_states(self.teacher, inputs["input_ids"], self.teacher_window)
         return {**inputs, "teacher_states": states}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._evaluates_logits = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         del inputs["labels"]
         labels, teacher_states = inputs.pop("shift_labels"), inputs.pop("teacher_states")
         weights = inputs.pop("answer_weights", torch.zeros_like(labels))
-        # All hidden states, for the last of them: where logits are wanted, there are too many.
-        outputs = model(**inputs, output_hidden_states=True, logits_to_keep=1)
+        # All hidden states, for the last of them: logits of all tokens are too many, but where metrics ask for them.
+        keeps_all = self._evaluates_logits and not model.training
+        outputs = model(**inputs, output_hidden_states=True, logits_to_keep=0 if keeps_all else 1)
         states, head = outputs.hidden_states[-1], self._module.lm_head
         is_answer = (labels != -100) & (weights > 0)
         is_distilled = (labels != -100) & (weights == 0)

@@ -10,10 +10,12 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
@@ -204,37 +206,49 @@ LEARNS = re.compile(r"mask|weight|loss|label|target|token_type")
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": -100, "shift_labels": -100}
 
 
-def collate_documents(features: list[dict]) -> dict[str, torch.Tensor]:
+def collate_documents(features: list[dict], loss_inputs: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """
     A batch of whole documents, padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each
     `(batch, longest)`, and `position_ids` and `shift_labels` where the documents have them. Labels are those of the
-    documents, or else their unmasked ids: an EOS token at a document's end is a target, whatever the tokenizer pads
-    with, and the first token of a packed document is none.
+    documents, or else what their `shift_labels` say, or their unmasked ids: an EOS token at a document's end is
+    a target, whatever the tokenizer pads with, and the first token of a packed document is none.
+
+    Args:
+        loss_inputs: other columns of numbers, one for each token, which a loss reads; they are padded by 0.
 
     Raises:
         ValueError: if a document has other columns of numbers, or columns of unequal lengths, or if only some of them
-            have `shift_labels`.
+            have `shift_labels`, or one of `loss_inputs`.
     """
+    paddings = PADDING | dict.fromkeys(loss_inputs, 0)
     rows = []
     for feature in features:
-        refuse_unread(feature, PADDING)
+        refuse_unread(feature, paddings)
         row = {name: _column(feature, name) for name in PADDING if feature.get(name) is not None}
+        row |= {name: _numbers(feature, name) for name in loss_inputs if feature.get(name) is not None}
         ids = row["input_ids"]
         if any(len(values) != len(ids) for values in row.values()):
             lengths = ", ".join(f"{name} {len(values)}" for name, values in row.items())
             raise ValueError(f"The columns of a document must be of one length; it has {lengths}.")
         mask = row.setdefault("attention_mask", torch.ones_like(ids))
+        if "labels" not in row and "shift_labels" in row:
+            row["labels"] = F.pad(row["shift_labels"], (1, 0), value=-100)[: len(ids)]
         row.setdefault("labels", ids.masked_fill(_starts_of_documents(row), -100))
         row["labels"] = row["labels"].masked_fill(mask == 0, -100)
         rows.append(row)
     if any("position_ids" in row for row in rows):
         for row in rows:
             row.setdefault("position_ids", torch.arange(len(row["input_ids"])))
-    if len({"shift_labels" in row for row in rows}) > 1:
-        raise ValueError("Of the documents of a batch, some have shift_labels and some have not.")
+    for name in ("shift_labels", *loss_inputs):
+        if len({name in row for row in rows}) > 1:
+            raise ValueError(f"Of the documents of a batch, some have {name} and some have not.")
+    for name in loss_inputs:
+        # Whole numbers in one row and others in the next are of one kind.
+        dtype = reduce(torch.promote_types, [row[name].dtype for row in rows if name in row], torch.bool)
+        rows = [{**row, name: row[name].to(dtype)} if name in row else row for row in rows]
     return {
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=padding)
-        for name, padding in PADDING.items()
+        for name, padding in paddings.items()
         if name in rows[0]
     }
 
@@ -247,15 +261,22 @@ def _starts_of_documents(row: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _column(document: Mapping[str, Any], name: str) -> torch.Tensor:
+    values = _numbers(document, name, "whole numbers")
+    if values.is_floating_point() and len(values) > 0:
+        raise ValueError(f"{name} of a document must be a list of whole numbers; got {values.dtype}.")
+    return values.long()
+
+
+def _numbers(document: Mapping[str, Any], name: str, kind: str = "numbers") -> torch.Tensor:
     try:
         values = torch.as_tensor(document[name])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} of a document must be a list of whole numbers; {error}.") from error
-    if values.dim() != 1 or (values.is_floating_point() and len(values) > 0):
+        raise ValueError(f"{name} of a document must be a list of {kind}; {error}.") from error
+    if values.dim() != 1:
         raise ValueError(
-            f"{name} of a document must be a list of whole numbers; got {values.dtype} of shape {tuple(values.shape)}."
+            f"{name} of a document must be a list of {kind}; got {values.dtype} of shape {tuple(values.shape)}."
         )
-    return values.long()
+    return values
 
 
 class DocumentStreams(IterableDataset):

@@ -96,6 +96,7 @@ class InfiniTrainer(Trainer):
     - Checkpoints that are whole or not there, whatever stops the run.
     - Gates with their own learning rate, without decay, and frozen at first.
     - A loss of your own over each chunk, with inputs that it alone reads (`loss_inputs`): override `compute_loss`.
+      Those of documents that are a number for each token are batched, too.
     - Logs of the gates' local shares, the norms of the memory and tokens/s; NaN or inf in a memory or the loss stops
       training.
     - `eval_loss` is the mean over all tokens, not over batches. (Documents that several processes read twice to fill
@@ -123,7 +124,7 @@ class InfiniTrainer(Trainer):
         self._has_own_optimizer = self.optimizer is not None
         self._is_causal_lm = self._loss_shifts_labels and hasattr(infini_module(self.model), "lm_head")
         if data_collator is None and self._is_causal_lm:
-            self.data_collator = collate_documents
+            self.data_collator = partial(collate_documents, loss_inputs=self.loss_inputs)
         self._memory_of_streams: InfiniCache | None = None
         self._evaluation = _Evaluation(is_stream=False)
         self._state_norms: dict[str, list[float]] = {}
