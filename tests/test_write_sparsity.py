@@ -108,6 +108,15 @@ def test_a_model_without_write_gates_is_refused():
         pass
 
 
+def test_a_model_without_layers_that_write_is_refused_by_another_sentence():
+    model = gated_model(memory_layers=[])
+    with (
+        pytest.raises(TypeError, match=r"no layer with a memory \(memory_layers=\[\]\)"),
+        sparse_writes(model, WEIGHT),
+    ):
+        pass
+
+
 def test_a_model_that_was_compiled_before_has_it_too():
     model, ids = gated_model(), random_ids(1, 9)
     compiled = torch.compile(model, backend="eager")

@@ -77,6 +77,8 @@ def sparse_writes(model: nn.Module, weight: float, margin: float = 20.0) -> Iter
     layers = [module for module in model.modules() if isinstance(module, InfiniAttention) and module.has_memory]
     # What wraps them included, as PEFT does.
     gates = [layer.memory.write_gate for layer in layers if layer.config.memory_write_gate]
+    if not layers:
+        raise TypeError("The model has no layer with a memory (memory_layers=[]): nothing is written.")
     if not gates:
         raise TypeError("The model has no write gates: make it with memory_write_gate=True.")
 
