@@ -135,6 +135,10 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
+        # The memory's own weights among them.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model, tokenizer
 
 

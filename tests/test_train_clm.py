@@ -5,14 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_clm
-from tiny import tiny_model
+from tiny import EVERY_OPTION, random_ids, tiny_model
 from words import save_word_tokenizer
 
-from modeling_infini import InfiniConfig
+from conversion.checkpoints import is_memory_weight
+from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import InfiniTrainer
 
 
@@ -84,17 +86,35 @@ def test_evaluation_while_it_trains_does_not_stand_in_for_training(tmp_path, mon
     assert len(trained) == 1
 
 
-def test_lora_trains_every_part_of_the_memory(tmp_path):
-    fields = {"memory_write_gate": True, "memory_norm_init_scale": 1.5, "use_mem_delta_rule": True}
-    fields |= {"learned_delta_update": True}
-    tiny_model(**fields).save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_trains_every_part_of_the_memory(tmp_path, dtype):
+    tiny_model(dtype, **EVERY_OPTION).save_pretrained(tmp_path)
     save_word_tokenizer(tmp_path)
     model, _ = train_clm.load_model(train_clm.ModelArguments(model=str(tmp_path), lora_rank=2), [], "text")
-    base = {name for name, _ in tiny_model().named_parameters()}
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    for part in ("head_gates", "write_gate", "query_norm", "key_norm", "write_strength"):
-        assert any(f"{part}.modules_to_save" in name for name in trained), part
-    of_memory = [name for name, _ in tiny_model(**fields).named_parameters() if name not in base]
-    assert len(of_memory) == len([name for name in trained if "modules_to_save" in name and "head_gates" not in name])
+    whole = {name for name, _ in tiny_model(**EVERY_OPTION).named_parameters()}
+    of_memory = {name for name in whole if is_memory_weight(name)}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    found = [name for name in trained if "modules_to_save" in name]
+    assert {name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in found} == (
+        of_memory
+    )
+    # Small steps round away in bfloat16; what stands still is as it was.
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == dtype
+    ids = random_ids(2, 23)
+    model.train()(ids, labels=ids).loss.backward()
+    assert {name for name, weight in trained.items() if weight.grad is None} == set()
+    still = {name for name in found if not trained[name].grad.any()}
+    assert all("slot_score" in name for name in still), still
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(1e-3)
+    model.eval()
+    expected = model(ids).logits
     merged = model.merge_and_unload()
-    assert {name for name, _ in merged.named_parameters()} == {*base, *of_memory}
+    assert {name for name, _ in merged.named_parameters()} == whole
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    merged.save_pretrained(tmp_path / "merged")
+    again = InfiniForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    for name in of_memory:
+        assert torch.equal(again.get_parameter(name), merged.get_parameter(name)), name
