@@ -360,7 +360,7 @@ class _Run:
                 with torch.no_grad():
                     figures, examples, held_out = self.attend(index, student, hidden_states)
                 trained: dict[str, torch.Tensor] = {}
-                if figures.missing >= LEAST_MISSING:
+                if examples:
                     task = _LayerTask(student, self.call(self.config, True)["layout"])
                     task.train(examples, steps, seed + index)
                     figures.own, figures.foreign = task.explained(held_out)
@@ -391,7 +391,7 @@ class _Run:
         config = self.teacher_config(index)
         teacher, call = self.layer(config, index, {}), self.call(config, False)
         local_call = self.call(self.config, False)
-        error = norm = 0.0
+        error = norm = missing = 0.0
         examples: dict[int, Example] = {}
         after = self.config.segment_length
         order = [*self.held_out, *(window for window in range(len(self.ids)) if window not in self.held_out)]
@@ -400,16 +400,17 @@ class _Run:
             with _inputs_of(teacher.self_attn.o_proj) as target:
                 hidden_states[window] = teacher(states, **call)[0]
             is_held_out = number < len(self.held_out)
-            if not is_held_out and error < LEAST_MISSING * norm:
+            if not (is_held_out or missing >= LEAST_MISSING):
                 continue
             example = _example(student, teacher.input_layernorm(states), target[0], local_call)
             missed = (example.local - example.target)[after:].flatten(1)
             if is_held_out:
                 error += linear(missed, student.o_proj.weight).float().square().sum().item()
                 norm += linear(example.target[after:].flatten(1), student.o_proj.weight).float().square().sum().item()
+                missing = error / norm if norm > 0 else 0.0
             examples[window] = example
         held_out = [examples.pop(window) for window in self.held_out]
-        return LayerTransfer(index, error / norm), list(examples.values()), held_out
+        return LayerTransfer(index, missing), list(examples.values()), held_out
 
     def choose(self, layers: list[LayerTransfer]) -> Transfer:
         """Drops the half of the layers whose memories explain least, until the rest helps the model on new text."""

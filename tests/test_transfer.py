@@ -171,6 +171,33 @@ def test_windows_that_are_held_out_are_of_several_texts(tmp_path, count):
     assert len({window % count for window in run.held_out}) > 1
 
 
+@torch.no_grad()
+def test_a_layer_learns_or_not_by_one_decision(tmp_path, texts, monkeypatch):
+    """Also where what is missing is the limit itself, but for rounding, and where the output is nothing."""
+    run = run_of(converted(tmp_path), texts, tmp_path)
+    student = student_of(run, 0)
+    limit = module.LEAST_MISSING
+    for _ in range(3):
+        monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
+        missing = run.attend(0, student, run.embedded())[0].missing
+        monkeypatch.setattr(module, "LEAST_MISSING", missing)
+        figures, examples, _ = run.attend(0, student, run.embedded())
+        assert figures.missing == missing
+        assert len(examples) == 7
+        student.o_proj.weight.mul_(1.01)
+    monkeypatch.setattr(module, "LEAST_MISSING", limit)
+    student.o_proj.weight.zero_()
+    figures, examples, _ = run.attend(0, student, run.embedded())
+    assert (figures.missing, examples) == (0.0, [])
+
+
+def test_a_conversion_in_float16_has_its_base_for_a_teacher(tmp_path, texts):
+    converted(tmp_path)
+    convert_to_infini(tmp_path / "base", tmp_path / "half", segment_length=N, dtype="float16")
+    save_word_tokenizer(tmp_path / "half")
+    transfer(tmp_path / "half", [texts], steps=1, teacher=tmp_path / "base")
+
+
 def test_layers_of_no_use_get_no_memory(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(module, "LEAST_MISSING", 2.0)
     folder = converted(tmp_path)
