@@ -153,10 +153,12 @@ def require_known_distances(config: InfiniConfig) -> None:
     if config.longest_distance > config.max_position_embeddings:
         reach = "2 * segment_length + num_sink_tokens" if config.is_sliding else "segment_length"
         reach += " + num_memory_slots" if config.num_memory_slots else ""
+        slots_left = config.max_position_embeddings - config.longest_distance + config.num_memory_slots
+        fewer = f"a num_memory_slots of at most {slots_left}, or " if slots_left >= 0 else ""
         raise ValueError(
             f'With local_attention="{config.local_attention}", {reach} = {config.longest_distance} must not exceed '
-            f"the {config.max_position_embeddings} positions that the source was trained on. Choose a smaller "
-            f"segment_length than {config.segment_length}."
+            f"the {config.max_position_embeddings} positions that the source was trained on. Choose {fewer}a "
+            f"smaller segment_length than {config.segment_length}."
         )
 
 

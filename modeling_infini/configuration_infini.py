@@ -406,7 +406,8 @@ class InfiniConfig(LlamaConfig):
             raise ValueError(
                 f'rope_type="dynamic" changes its frequencies beyond max_position_embeddings='
                 f"{self.max_position_embeddings}, but local attention reaches {self.longest_distance} tokens. "
-                f"Choose a smaller segment_length={self.segment_length}."
+                f"Choose a smaller segment_length={self.segment_length}"
+                + (f" or num_memory_slots={self.num_memory_slots}." if self.num_memory_slots else ".")
             )
 
 

@@ -479,7 +479,12 @@ class TestReplaceMemory:
             ({GATES: torch.full((4,), float("nan"))}, {}, "NaN"),
             ({}, {"hidden_size": 3}, "hidden_size is no field that a memory brings"),
             ({}, {"segment_length": 0}, "segment_length=0 must be at least 1"),
-            ({}, {"segment_length": 40}, "must not exceed the 64 positions"),
+            ({}, {"segment_length": 40}, "must not exceed the 64 positions.*Choose a smaller segment_length than 40"),
+            (
+                {},
+                {"num_memory_slots": 50},
+                "must not exceed the 64 positions.*Choose a num_memory_slots of at most 42",
+            ),
         ],
     )
     def test_what_does_not_fit_is_refused_and_nothing_changed(self, trained, weights, fields, message):
