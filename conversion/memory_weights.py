@@ -311,7 +311,8 @@ def initial_memory_weights(config: InfiniConfig, layer: int) -> dict[str, torch.
     of_model = InfiniPreTrainedModel(config)
     weights: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layer)
+        # Not torch.manual_seed, which seeds accelerators as well.
+        torch.default_generator.manual_seed(layer)
         for child, module in attention.named_children():
             if is_memory_weight(f"{prefix}{child}."):
                 module.to_empty(device="cpu").apply(of_model._init_weights)

@@ -429,7 +429,7 @@ class TestTheBaseStays:
         }
 
 
-def test_a_conversion_starts_with_what_a_model_starts_with(tmp_path, base):
+def test_a_conversion_starts_with_what_a_model_starts_with(tmp_path, base, monkeypatch):
     fields = {**OPTIONS, "memory_layers": None}
     convert_to_infini(base, tmp_path / "ours", segment_length=N, head_gate_init_value=1.0, **fields)
     model = loaded(tmp_path / "ours")
@@ -444,12 +444,17 @@ def test_a_conversion_starts_with_what_a_model_starts_with(tmp_path, base):
                 assert not torch.equal(weight, model.get_parameter(other))
             else:
                 assert torch.equal(weight, expected)
-    # To no one's surprise, the state of the generator is what it was.
+    # To no one's surprise, the state of the generator is what it was, and those of accelerators are not touched.
     state = torch.get_rng_state()
+    seeded = []
+    for backend in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(backend, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeded.append)
     assert initial_memory_weights(model.config, 0).keys() == {
         name for name, _ in model.named_parameters() if is_memory_weight(name) and ".0." in name
     }
     assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded
     convert_from_infini(tmp_path / "ours", tmp_path / "back")
     assert base_bytes(tmp_path / "back") == base_bytes(base)
 
