@@ -266,16 +266,16 @@ def load_memory(model: nn.Module, memory: "str | os.PathLike | MemoryWeights") -
     """
     memory = memory if isinstance(memory, MemoryWeights) else MemoryWeights.load(memory)
     own, config = _plain_model(model)
+    there, here = memory.config.memory_fields(), config.memory_fields()
     for name in MEMORY_OPTIONS:
-        here = getattr(config, name)
-        # Where gates began has no meaning when they are there.
-        if name != "head_gate_init_value" and name in memory.options and not _same(memory.options[name], here):
+        # Where gates began is no field of them: it has no meaning when they are there.
+        if name in here and not _same(there[name], here[name]):
             raise ValueError(
-                f"The memory was trained with {name}={memory.options[name]!r}, and the model has {name}={here!r}. "
-                "Convert the base with it: convert_to_infini(base, folder, memory=...), and load that; or load the "
-                f"conversion with {name} as the memory has it."
+                f"The memory was trained with {name}={there[name]!r:.100}, and the model has "
+                f"{name}={here[name]!r:.100}. Convert the base with it: convert_to_infini(base, folder, memory=...), "
+                f"and load that; or load the conversion with {name} as the memory has it."
             )
-    memory.require_base(base_fingerprint(own), config, "the model")
+    memory.require_base(own, config, "the model")
     weights = dict(own.named_parameters())
     with torch.no_grad():
         for name, weight in memory.weights.items():

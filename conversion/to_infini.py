@@ -186,11 +186,12 @@ def _options_of(memory: MemoryWeights, given: dict[str, Any], head_gates: HeadGa
     """The fields of a memory. Raises ValueError if options that were given contradict them."""
     if head_gates is not None:
         raise ValueError("head_gates contradicts the memory, which brings its own gates. Leave one of them out.")
+    fields = memory.config.memory_fields()
     for name, value in given.items():
-        own = memory.options.get(name, getattr(InfiniConfig, name))
+        own = fields.get(name, getattr(memory.config, name))
         if value is not None and value != own:
             raise ValueError(
-                f"{name}={value!r} contradicts the memory, which was trained with {name}={own!r}. Leave it out."
+                f"{name}={value!r} contradicts the memory, which was trained with {name}={own!r:.100}. Leave it out."
             )
     return memory.options
 

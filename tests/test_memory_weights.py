@@ -257,6 +257,22 @@ class TestFields:
         convert_to_infini(base, tmp_path / "ours", memory=memory, segment_length=N, memory_feature_map="exp")
         assert loaded(tmp_path / "ours").config.memory_layers == [1]
 
+    def test_that_say_the_same_in_other_words_are_the_same(self, tmp_path, base):
+        for name, layers in (("default", None), ("listed", [0, 1])):
+            convert_to_infini(base, tmp_path / name, segment_length=N, memory_layers=layers)
+            train(loaded(tmp_path / name)).save_pretrained(tmp_path / f"{name}-trained")
+            save_memory(tmp_path / f"{name}-trained", tmp_path / f"{name}-memory")
+        for name, other in (("default", "listed"), ("listed", "default")):
+            model, memory = loaded(tmp_path / name), tmp_path / f"{other}-memory"
+            load_memory(model, memory)
+            apply_memory(tmp_path / name, memory)
+            convert_to_infini(base, tmp_path / f"{name}-again", memory=memory, memory_layers=[0, 1])
+            expected = logits(loaded(tmp_path / f"{other}-trained"))
+            for found in (model, loaded(tmp_path / name), loaded(tmp_path / f"{name}-again")):
+                assert torch.equal(logits(found), expected)
+        with pytest.raises(ValueError, match=r"memory_layers=\[0\] contradicts the memory.*memory_layers=\[0, 1\]"):
+            convert_to_infini(base, tmp_path / "no", memory=tmp_path / "default-memory", memory_layers=[0])
+
     def test_that_no_memory_has_are_refused(self, tmp_path, base):
         with pytest.raises(TypeError, match="no argument memory_laiers"):
             convert_to_infini(base, tmp_path / "ours", segment_length=N, memory_laiers=[1])
