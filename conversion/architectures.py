@@ -256,10 +256,10 @@ def require_supported(fields: dict[str, Any]) -> None:
             "model: `python -m conversion from-infini` gives it back."
         )
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f'Cannot convert a model of type "{model_type}". {supported}')
+        raise ValueError(f'Cannot convert a model of type "{model_type!s:.100}". {supported}')
     for name, kind in FIELD_KINDS.items():
         if not isinstance(fields.get(name) or kind(), kind):
-            raise ValueError(f"config.json has {name}={fields[name]!r}, which must be a {kind.__name__}.")
+            raise ValueError(f"config.json has {name}={fields[name]!r:.200}, which must be a {kind.__name__}.")
     for name, feature in UNSUPPORTED_FIELDS.items():
         if not says_nothing(name, fields.get(name)):
             raise ValueError(f"Cannot convert a model with {feature} (its configuration has {name}). {supported}")
@@ -268,7 +268,7 @@ def require_supported(fields: dict[str, Any]) -> None:
     if share != 1.0:
         raise ValueError(f"Cannot convert a model with partial rotary embeddings ({share} of each head). {supported}")
     if text := {name: value for name, value in rope.items() if isinstance(value, str) and "type" not in name}:
-        raise ValueError(f"config.json has {text} in its rotary embeddings, which must be numbers.")
+        raise ValueError(f"config.json has {text!s:.200} in its rotary embeddings, which must be numbers.")
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"Cannot convert a model whose rotary embeddings differ between layers. {supported}")
     if fields.get("is_causal") is False:
@@ -284,7 +284,7 @@ def _require_known_layers(model_type: str, fields: dict[str, Any]) -> None:
     slides = model_type.startswith("qwen") and fields.get("use_sliding_window") and fields.get("sliding_window", 1)
     if foreign := sorted(kinds - ({"sliding_attention"} if slides else set())):
         raise ValueError(
-            f"Cannot convert a {model_type} with layers of the type {listed(foreign)} (its configuration has "
+            f"Cannot convert a {model_type} with layers of the type {listed(foreign):.200} (its configuration has "
             f"layer_types, and sliding_window={fields.get('sliding_window')})."
         )
 
@@ -293,8 +293,8 @@ def _require_language_model(fields: dict[str, Any]) -> None:
     classes = fields.get("architectures") or ()
     if classes and not any(name.lower().endswith("forcausallm") for name in classes):
         raise ValueError(
-            f"Cannot convert a {classes[0]}: it is no causal language model, and what its head has learned would be "
-            "lost. Convert the language model that it was made from, and train a head on the conversion."
+            f"Cannot convert a {classes[0]:.100}: it is no causal language model, and what its head has learned would "
+            "be lost. Convert the language model that it was made from, and train a head on the conversion."
         )
 
 
@@ -302,9 +302,9 @@ def _require_stock_code(model_type: str, fields: dict[str, Any]) -> None:
     own = {name: code for name, code in (fields.get("auto_map") or {}).items() if name != "AutoTokenizer"}
     if own:
         raise ValueError(
-            f"Cannot convert a model with code of its own (its configuration has auto_map: {own}), which may compute "
-            f"something else than a {model_type} of transformers. If it does not, remove auto_map from a copy of its "
-            "config.json."
+            f"Cannot convert a model with code of its own (its configuration has auto_map: {own!s:.300}), which may "
+            f"compute something else than a {model_type} of transformers. If it does not, remove auto_map from a copy "
+            "of its config.json."
         )
 
 
@@ -322,9 +322,9 @@ def _require_known_fields(model_type: str, fields: dict[str, Any]) -> None:
     }
     if computing := [name for name in foreign if COMPUTATION.search(name) and name not in ours]:
         raise ValueError(
-            f"Cannot convert a model whose configuration has {computing[0]}={foreign[computing[0]]}: a {model_type} "
-            "has no such field, and it may change what the model computes. If it does not, remove it from a copy of "
-            "its config.json."
+            f"Cannot convert a model whose configuration has {computing[0]:.100}={foreign[computing[0]]!s:.100}: "
+            f"a {model_type} has no such field, and it may change what the model computes. If it does not, remove it "
+            "from a copy of its config.json."
         )
     if foreign:
         logger.warning("A %s has no such fields; they change nothing: %s.", model_type, ", ".join(foreign))

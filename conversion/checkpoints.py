@@ -149,7 +149,7 @@ class Checkpoint:
         """
         if (model_type := self.config_fields.get("model_type")) != InfiniConfig.model_type:
             raise ValueError(
-                f'{self.name or self.folder} is no Infini-attention checkpoint, but of type "{model_type}". '
+                f'{self.name or self.folder} is no Infini-attention checkpoint, but of type "{model_type!s:.100}". '
                 "`python -m conversion to-infini` makes one of it, if it can."
             )
         return self.config

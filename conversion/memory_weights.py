@@ -226,7 +226,7 @@ class MemoryWeights:
         try:
             expected = memory_shapes(memory.config)
         except NO_CONFIG as error:
-            raise ValueError(f"{damage} {MEMORY_CONFIG} describes no model ({error.__cause__ or error}).") from error
+            raise ValueError(f"{damage} {MEMORY_CONFIG} describes no model ({_briefly(error)}).") from error
         memory.weights = _read_weights(folder / MEMORY_FILE, expected, damage)
         if memory.digest != fields["sha256"]:
             raise ValueError(f"{damage} {MEMORY_FILE} is not what was saved with {MEMORY_CONFIG}.")
@@ -331,7 +331,7 @@ def require_fitting(weights: Mapping[str, torch.Tensor], expected: Mapping[str, 
     for name, weight in weights.items():
         if name not in expected or weight.shape != expected[name]:
             fit = f"of {tuple(expected[name])}" if name in expected else "a parameter of this memory"
-            raise ValueError(f"{name:.100} of {holder} is of the shape {tuple(weight.shape)}, not {fit}.")
+            raise ValueError(f"{name:.100} of {holder} is of the shape {tuple(weight.shape)!s:.100}, not {fit}.")
         if not weight.isfinite().all():
             raise ValueError(f"{name} of {holder} holds NaN or infinity: a training has gone wrong.")
 
@@ -410,6 +410,11 @@ def _read_fields(file: Path) -> dict[str, Any]:
     return fields
 
 
+def _briefly(error: BaseException) -> str:
+    """What went wrong, without the whole of what a file says."""
+    return f"{error.__cause__ or error!s:.300}"
+
+
 def _require_known(file: Path, fields: Iterable[str], known: Iterable[str]) -> None:
     if foreign := sorted(set(fields) - set(known)):
         raise ValueError(
@@ -431,10 +436,10 @@ def _read_weights(file: Path, expected: Mapping[str, torch.Size], damage: str) -
             for name in names:
                 # From the header: nothing larger than what fits is read.
                 if (shape := content.get_slice(name).get_shape()) != list(expected[name]):
-                    raise ValueError(f"{name} is of the shape {tuple(shape)}, not {tuple(expected[name])}")
+                    raise ValueError(f"{name} is of the shape {tuple(shape)!s:.100}, not {tuple(expected[name])}")
             weights = {name: content.get_tensor(name).clone() for name in names}
     except (SafetensorError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{damage} {file.name} cannot be read ({error}).") from error
+        raise ValueError(f"{damage} {file.name} cannot be read ({_briefly(error)}).") from error
     for name, weight in weights.items():
         if weight.dtype not in WEIGHT_DTYPES or not weight.isfinite().all():
             raise ValueError(f"{damage} {name} is of {weight.dtype}, or holds NaN or infinity.")

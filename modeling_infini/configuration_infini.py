@@ -369,11 +369,13 @@ class InfiniConfig(LlamaConfig):
             layers = getattr(self, name)
             if layers is not None and any(not 0 <= a < b for a, b in pairwise([*layers, self.num_hidden_layers])):
                 raise ValueError(
-                    f"{name}={layers} must be indices of the num_hidden_layers={self.num_hidden_layers} layers, "
-                    "from 0 on, each greater than the one before."
+                    f"{name}={_BRIEFLY.repr(layers)} must be indices of the num_hidden_layers={self.num_hidden_layers} "
+                    "layers, from 0 on, each greater than the one before."
                 )
         if self.slot_layers and not self.num_memory_slots:
-            raise ValueError(f"slot_layers={self.slot_layers} needs num_memory_slots: how many each of them has.")
+            raise ValueError(
+                f"slot_layers={_BRIEFLY.repr(self.slot_layers)} needs num_memory_slots: how many each of them has."
+            )
         self._validate_floats()
         if getattr(self, "is_causal", True) is False:
             raise ValueError("is_causal=False is not supported: a memory holds what was read before.")

@@ -50,6 +50,7 @@ OPTIONS = {
     "use_mem_delta_rule": True,
     "num_memory_slots": 3,
 }
+SAME = {name: value for name, value in OPTIONS.items() if name != "memory_layers"}
 
 
 def train(model):
@@ -390,6 +391,10 @@ DAMAGES = {
     "value": (set_field("memory", "segment_length", value="9"), "describes no model"),
     "rule": (set_field("memory", "memory_layers", value=[7]), "describes no model"),
     "rope": (set_field("base", "config", "rope_parameters", value={"rope_type": []}), "describes no model"),
+    "long name": (set_field("memory", "memory_feature_map", value="a" * 100_000), "describes no model"),
+    "long list": (set_field("memory", "memory_layers", value=[9] * 100_000), "describes no model"),
+    "long rope": (set_field("base", "config", "rope_parameters", "rope_type", value="a" * 100_000), "describes no"),
+    "long shape": (set_weights(lambda weights: weights.update({GATES: torch.ones([1] * 9_000)})), "is of the shape"),
     "depth": (lambda folder: (folder / "memory_config.json").write_text("[" * 100_000), "memory_config.json"),
     "size": (lambda folder: (folder / "memory_config.json").write_text(" " * 2_000_000), "longer than 1,048,576"),
     "text file": (lambda folder: (folder / "memory_config.json").write_bytes(b"\xff\xfe"), "no valid JSON"),
@@ -403,6 +408,24 @@ def test_what_is_damaged_foreign_or_hostile_is_refused_with_a_sentence(memory, d
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         MemoryWeights.load(memory)
     assert len(str(error.value)) < 600
+
+
+def test_what_a_foreign_file_says_is_shortened_in_messages(tmp_path, base, memory):
+    for name in ("name", "model_type"):
+        set_field("base", name, value="a" * 100_000)(memory)
+    found = MemoryWeights.load(memory)
+    found.base["config"]["num_hidden_layers"] = 10_000
+    many = MemoryWeights({**found.options, "memory_layers": list(range(10_000))}, found.base, found.weights)
+    convert_to_infini(base, tmp_path / "ours", segment_length=N)
+    for refused in (
+        lambda: apply_memory(tmp_path / "ours", many),
+        lambda: convert_to_infini(base, tmp_path / "new", memory=many),
+        lambda: convert_to_infini(base, tmp_path / "new", memory=many, memory_layers=[0]),
+        lambda: load_memory(loaded(tmp_path / "ours", memory_layers=[0], **SAME), many),
+    ):
+        with pytest.raises(ValueError, match="memory") as error:
+            refused()
+        assert len(str(error.value)) < 800
 
 
 class TestTheBaseStays:

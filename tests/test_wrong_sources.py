@@ -126,6 +126,34 @@ def test_fields_of_another_kind_are_named(tmp_path, fields, message):
         convert_to_infini(tmp_path / "source", tmp_path / "out", segment_length=N)
 
 
+LONG = "scale" * 20_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": LONG},
+        {"architectures": [LONG]},
+        {"auto_map": {"AutoModel": LONG}},
+        {"rope_parameters": {"rope_theta": LONG}},
+        {"rope_scaling": LONG},
+        {"model_type": "qwen2", "layer_types": [LONG, LONG]},
+        {LONG: 3},
+        {"residual_scale": LONG},
+    ],
+)
+def test_what_a_foreign_file_says_is_shortened_in_messages(tmp_path, fields):
+    base_model().save_pretrained(tmp_path / "source")
+    edit_config(tmp_path / "source", **fields)
+    for read in (
+        lambda: convert_to_infini(tmp_path / "source", tmp_path / "out", segment_length=N),
+        lambda: convert_from_infini(tmp_path / "source", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            read()
+        assert len(str(error.value)) < 1000
+
+
 def test_gguf_files_are_known_by_their_names(tmp_path):
     (tmp_path / "m.GGUF").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"m\.GGUF is incomplete or damaged"):
