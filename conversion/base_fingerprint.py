@@ -1,6 +1,7 @@
 """Which base a memory belongs to: a hash of the base's weights, whatever files or model hold them."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -28,9 +29,16 @@ def base_fingerprint(source: Checkpoint | nn.Module, dtype: torch.dtype | None =
         dtype: that the weights are to have; `None`: their own.
 
     Raises:
-        ValueError: if a weight is quantized, sharded over processes, or not on this machine's CPU or GPU.
+        ValueError: if a weight is quantized, sharded over processes, or not on this machine's CPU or GPU, or the model
+            has another head than a language model's, or none.
     """
-    weights = source.shapes if isinstance(source, Checkpoint) else source.state_dict()
+    weights = _weights(source)
+    if foreign := sorted(name for name in weights if not name.startswith(("model.", "lm_head."))):
+        holder = (source.name or source.folder) if isinstance(source, Checkpoint) else "The model"
+        raise ValueError(
+            f"{holder} holds {foreign[0]:.100}, and is no causal language model, by whose weights a base is known. "
+            "Take a folder of the language model: models with other heads are loaded from it, too."
+        )
     digests = {}
     for name, weight in weights.items():
         if not is_memory_weight(name) and not name.endswith(LEGACY_BUFFER):
@@ -45,6 +53,18 @@ def base_fingerprint(source: Checkpoint | nn.Module, dtype: torch.dtype | None =
     if digests.get(HEAD) == digests.get(EMBEDDINGS):
         digests.pop(HEAD, None)
     return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
+
+
+def in_float16(source: Checkpoint | nn.Module) -> bool:
+    """Whether weights of the base are in float16, where small ones are others than in float32 and bfloat16."""
+    return any(
+        weight.dtype == torch.float16 for name, weight in _weights(source).items() if not is_memory_weight(name)
+    )
+
+
+def _weights(source: Checkpoint | nn.Module) -> Mapping[str, torch.Tensor]:
+    """Those of a checkpoint have shapes and dtypes alone."""
+    return source.shapes if isinstance(source, Checkpoint) else source.state_dict()
 
 
 def _require_plain(name: str, weight: torch.Tensor) -> None:

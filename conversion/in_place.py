@@ -21,7 +21,6 @@ from modeling_infini.configuration_infini import code_files, copy_whole
 from modeling_infini.modeling_infini import FORMER_NAMES
 
 from .architectures import MEMORY_OPTIONS, require_known_distances
-from .base_fingerprint import base_fingerprint
 from .checkpoints import (
     MEMORY_SHARD,
     WEIGHTS_FIELD,
@@ -52,7 +51,7 @@ def apply_memory(folder: str | os.PathLike, memory: str | os.PathLike | MemoryWe
     """
     memory = memory if isinstance(memory, MemoryWeights) else MemoryWeights.load(memory)
     checkpoint = Checkpoint(folder)
-    memory.require_base(base_fingerprint(checkpoint), checkpoint.infini_config, str(folder))
+    memory.require_base(checkpoint, checkpoint.infini_config, str(folder))
     replace_memory(folder, memory.weights, memory.options, applied=memory.as_origin)
 
 

@@ -27,7 +27,7 @@ from modeling_infini.cache import MAX_HEADER, digest_of
 from modeling_infini.modeling_infini import InfiniAttention
 
 from .architectures import MEMORY_OPTIONS
-from .base_fingerprint import base_fingerprint
+from .base_fingerprint import base_fingerprint, in_float16
 from .checkpoints import WEIGHT_DTYPES, Checkpoint, is_memory_weight, new_folder, read_json, write_json
 from .model_card import memory_card
 from .small_files import CARD
@@ -80,20 +80,23 @@ class MemoryWeights:
             ValueError: if the base's weights are no longer those that the model was converted from, or the weights are
                 those of a part, of an adapter, quantized, or not finite.
         """
+        base: Any
         if isinstance(source, nn.Module):
-            model, config = _plain_model(source)
-            holder, weights = "the model", model.state_dict()
-            fingerprint, read = base_fingerprint(model), weights.__getitem__
+            base, config = _plain_model(source)
+            holder, weights = "the model", base.state_dict()
+            read = weights.__getitem__
         else:
-            checkpoint = Checkpoint(source, revision)
-            holder, config, weights = str(source), checkpoint.infini_config, checkpoint.shapes
-            fingerprint, read = base_fingerprint(checkpoint), checkpoint.read
+            base = Checkpoint(source, revision)
+            holder, config, weights, read = str(source), base.infini_config, base.shapes, base.read
+        fingerprint = base_fingerprint(base)
         origin = config.converted_from or {}
         if (recorded := origin.get("fingerprint", fingerprint)) != fingerprint:
             raise ValueError(
                 f"The base's weights in {holder} are not those that it was converted from (their fingerprint is "
-                f"{fingerprint[:16]}, and was {recorded[:16]}): they were trained too, and the memory is theirs. "
-                "Publish the whole checkpoint, or train the memory's own parameters alone."
+                f"{fingerprint[:16]}, and was {recorded[:16]}): they were trained too"
+                + (", or are in another dtype (in float16, small weights are others)" if in_float16(base) else "")
+                + ", and the memory is theirs. Publish the whole checkpoint, or train the memory's own parameters "
+                "alone, and save it in the dtype of the conversion."
             )
         expected = memory_shapes(config)
         if not expected:
@@ -105,8 +108,8 @@ class MemoryWeights:
         taken = {name: at_least_float32(read(name)) for name in expected}
         require_fitting(taken, expected, holder)
         known = {name: origin[name] for name in ORIGIN_FIELDS if name in origin}
-        base = {"fingerprint": fingerprint, "config": base_fields(config), **known}
-        return cls({name: getattr(config, name) for name in MEMORY_OPTIONS}, base, taken)
+        of_base = {"fingerprint": fingerprint, "config": base_fields(config), **known}
+        return cls({name: getattr(config, name) for name in MEMORY_OPTIONS}, of_base, taken)
 
     @cached_property
     def config(self) -> InfiniConfig:
@@ -136,28 +139,36 @@ class MemoryWeights:
             shares[layer] = torch.sigmoid(self.config.head_gate_scale * gates)
         return shares
 
-    def require_base(self, fingerprint: str, config: InfiniConfig, holder: str) -> None:
+    def require_base(self, source: Checkpoint | nn.Module, config: InfiniConfig, holder: str) -> None:
         """
         Args:
-            fingerprint: of a base, by [`base_fingerprint`].
+            source: what has the base's weights.
             config: of a conversion of it.
             holder: what to call it in the message.
 
         Raises:
             ValueError: if the memory belongs to another base.
         """
-        whose = "a memory of " + (self.base.get("name") or f"a {self.base.get('model_type', 'model')}")
+        name = self.base.get("name", "")[:100]
+        whose = "a memory of " + (name or f"a {self.base.get('model_type', 'model'):.100}")
         own = base_fields(config)
-        for name, value in self.base["config"].items():
-            if not _same(value, own[name]):
+        for field, value in self.base["config"].items():
+            if not _same(value, own[field]):
                 raise ValueError(
-                    f"This is {whose} with {name}={value!r:.100}; {holder} has {name}={own[name]!r:.100}."
+                    f"This is {whose} with {field}={value!r:.100}; {holder} has {field}={own[field]!r:.100}."
                 )
-        if fingerprint != self.base["fingerprint"]:
+        expected, fingerprint = self.base["fingerprint"], base_fingerprint(source)
+        # What was trained on a conversion to float16 is the base's, too.
+        if expected != fingerprint and base_fingerprint(source, torch.float16) != expected:
+            advice = f"Take its base, {name}." if name else "Take its base."
+            if in_float16(source):
+                advice = (
+                    "In float16, small weights are others: if it is the base but for that, take it in the base's own "
+                    "dtype, or convert the base with the memory at once: convert_to_infini(..., memory=...)."
+                )
             raise ValueError(
-                f"This is {whose} with the fingerprint {self.base['fingerprint'][:16]}, and that of {holder} is "
-                f"{fingerprint[:16]}: to weights that it was not trained with, a memory means nothing. Take its base"
-                + (f", {self.base['name']}." if "name" in self.base else ".")
+                f"This is {whose} with the fingerprint {expected[:16]}, and that of {holder} is {fingerprint[:16]}: "
+                f"to weights that it was not trained with, a memory means nothing. {advice}"
             )
 
     def save(

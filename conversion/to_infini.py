@@ -145,14 +145,13 @@ def convert_to_infini(
     require_supported(checkpoint.config_fields)
     config = infini_config(checkpoint.config, origin=_origin(checkpoint, head_gates, memory), **options)
     shapes, weights = _base_weights(checkpoint, config, weight_dtype)
-    fingerprint = base_fingerprint(checkpoint, weight_dtype)
-    config.converted_from["fingerprint"] = fingerprint
+    config.converted_from["fingerprint"] = base_fingerprint(checkpoint, weight_dtype)
     if memory is None:
         gates = _gate_weights(config, head_gates)
         local_shares = torch.sigmoid(gates * config.head_gate_scale)
         of_memory = _new_memory(config, gates)
     else:
-        memory.require_base(fingerprint, config, str(source))
+        memory.require_base(checkpoint, config, str(source))
         local_shares = memory.local_shares
         of_memory = {name: weight.clone for name, weight in memory.weights.items()}
     config.architectures = [InfiniForCausalLM.__name__]

@@ -36,7 +36,7 @@ from modeling_infini.memory import MemoryState
 from modeling_infini.modeling_infini import InfiniAttention, InfiniDecoderLayer
 
 from .architectures import MEMORY_OPTIONS, base_config
-from .base_fingerprint import base_fingerprint
+from .base_fingerprint import EMBEDDINGS, base_fingerprint
 from .checkpoints import Checkpoint, is_memory_weight, read_json, write_json
 from .in_place import replace_memory
 from .memory_weights import initial_memory_weights
@@ -175,7 +175,9 @@ def transfer(
     config = _config(checkpoint.infini_config, **FIELDS, **no_slots, memory_layers=None, head_gate_init_value=0.0)
     fingerprint = base_fingerprint(checkpoint)
     weights = checkpoint if teacher is None else Checkpoint(teacher)
-    if teacher is not None and base_fingerprint(weights) != fingerprint:
+    # In the conversion's dtype: in float16, small weights are others.
+    as_here = checkpoint.shapes[EMBEDDINGS].dtype
+    if teacher is not None and fingerprint not in (base_fingerprint(weights), base_fingerprint(weights, as_here)):
         raise ValueError(f"{teacher} is not the base of {folder}: its weights are others. Leave the teacher out.")
     ids, num_texts = _calibration_windows(folder, texts, _window_length(config), tokens, seed)
     if num_texts == 1:

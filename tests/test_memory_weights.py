@@ -34,7 +34,7 @@ from conversion.base_fingerprint import base_fingerprint
 from conversion.checkpoints import Checkpoint, is_memory_weight
 from conversion.in_place import replace_memory
 from conversion.memory_weights import MemoryWeights, initial_memory_weights
-from modeling_infini import InfiniConfig, InfiniForCausalLM, InfiniModel
+from modeling_infini import InfiniConfig, InfiniForCausalLM, InfiniForSequenceClassification, InfiniModel
 
 
 N = 9
@@ -227,6 +227,28 @@ class TestAnotherBase:
             load_memory(model, memory)
         assert torch.equal(logits(model), untouched)
 
+    def test_is_the_same_in_float16(self, tmp_path, base, trained, memory):
+        """In which small weights are others."""
+        convert_to_infini(base, tmp_path / "ours", memory=memory, dtype="float16")
+        model = loaded(tmp_path / "ours", dtype=torch.float32)
+        for name, weight in MemoryWeights.load(memory).weights.items():
+            assert torch.equal(model.get_parameter(name), weight)
+        # And back: what was trained on it in float16 is the base's.
+        save_memory(tmp_path / "ours", tmp_path / "of-float16")
+        convert_to_infini(base, tmp_path / "again", memory=tmp_path / "of-float16")
+        load_memory(loaded(trained), tmp_path / "of-float16")
+        apply_memory(trained, tmp_path / "of-float16")
+
+        half = loaded(trained, dtype=torch.float16)
+        message = "means nothing. In float16, small weights are others: .* take it in the base's own dtype, or convert"
+        with pytest.raises(ValueError, match=message):
+            load_memory(half, memory)
+        with pytest.raises(ValueError, match=r"trained too, or are in another dtype \(in float16"):
+            save_memory(half, tmp_path / "refused")
+        convert_to_infini(base, tmp_path / "half", segment_length=N, dtype="float16", **OPTIONS)
+        with pytest.raises(ValueError, match=message):
+            apply_memory(tmp_path / "half", memory)
+
     def test_of_other_fields_is_refused_by_their_name(self, tmp_path, base, memory):
         edit_config(base, rms_norm_eps=1e-3)
         with pytest.raises(ValueError, match=r"with rms_norm_eps=1e-06; .* has rms_norm_eps=0.001"):
@@ -314,6 +336,16 @@ class TestOtherModels:
             load_memory(InfiniModel.from_pretrained(trained), memory)
         with pytest.raises(ValueError, match="LlamaForCausalLM is no InfiniForCausalLM"):
             load_memory(base_model(), memory)
+
+    def test_with_another_head_in_a_folder_are_refused_by_its_name(self, tmp_path, trained, memory):
+        InfiniForSequenceClassification.from_pretrained(trained).save_pretrained(tmp_path / "classifier")
+        InfiniModel.from_pretrained(trained).save_pretrained(tmp_path / "headless")
+        for name, weight in {"classifier": "score.weight", "headless": "embed_tokens.weight"}.items():
+            message = rf"{name} holds {weight}, and is no causal language model"
+            with pytest.raises(ValueError, match=message):
+                apply_memory(tmp_path / name, memory)
+            with pytest.raises(ValueError, match=message):
+                save_memory(tmp_path / name, tmp_path / "refused")
 
     def test_a_memory_is_no_checkpoint(self, tmp_path, memory):
         with pytest.raises(FileNotFoundError, match="a memory without its base"):

@@ -15,6 +15,7 @@ from conversion.__main__ import app
 from conversion.checkpoints import Checkpoint, is_memory_weight
 from conversion.transfer import _calibration_windows, _config, _LayerTask, _Progress, _Run
 from evaluation.losses import memory_off
+from modeling_infini import InfiniForSequenceClassification
 
 
 N = 7
@@ -228,6 +229,9 @@ def test_bad_input_is_refused(tmp_path, texts):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="is not the base of"):
         transfer(folder, [texts], teacher=tmp_path / "other")
+    InfiniForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"holds score.weight, and is no causal language model"):
+        transfer(tmp_path / "classifier", [texts])
     convert_to_infini(tmp_path / "base", tmp_path / "long", segment_length=25)
     with pytest.raises(ValueError, match="three segments are needed"):
         transfer(tmp_path / "long", [texts])
