@@ -47,7 +47,7 @@ FIELDS = {"memory_feature_map": "exp", "token_gates": True}
 
 # Segments in a calibration window: what full attention sees is at most this.
 WINDOW_SEGMENTS = 8
-# Each so many-th window is not trained on: by these the layers are chosen. Windows come from the texts in turn.
+# One of so many windows is not trained on: by these the layers are chosen.
 HELD_OUT = 7
 
 # Below this share of the output's square error that local attention leaves, there is nothing to learn.
@@ -179,8 +179,8 @@ def transfer(
     as_here = checkpoint.shapes[EMBEDDINGS].dtype
     if teacher is not None and fingerprint not in (base_fingerprint(weights), base_fingerprint(weights, as_here)):
         raise ValueError(f"{teacher} is not the base of {folder}: its weights are others. Leave the teacher out.")
-    ids, num_texts = _calibration_windows(folder, texts, _window_length(config), tokens, seed)
-    if num_texts == 1:
+    ids, of_texts = _calibration_windows(folder, texts, _window_length(config), tokens, seed)
+    if len(set(of_texts)) == 1:
         logger.warning(
             "All windows are of one text: what another text's memory explains is that of another part of it."
         )
@@ -192,7 +192,7 @@ def transfer(
         "seed": seed,
         "dtype": str(dtype),
     }
-    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), num_texts)
+    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), of_texts)
     done = run.choose(run.train(steps, seed, report))
     kept: dict[str, torch.Tensor] = {}
     for layer in done.memory_layers:
@@ -222,8 +222,8 @@ def _window_length(config: InfiniConfig) -> int:
 
 def _calibration_windows(
     folder: Path, texts: Sequence[str | os.PathLike], length: int, tokens: int, seed: int
-) -> tuple[torch.Tensor, int]:
-    """Windows `(windows, length)` from all texts in turn, spread over each; and from how many texts they are."""
+) -> tuple[torch.Tensor, list[int]]:
+    """Windows `(windows, length)` from all texts in turn, spread over each; and the number of each one's text."""
     files: list[Path] = []
     for path in map(Path, texts):
         if not path.exists():
@@ -250,13 +250,14 @@ def _calibration_windows(
         for index, windows in enumerate(found):
             quota[index] += sum(quota) < count and quota[index] < len(windows)
     spread = [windows[torch.arange(n) * len(windows) // max(n, 1)] for windows, n in zip(found, quota)]
-    chosen = [windows[turn] for turn in range(max(quota, default=0)) for windows in spread if turn < len(windows)]
+    turns = [(text, turn) for turn in range(max(quota, default=0)) for text, n in enumerate(quota) if turn < n]
+    chosen = [spread[text][turn] for text, turn in turns]
     if len(chosen) < HELD_OUT + 2:
         raise ValueError(
             f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 2} "
             "are needed. Give longer texts: files that are shorter than a window are of no use."
         )
-    return torch.stack(chosen), len(found)
+    return torch.stack(chosen), [text for text, _ in turns]
 
 
 class _Progress:
@@ -305,13 +306,30 @@ class _Run:
     ids: torch.Tensor
     dtype: torch.dtype
     progress: _Progress
-    num_texts: int
+    # Of each window.
+    texts: list[int]
 
     @cached_property
     def held_out(self) -> list[int]:
-        # Else one text would give all of them, where the texts are as many.
-        stride = HELD_OUT + (self.num_texts % HELD_OUT == 0)
-        return list(range(0, len(self.ids), stride))
+        """Of each `HELD_OUT` windows the first one of the text that has the fewest so far, but not one text in a row."""
+        found: list[int] = []
+        of_texts: list[int] = []
+        for start in range(0, len(self.ids), HELD_OUT):
+            block = range(start, min(start + HELD_OUT, len(self.ids)))
+            found.append(min(block, key=lambda w: (of_texts.count(self.texts[w]), self.texts[w] in of_texts[-1:])))
+            of_texts.append(self.texts[found[-1]])
+        return found
+
+    @property
+    def foreign(self) -> list[int]:
+        """Which of the held-out windows is another text's to each of them: the next one that is, if any is."""
+        of_texts = [self.texts[window] for window in self.held_out]
+        count = len(of_texts)
+        orders = [[(own + step) % count for step in range(1, count)] for own in range(count)]
+        return [
+            next((other for other in order if of_texts[other] != of_texts[own]), order[0])
+            for own, order in enumerate(orders)
+        ]
 
     def read(self, name: str) -> torch.Tensor:
         return self.weights.read(name).to(self.dtype)
@@ -365,7 +383,7 @@ class _Run:
                 if examples:
                     task = _LayerTask(student, self.call(self.config, True)["layout"])
                     task.train(examples, steps, seed + index)
-                    figures.own, figures.foreign = task.explained(held_out)
+                    figures.own, figures.foreign = task.explained(held_out, self.foreign)
                     margin = figures.own - figures.foreign
                     figures.is_kept = margin >= max(LEAST_MARGIN, LEAST_OWN_SHARE * figures.own)
                     prefix = f"model.layers.{index}.self_attn."
@@ -538,11 +556,14 @@ class _LayerTask:
         return error, before.clamp(min=torch.finfo(before.dtype).tiny)
 
     @torch.no_grad()
-    def explained(self, examples: list[Example]) -> tuple[float, float]:
-        """The share of local attention's error that the text's own memory explains, and that of another text."""
+    def explained(self, examples: list[Example], others: list[int]) -> tuple[float, float]:
+        """
+        The share of local attention's error that the text's own memory explains, and that of another text: for each
+        example, that of the one whose number `others` has.
+        """
         memories = [self.memory(example) for example in examples]
         own = foreign = before = 0.0
-        for example, memory, other in zip(examples, memories, [*memories[1:], memories[0]]):
+        for example, memory, other in zip(examples, memories, (memories[number] for number in others)):
             error, without = self.error(example, memory, slice(None))
             own, before = own + error.item(), before + without.item()
             foreign += self.error(example, other, slice(None))[0].item()

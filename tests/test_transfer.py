@@ -1,6 +1,7 @@
 """Attention transfer: the memory learns, and nothing else changes; an interrupted run ends as one that was not."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,8 +97,8 @@ def test_the_teacher_is_the_base(tmp_path, texts, variant):
 
 def run_of(folder, texts, tmp_path):
     config = _config(Checkpoint(folder).infini_config, memory_feature_map="exp", token_gates=True, memory_layers=None)
-    ids, num_texts = _calibration_windows(folder, [texts], 8 * N, 8 * N * 9, 0)
-    return _Run(Checkpoint(folder), config, ids, torch.float32, _Progress(tmp_path / "progress", {}), num_texts)
+    ids, of_texts = _calibration_windows(folder, [texts], 8 * N, 8 * N * 9, 0)
+    return _Run(Checkpoint(folder), config, ids, torch.float32, _Progress(tmp_path / "progress", {}), of_texts)
 
 
 def student_of(run, layer):
@@ -112,9 +113,10 @@ def test_the_error_falls_and_is_that_of_the_model(tmp_path, texts):
     with torch.no_grad():
         _, examples, held_out = run.attend(0, student, hidden_states)
     task = _LayerTask(student, run.call(run.config, True)["layout"])
-    untrained = task.explained(examples)[0]
+    others = [*range(1, len(examples)), 0]
+    untrained = task.explained(examples, others)[0]
     task.train(examples, 60, 0)
-    assert task.explained(examples)[0] > untrained + 0.05
+    assert task.explained(examples, others)[0] > untrained + 0.05
 
     # The output of the layer's own attention, with the memory that it has learned.
     normed = run.layer(run.config, 0, module.initial_memory_weights(run.config, 0)).input_layernorm(states[0:1])
@@ -160,16 +162,22 @@ def test_a_conversion_may_teach_its_memory_at_once(tmp_path, texts, keep_all):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("count", [2, 7, 8])
-def test_windows_that_are_held_out_are_of_several_texts(tmp_path, count):
+@pytest.mark.parametrize(
+    "lengths", [[600] * 2, [600] * 3, [600] * 7, [600] * 8, [600] * 14, [30, *[600] * 7], [30, 60, *[600] * 7]]
+)
+def test_another_texts_memory_is_of_another_text(tmp_path, lengths):
+    """However many texts there are, and whichever of them end early."""
     folder = converted(tmp_path)
-    files = [tmp_path / f"{number}.txt" for number in range(count)]
+    files = [tmp_path / f"{number}.txt" for number in range(len(lengths))]
     for number, file in enumerate(files):
-        file.write_text(random_text(600, number))
-    ids, num_texts = _calibration_windows(folder, files, 3 * N, 3 * N * 28, 0)
-    run = _Run(Checkpoint(folder), None, ids, torch.float32, None, num_texts)
-    # Windows come from the texts in turn.
-    assert len({window % count for window in run.held_out}) > 1
+        file.write_text(random_text(lengths[number], number))
+    ids, texts = _calibration_windows(folder, files, 3 * N, 3 * N * 28, 0)
+    run = _Run(Checkpoint(folder), None, ids, torch.float32, None, texts)
+    assert len(texts) == 28
+    assert len(run.held_out) == 4
+    held_out = [texts[window] for window in run.held_out]
+    assert all(one != other for one, other in pairwise(held_out))
+    assert all(held_out[other] != own for own, other in zip(held_out, run.foreign))
 
 
 @torch.no_grad()
