@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, embedding, linear
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -40,6 +40,8 @@ from .base_fingerprint import EMBEDDINGS, base_fingerprint
 from .checkpoints import Checkpoint, is_memory_weight, read_json, write_json
 from .in_place import replace_memory
 from .memory_weights import initial_memory_weights
+from .slot_facts import fact_windows
+from .slot_scores import fit_slot_score
 
 
 # What the memories become.
@@ -49,8 +51,10 @@ FIELDS = {"memory_feature_map": "exp", "token_gates": True}
 WINDOW_SEGMENTS = 8
 # One of so many windows is not trained on: by these the layers are chosen.
 HELD_OUT = 7
+# Windows with facts, by which the scores of slots are fitted.
+FACT_WINDOWS = 40
 
-# Below this share of the output's square error that local attention leaves, there is nothing to learn.
+# Below this share of the output's square error that local attention leaves, a layer looks for nothing far away.
 LEAST_MISSING = 0.015
 # What a text's own memory must explain beyond another text's, as a share of what local attention leaves, and of what
 # its own memory explains: most of what the lower layers look for far away is the same in all texts.
@@ -80,7 +84,7 @@ class LayerTransfer:
         missing: square error of local attention after `o_proj`, as a share of full attention's output.
         own, foreign: the share of it that the memory explains, 1 - error / error of local attention, with the memory
             of the text itself and with another text's; `None` where nothing was missing.
-        is_kept: whether the layer gets a memory.
+        is_kept: whether the layer gets a memory of M and z.
     """
 
     layer: int
@@ -88,6 +92,11 @@ class LayerTransfer:
     own: float | None = None
     foreign: float | None = None
     is_kept: bool = False
+
+    @property
+    def looks_far(self) -> bool:
+        """Whether there is something to learn. Such a layer gets slots, where the model has some."""
+        return self.missing >= LEAST_MISSING
 
     def __str__(self) -> str:
         text = f"layer {self.layer}: the window leaves {self.missing:.1%} of the output"
@@ -102,11 +111,13 @@ class Transfer:
     """
     Attributes:
         layers: of each layer, what it learned.
-        loss_off, loss_on: nats per token of calibration text that was not trained on, without and with the memories;
-            `None` where no layer has one.
+        slot_layers: the layers with slots.
+        loss_off, loss_on: nats per token of calibration text that was not trained on, without and with the memories
+            and slots; `None` where no layer has any.
     """
 
     layers: list[LayerTransfer]
+    slot_layers: list[int] = field(default_factory=list)
     loss_off: float | None = None
     loss_on: float | None = None
 
@@ -117,11 +128,12 @@ class Transfer:
 
 class Example(NamedTuple):
     """
-    One layer's attention of one window, but for its memory.
+    One layer's attention of one window, but for M and z.
 
     Attributes:
         hidden_states: `(T, hidden_size)`, after the input norm.
-        queries, local, target: `(T, heads, head_dim)`; without RoPE; output of local and of full attention.
+        queries, local, target: `(T, heads, head_dim)`; without RoPE; output of local attention, which sees window and
+            slots, and of full attention.
         keys, values: `(T, kv_heads, head_dim)`, keys without RoPE.
     """
 
@@ -147,6 +159,9 @@ def transfer(
     """
     Trains the memories of a conversion by attention transfer, in place. Layers whose memory is of no use get none.
 
+    In a model with `num_memory_slots`, each layer that looks beyond its window gets slots, with a score that keeps the
+    tokens of stated facts ([`fit_slot_score`]); M and z learn what window and slots do not show.
+
     One layer's weights, the hidden states of the texts and what one layer makes of them are held in memory at a time.
     An interrupted run goes on where it was if it is called again; until it has ended, the conversion is as it was.
 
@@ -170,20 +185,25 @@ def transfer(
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
     checkpoint = Checkpoint(folder)
-    # Slots, which have scores of their own, stay as they are.
-    no_slots = {"num_memory_slots": 0, "slot_layers": None}
-    config = _config(checkpoint.infini_config, **FIELDS, **no_slots, memory_layers=None, head_gate_init_value=0.0)
+    all_layers = {"memory_layers": None, "slot_layers": None}
+    config = _config(checkpoint.infini_config, **FIELDS, **all_layers, head_gate_init_value=0.0)
     fingerprint = base_fingerprint(checkpoint)
     weights = checkpoint if teacher is None else Checkpoint(teacher)
     # In the conversion's dtype: in float16, small weights are others.
     as_here = checkpoint.shapes[EMBEDDINGS].dtype
     if teacher is not None and fingerprint not in (base_fingerprint(weights), base_fingerprint(weights, as_here)):
         raise ValueError(f"{teacher} is not the base of {folder}: its weights are others. Leave the teacher out.")
-    ids, of_texts = _calibration_windows(folder, texts, _window_length(config), tokens, seed)
+    length = _window_length(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids, of_texts, used = _calibration_windows(tokenizer, _read_texts(texts, seed), length, tokens)
     if len(set(of_texts)) == 1:
         logger.warning(
             "All windows are of one text: what another text's memory explains is that of another part of it."
         )
+    is_fact = None
+    if config.num_memory_slots:
+        with_facts, is_fact = fact_windows(tokenizer, used, length, FACT_WINDOWS, seed)
+        ids = torch.cat([ids, with_facts])
     arguments = {
         "fingerprint": fingerprint,
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
@@ -192,12 +212,12 @@ def transfer(
         "seed": seed,
         "dtype": str(dtype),
     }
-    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), of_texts)
+    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), of_texts, is_fact)
     done = run.choose(run.train(steps, seed, report))
-    kept: dict[str, torch.Tensor] = {}
-    for layer in done.memory_layers:
-        kept |= run.progress.memory(layer)
-    replace_memory(folder, kept, {**FIELDS, "memory_layers": done.memory_layers})
+    fields = {**FIELDS, "memory_layers": done.memory_layers}
+    if config.num_memory_slots:
+        fields["slot_layers"] = done.slot_layers
+    replace_memory(folder, run.trained(done.memory_layers, done.slot_layers), fields)
     shutil.rmtree(folder / PROGRESS)
     return done
 
@@ -220,10 +240,8 @@ def _window_length(config: InfiniConfig) -> int:
     return segments * config.segment_length
 
 
-def _calibration_windows(
-    folder: Path, texts: Sequence[str | os.PathLike], length: int, tokens: int, seed: int
-) -> tuple[torch.Tensor, list[int]]:
-    """Windows `(windows, length)` from all texts in turn, spread over each; and the number of each one's text."""
+def _read_texts(texts: Sequence[str | os.PathLike], seed: int) -> Iterator[str]:
+    """What stands in the files, in random order."""
     files: list[Path] = []
     for path in map(Path, texts):
         if not path.exists():
@@ -231,18 +249,28 @@ def _calibration_windows(
         files += sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"There is no .txt file in {', '.join(map(str, texts))}.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    count = tokens // length
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = []
     for file in (files[index] for index in order):
         try:
-            text = file.read_text(encoding="utf-8")
+            yield file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+
+
+def _calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, tokens: int
+) -> tuple[torch.Tensor, list[int], list[str]]:
+    """
+    Windows `(windows, length)` from as many texts as are needed, in turn, and spread over each; the number of each
+    window's text; and these texts.
+    """
+    count = tokens // length
+    found, used = [], []
+    for text in texts:
         text_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         if len(text_ids) >= length:
             found.append(text_ids[: len(text_ids) // length * length].view(-1, length))
+            used.append(text)
         if len(found) == count:
             break
     quota = [0] * len(found)
@@ -257,7 +285,7 @@ def _calibration_windows(
             f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 2} "
             "are needed. Give longer texts: files that are shorter than a window are of no use."
         )
-    return torch.stack(chosen), [text for text, _ in turns]
+    return torch.stack(chosen), [text for text, _ in turns], used
 
 
 class _Progress:
@@ -306,16 +334,17 @@ class _Run:
     ids: torch.Tensor
     dtype: torch.dtype
     progress: _Progress
-    # Of each window.
+    # Of each window of plain text. After them come windows with facts: `is_fact` says which of their tokens, `(F, T)`.
     texts: list[int]
+    is_fact: torch.Tensor | None = None
 
     @cached_property
     def held_out(self) -> list[int]:
-        """Of each `HELD_OUT` windows the first one of the text that has the fewest so far, but not one text in a row."""
+        """Of each `HELD_OUT` windows the first of the text that has the fewest so far, but not one text in a row."""
         found: list[int] = []
         of_texts: list[int] = []
-        for start in range(0, len(self.ids), HELD_OUT):
-            block = range(start, min(start + HELD_OUT, len(self.ids)))
+        for start in range(0, len(self.texts), HELD_OUT):
+            block = range(start, min(start + HELD_OUT, len(self.texts)))
             found.append(min(block, key=lambda w: (of_texts.count(self.texts[w]), self.texts[w] in of_texts[-1:])))
             of_texts.append(self.texts[found[-1]])
         return found
@@ -367,7 +396,7 @@ class _Run:
         fields = {"segment_length": length, "local_attention": "segment"}
         if window is not None and window < length:
             fields = {"segment_length": window, "local_attention": "sliding"}
-        return _config(self.config, **fields, num_sink_tokens=0, memory_layers=[])
+        return _config(self.config, **fields, num_sink_tokens=0, memory_layers=[], num_memory_slots=0)
 
     def train(self, steps: int, seed: int, report: Callable[[LayerTransfer], object] | None) -> list[LayerTransfer]:
         """Every layer in turn, whose inputs are those of the teacher."""
@@ -375,19 +404,28 @@ class _Run:
         count = self.config.num_hidden_layers
         with tqdm(total=count, initial=start, desc="Transfer", unit="layer") as progress:
             for index in range(start, count):
-                memory = initial_memory_weights(self.config, index)
-                student: Any = self.layer(self.config, index, memory).self_attn
                 with torch.no_grad():
-                    figures, examples, held_out = self.attend(index, student, hidden_states)
-                trained: dict[str, torch.Tensor] = {}
-                if examples:
+                    missing, read, with_facts = self.attend(index, hidden_states)
+                figures, trained = LayerTransfer(index, missing), {}
+                if figures.looks_far:
+                    memory = initial_memory_weights(self.config, index)
+                    if self.is_fact is not None:
+                        score = fit_slot_score(
+                            torch.cat(with_facts), self.is_fact[:, self.config.num_sink_tokens :].flatten()
+                        )
+                        memory[f"model.layers.{index}.self_attn.slot_score.weight"] = score
+                    student: Any = self.layer(self.config, index, memory).self_attn
+                    examples, held_out = self.examples(student, read)
                     task = _LayerTask(student, self.call(self.config, True)["layout"])
                     task.train(examples, steps, seed + index)
                     figures.own, figures.foreign = task.explained(held_out, self.foreign)
                     margin = figures.own - figures.foreign
                     figures.is_kept = margin >= max(LEAST_MARGIN, LEAST_OWN_SHARE * figures.own)
                     prefix = f"model.layers.{index}.self_attn."
-                    trained = {name: student.get_parameter(name.removeprefix(prefix)).detach() for name in memory}
+                    learned = (name for name in memory if "slot_score" not in name)
+                    trained = memory | {
+                        name: student.get_parameter(name.removeprefix(prefix)).detach() for name in learned
+                    }
                 done.append(figures)
                 self.progress.save(hidden_states, done, trained)
                 progress.update()
@@ -400,56 +438,85 @@ class _Run:
         return embedding(self.ids, self.read("model.embed_tokens.weight"))
 
     def attend(
-        self, index: int, student: InfiniAttention, hidden_states: torch.Tensor
-    ) -> tuple[LayerTransfer, list[Example], list[Example]]:
+        self, index: int, hidden_states: torch.Tensor
+    ) -> tuple[float, dict[int, tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
         """
-        Reads all windows by the teacher, in place, and by local attention.
+        Reads all windows by the teacher, in place.
 
         Returns:
-            What is missing, and the examples to train on and the others. If nothing is missing, there are none.
+            What local attention misses, as in [`LayerTransfer`]; the inputs of attention `(T, hidden_size)` and its
+            output before `o_proj` `(T, heads * head_dim)` by window of plain text; and the inputs of each window with
+            facts. The last two for a layer that looks far.
         """
         config = self.teacher_config(index)
         teacher, call = self.layer(config, index, {}), self.call(config, False)
-        local_call = self.call(self.config, False)
-        error = norm = missing = 0.0
-        examples: dict[int, Example] = {}
-        after = self.config.segment_length
-        order = [*self.held_out, *(window for window in range(len(self.ids)) if window not in self.held_out)]
-        for number, window in enumerate(order):
+        plain_config = _config(self.config, memory_layers=[], slot_layers=[])
+        plain: Any = self.layer(plain_config, index, {}).self_attn
+        plain_call, weight, after = self.call(plain_config, False), plain.o_proj.weight, self.config.segment_length
+        error, norm = 0.0, torch.finfo(torch.float32).tiny
+        read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        with_facts: list[torch.Tensor] = []
+        others = (window for window in range(len(self.ids)) if window not in self.held_out)
+        for window in (*self.held_out, *others):
             states = hidden_states[window].clone().unsqueeze(0)
             with _inputs_of(teacher.self_attn.o_proj) as target:
                 hidden_states[window] = teacher(states, **call)[0]
-            is_held_out = number < len(self.held_out)
-            if not (is_held_out or missing >= LEAST_MISSING):
+            inputs = teacher.input_layernorm(states)
+            if window in self.held_out:
+                with _inputs_of(plain.o_proj) as local:
+                    plain(inputs, **plain_call)
+                error += linear((local[0] - target[0])[after:], weight).float().square().sum().item()
+                norm += linear(target[0][after:], weight).float().square().sum().item()
+            elif not LayerTransfer(index, error / norm).looks_far:
                 continue
-            example = _example(student, teacher.input_layernorm(states), target[0], local_call)
-            missed = (example.local - example.target)[after:].flatten(1)
-            if is_held_out:
-                error += linear(missed, student.o_proj.weight).float().square().sum().item()
-                norm += linear(example.target[after:].flatten(1), student.o_proj.weight).float().square().sum().item()
-                missing = error / norm if norm > 0 else 0.0
-            examples[window] = example
+            if window < len(self.texts):
+                read[window] = inputs[0], target[0]
+            else:
+                with_facts.append(inputs[0, self.config.num_sink_tokens :])
+        return error / norm, read, with_facts
+
+    @torch.no_grad()
+    def examples(
+        self, student: InfiniAttention, read: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[list[Example], list[Example]]:
+        """What a layer learns from, and what it is judged by, of what the teacher has read."""
+        call = self.call(self.config, False)
+        examples = {window: _example(student, *of, call) for window, of in read.items()}
         held_out = [examples.pop(window) for window in self.held_out]
-        return LayerTransfer(index, missing), list(examples.values()), held_out
+        return list(examples.values()), held_out
+
+    def trained(self, memory_layers: Sequence[int], slot_layers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The weights of the memories and of the slots' scores that are in use."""
+        found: dict[str, torch.Tensor] = {}
+        for layer in {*memory_layers, *slot_layers}:
+            for name, weight in self.progress.memory(layer).items():
+                if layer in (slot_layers if "slot_score" in name else memory_layers):
+                    found[name] = weight
+        return found
 
     def choose(self, layers: list[LayerTransfer]) -> Transfer:
         """Drops the half of the layers whose memories explain least, until the rest helps the model on new text."""
+        with_slots = [layer.layer for layer in layers if layer.looks_far and self.is_fact is not None]
+        off = self.losses([], [])
+        least = self.losses([], with_slots) if with_slots else off
         while kept := [layer for layer in layers if layer.is_kept]:
-            off, on = self.losses({}), self.losses({layer.layer: self.progress.memory(layer.layer) for layer in kept})
-            if on < off:
-                return Transfer(layers, off, on)
+            on = self.losses([layer.layer for layer in kept], with_slots)
+            if on < least:
+                return Transfer(layers, with_slots, off, on)
             kept.sort(key=lambda layer: layer.missing * ((layer.own or 0) - (layer.foreign or 0)))
             for layer in kept[: (len(kept) + 1) // 2]:
                 layer.is_kept = False
-        return Transfer(layers)
+        return Transfer(layers, with_slots, off, least) if with_slots else Transfer(layers)
 
     @torch.no_grad()
-    def losses(self, memories: Mapping[int, Mapping[str, torch.Tensor]]) -> float:
-        """Nats per token of the held-out windows beyond the first segment, with the memories of some layers."""
+    def losses(self, memory_layers: Sequence[int], slot_layers: Sequence[int]) -> float:
+        """Nats per token of the held-out windows from the second segment on, with what some layers have learned."""
+        trained = self.trained(memory_layers, slot_layers)
         hidden_states = embedding(self.ids[self.held_out], self.read("model.embed_tokens.weight"))
         for index in range(self.config.num_hidden_layers):
-            config = _config(self.config, memory_layers=[index] if index in memories else [])
-            layer, call = self.layer(config, index, memories.get(index, {})), self.call(config, index in memories)
+            own = {"memory_layers": [index] if index in memory_layers else []}
+            config = _config(self.config, **own, slot_layers=[index] if index in slot_layers else [])
+            layer, call = self.layer(config, index, trained), self.call(config, index in memory_layers)
             for states in hidden_states.unsqueeze(1):
                 states[0] = layer(states, **call)[0]
         norm = LlamaRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
@@ -481,16 +548,16 @@ def _inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 def _example(
     student: InfiniAttention, hidden_states: torch.Tensor, target: torch.Tensor, call: dict[str, Any]
 ) -> Example:
-    """The example of one window, whose normed states are `(1, T, hidden_size)`."""
-    shape = (hidden_states.shape[1], -1, student.head_dim)
+    """The example of one window, of which a layer's attention gets `hidden_states`, `(T, hidden_size)`."""
+    shape = (len(hidden_states), -1, student.head_dim)
     with _inputs_of(student.o_proj) as local:
-        student(hidden_states, **call)
+        student(hidden_states.unsqueeze(0), **call)
     queries, keys, values = (
-        projection(hidden_states[0]).view(shape) for projection in (student.q_proj, student.k_proj, student.v_proj)
+        projection(hidden_states).view(shape) for projection in (student.q_proj, student.k_proj, student.v_proj)
     )
     if student.config.qk_norm:
         queries, keys = student.q_norm(queries), student.k_norm(keys)
-    return Example(hidden_states[0], queries, keys, values, local[0].view(shape), target.view(shape))
+    return Example(hidden_states, queries, keys, values, local[0].view(shape), target.view(shape))
 
 
 class _LayerTask:

@@ -369,8 +369,8 @@ class InfiniConfig(LlamaConfig):
             layers = getattr(self, name)
             if layers is not None and any(not 0 <= a < b for a, b in pairwise([*layers, self.num_hidden_layers])):
                 raise ValueError(
-                    f"{name}={_BRIEFLY.repr(layers)} must be indices of the num_hidden_layers={self.num_hidden_layers} "
-                    "layers, from 0 on, each greater than the one before."
+                    f"{name}={_BRIEFLY.repr(layers)} must be indices of the num_hidden_layers="
+                    f"{self.num_hidden_layers} layers, from 0 on, each greater than the one before."
                 )
         if self.slot_layers and not self.num_memory_slots:
             raise ValueError(

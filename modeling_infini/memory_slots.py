@@ -1,10 +1,10 @@
 """
 Slots: exact keys and values of single tokens, which a layer keeps beside the matrix of its memory.
 
-A layer gives each token a score. Where a segment ends, its tokens compete with those in the slots, by the mean score of
-a token and its neighbours, and the m of the greatest stay. Later tokens see them in the softmax of local attention, each one from when it has left the
-window, so that nothing is seen twice. Slots are ordered by age, and stand behind the window in that order: the latest
-at -N - 1, relative to the segment's first token.
+A layer gives each token a score. Where a segment ends, its tokens compete with those in the slots, and the m of the
+greatest stay; what counts is the mean score of a token and its neighbours. Later tokens see them in the softmax of
+local attention, each one from when it has left the window, so that nothing is seen twice. Slots are ordered by age,
+and stand behind the window in that order: the latest at -N - 1, relative to the segment's first token.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from torch.nn.functional import avg_pool1d
 from .streams import DecodeLayout, SegmentLayout, take
 
 
-# How far, in tokens, the neighbours of a token are whose scores count as its own. A number or a sentence is of use only
-# as a whole, and the few tokens that say so by their score stand before it or behind it.
+# How far away, in tokens, the neighbours are whose scores count as a token's own. A statement is of use as a whole,
+# and the few tokens that give it away may stand at its one end.
 RADIUS = 5
 
 

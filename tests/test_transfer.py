@@ -8,13 +8,16 @@ import torch
 from base_models import base_model
 from safetensors.torch import load_file
 from test_memory_weights import OPTIONS, loaded, logits
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 from words import random_text, save_word_tokenizer
 
 from conversion import convert_from_infini, convert_to_infini, transfer
 from conversion.__main__ import app
 from conversion.checkpoints import Checkpoint, is_memory_weight
-from conversion.transfer import _calibration_windows, _config, _LayerTask, _Progress, _Run
+from conversion.slot_facts import fact_windows
+from conversion.slot_scores import fit_slot_score
+from conversion.transfer import _calibration_windows, _config, _LayerTask, _Progress, _read_texts, _Run
 from evaluation.losses import memory_off
 from modeling_infini import InfiniForSequenceClassification
 
@@ -39,7 +42,7 @@ def keep_all(monkeypatch):
     monkeypatch.setattr(module, "LEAST_MARGIN", -9.0)
     monkeypatch.setattr(module, "LEAST_OWN_SHARE", 0.0)
     monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
-    monkeypatch.setattr(_Run, "losses", lambda self, memories: -float(len(memories)))
+    monkeypatch.setattr(_Run, "losses", lambda self, memories, slots: -float(len(memories)))
 
 
 def converted(tmp_path, variant="llama", **options):
@@ -65,12 +68,14 @@ def test_only_the_memory_changes(tmp_path, texts, keep_all, variant, options):
         off = logits(model)
     done = transfer(folder, [texts], steps=3, teacher=tmp_path / "base")
     assert done.memory_layers == [0, 1]
+    assert done.slot_layers == ([0, 1] if options else [])
     after = base_bytes(folder)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     model = loaded(folder)
     assert (model.config.memory_feature_map, model.config.token_gates) == ("exp", True)
     assert model.model.layers[1].self_attn.memory.token_gate.weight.abs().sum() > 0
+    assert all(layer.self_attn.slot_score.weight.any() for layer in model.model.layers if options)
     with memory_off(model):
         assert torch.equal(logits(model), off)
     assert not torch.equal(logits(model), off)
@@ -91,13 +96,14 @@ def test_the_teacher_is_the_base(tmp_path, texts, variant):
     expected = base_model(variant)(run.ids, output_hidden_states=True).hidden_states
     # The last ones of transformers are after the norm.
     with torch.no_grad():
-        run.attend(0, student_of(run, 0), hidden_states)
+        run.attend(0, hidden_states)
     torch.testing.assert_close(hidden_states, expected[1], rtol=1e-4, atol=1e-4)
 
 
 def run_of(folder, texts, tmp_path):
     config = _config(Checkpoint(folder).infini_config, memory_feature_map="exp", token_gates=True, memory_layers=None)
-    ids, of_texts = _calibration_windows(folder, [texts], 8 * N, 8 * N * 9, 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids, of_texts, _ = _calibration_windows(tokenizer, _read_texts([texts], 0), 8 * N, 8 * N * 9)
     return _Run(Checkpoint(folder), config, ids, torch.float32, _Progress(tmp_path / "progress", {}), of_texts)
 
 
@@ -105,13 +111,14 @@ def student_of(run, layer):
     return run.layer(run.config, layer, module.initial_memory_weights(run.config, layer)).self_attn
 
 
-def test_the_error_falls_and_is_that_of_the_model(tmp_path, texts):
-    folder = converted(tmp_path, head_gate_init_value=0.5)
+@pytest.mark.parametrize("num_memory_slots", [0, 5])
+def test_the_error_falls_and_is_that_of_the_model(tmp_path, texts, num_memory_slots):
+    folder = converted(tmp_path, head_gate_init_value=0.5, num_memory_slots=num_memory_slots)
     run = run_of(folder, texts, tmp_path)
     hidden_states, student = run.embedded(), student_of(run, 0)
     states = hidden_states.clone()
     with torch.no_grad():
-        _, examples, held_out = run.attend(0, student, hidden_states)
+        examples, held_out = run.examples(student, run.attend(0, hidden_states)[1])
     task = _LayerTask(student, run.call(run.config, True)["layout"])
     others = [*range(1, len(examples)), 0]
     untrained = task.explained(examples, others)[0]
@@ -127,8 +134,29 @@ def test_the_error_falls_and_is_that_of_the_model(tmp_path, texts):
     torch.testing.assert_close((output - target).square().sum(), error)
 
 
-def test_an_interrupted_run_goes_on(tmp_path, texts, keep_all):
-    folder = converted(tmp_path)
+def test_slots_keep_what_is_stated(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
+    monkeypatch.setattr(module, "LEAST_MARGIN", 9.0)
+    folder = converted(tmp_path, num_memory_slots=4)
+    done = transfer(folder, [texts], steps=1, dtype=torch.float32)
+    assert (done.memory_layers, done.slot_layers) == ([], [0, 1])
+    model = loaded(folder)
+    assert (model.config.memory_layers, model.config.slot_layers) == ([], [0, 1])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    used = _calibration_windows(tokenizer, _read_texts([texts], 0), 8 * N, 57_344)[2]
+    ids, is_fact = fact_windows(tokenizer, used, 8 * N, module.FACT_WINDOWS, 0)
+    base = base_model()
+    with torch.no_grad():
+        states = base(ids, output_hidden_states=True).hidden_states
+        for layer, of_layer, inputs in zip(model.model.layers, base.model.layers, states):
+            normed = of_layer.input_layernorm(inputs)[:, 4:].flatten(0, 1)
+            expected = fit_slot_score(normed, is_fact[:, 4:].flatten())
+            torch.testing.assert_close(layer.self_attn.slot_score.weight.data, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_memory_slots", [0, 3])
+def test_an_interrupted_run_goes_on(tmp_path, texts, keep_all, num_memory_slots):
+    folder = converted(tmp_path, num_memory_slots=num_memory_slots)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def interrupt(layer):
@@ -142,7 +170,8 @@ def test_an_interrupted_run_goes_on(tmp_path, texts, keep_all):
     reported = []
     transfer(folder, [texts], steps=3, report=reported.append)
     assert [layer.layer for layer in reported] == [1]
-    convert_to_infini(tmp_path / "base", tmp_path / "other", segment_length=N)
+    options = {"segment_length": N, "num_memory_slots": num_memory_slots}
+    convert_to_infini(tmp_path / "base", tmp_path / "other", **options)
     save_word_tokenizer(tmp_path / "other")
     transfer(tmp_path / "other", [texts], steps=3)
     found, expected = loaded(folder).state_dict(), loaded(tmp_path / "other").state_dict()
@@ -171,7 +200,8 @@ def test_another_texts_memory_is_of_another_text(tmp_path, lengths):
     files = [tmp_path / f"{number}.txt" for number in range(len(lengths))]
     for number, file in enumerate(files):
         file.write_text(random_text(lengths[number], number))
-    ids, texts = _calibration_windows(folder, files, 3 * N, 3 * N * 28, 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids, texts, _ = _calibration_windows(tokenizer, _read_texts(files, 0), 3 * N, 3 * N * 28)
     run = _Run(Checkpoint(folder), None, ids, torch.float32, None, texts)
     assert len(texts) == 28
     assert len(run.held_out) == 4
@@ -184,20 +214,17 @@ def test_another_texts_memory_is_of_another_text(tmp_path, lengths):
 def test_a_layer_learns_or_not_by_one_decision(tmp_path, texts, monkeypatch):
     """Also where what is missing is the limit itself, but for rounding, and where the output is nothing."""
     run = run_of(converted(tmp_path), texts, tmp_path)
-    student = student_of(run, 0)
-    limit = module.LEAST_MISSING
-    for _ in range(3):
-        monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
-        missing = run.attend(0, student, run.embedded())[0].missing
-        monkeypatch.setattr(module, "LEAST_MISSING", missing)
-        figures, examples, _ = run.attend(0, student, run.embedded())
-        assert figures.missing == missing
-        assert len(examples) == 7
-        student.o_proj.weight.mul_(1.01)
-    monkeypatch.setattr(module, "LEAST_MISSING", limit)
-    student.o_proj.weight.zero_()
-    figures, examples, _ = run.attend(0, student, run.embedded())
-    assert (figures.missing, examples) == (0.0, [])
+    monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
+    missing = run.attend(0, run.embedded())[0]
+    for limit, count in ((missing, 9), (missing * 1.001, 2)):
+        monkeypatch.setattr(module, "LEAST_MISSING", limit)
+        found, read, _ = run.attend(0, run.embedded())
+        assert found == missing
+        assert len(read) == count
+    of_zeros = {"model.layers.0.self_attn.o_proj.weight": torch.zeros(24, 24)}
+    monkeypatch.setattr(run, "read", lambda name: of_zeros.get(name, run.weights.read(name)))
+    missing, read, _ = run.attend(0, run.embedded())
+    assert (missing, len(read)) == (0.0, 2)
 
 
 def test_a_conversion_in_float16_has_its_base_for_a_teacher(tmp_path, texts):
@@ -241,6 +268,7 @@ def test_bad_input_is_refused(tmp_path, texts):
     with pytest.raises(ValueError, match=r"holds score.weight, and is no causal language model"):
         transfer(tmp_path / "classifier", [texts])
     convert_to_infini(tmp_path / "base", tmp_path / "long", segment_length=25)
+    save_word_tokenizer(tmp_path / "long")
     with pytest.raises(ValueError, match="three segments are needed"):
         transfer(tmp_path / "long", [texts])
     assert not (folder / ".transfer").exists()
