@@ -94,6 +94,12 @@ def to_infini(
         float | None,
         typer.Option(help="Norm the queries and keys of the memory, with learned scales that start at this."),
     ] = None,
+    num_memory_slots: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that a layer keeps exactly; `transfer` teaches it which. As many as a segment is good."
+        ),
+    ] = None,
     config_overrides: Annotated[
         str,
         typer.Option(
@@ -126,6 +132,7 @@ def to_infini(
         "head_gate_init_value": head_gate_init_value,
         "use_mem_delta_rule": use_mem_delta_rule,
         "memory_norm_init_scale": memory_norm_init_scale,
+        "num_memory_slots": num_memory_slots,
     }
     with errors_as_messages():
         for name, value in config_fields(config_overrides).items():
@@ -273,13 +280,17 @@ def transfer(
 
     with errors_as_messages():
         done = attention_transfer(folder, texts, teacher=teacher, tokens=tokens, steps=steps, seed=seed, report=report)
-    if not done.memory_layers:
+    if done.loss_on is None:
         typer.echo(f"{folder} has no memory now: in no layer does it help by what it holds of the text.")
         return
+    what = [
+        f"{name} in the layers {', '.join(map(str, layers))}"
+        for name, layers in (("a memory", done.memory_layers), ("slots", done.slot_layers))
+        if layers
+    ]
     typer.echo(
-        f"{folder} has a memory in the layers {', '.join(map(str, done.memory_layers))}. On calibration text that it "
-        f"was not trained on: {done.loss_off:.4f} nats per token without memory, {done.loss_on:.4f} with it. "
-        f"Its card: python -m conversion card {folder} --overwrite"
+        f"{folder} has {' and '.join(what)}. On calibration text that it was not trained on: {done.loss_off:.4f} nats "
+        f"per token without, {done.loss_on:.4f} with them. Its card: python -m conversion card {folder} --overwrite"
     )
 
 

@@ -64,6 +64,7 @@ def convert_to_infini(
     head_gates: HeadGates | None = None,
     use_mem_delta_rule: bool | None = None,
     memory_norm_init_scale: float | None = None,
+    num_memory_slots: int | None = None,
     memory: str | os.PathLike | MemoryWeights | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str = "5GB",
@@ -94,6 +95,7 @@ def convert_to_infini(
             each layer; or the path of a JSON file that holds it.
         use_mem_delta_rule: write the memory with the delta rule.
         memory_norm_init_scale: norm the queries and keys of the memory, by heads with learned scales that start here.
+        num_memory_slots: tokens whose exact keys and values each layer keeps; which ones, `transfer` teaches it.
         memory: a memory that was trained on this base, as `save_memory` has saved it: its folder, or its id on the
             Hub. The fields of the memory are its own; options that contradict it are refused.
         dtype: of the saved weights; `"auto"` keeps each weight's own. Gates are always in float32.
@@ -123,6 +125,7 @@ def convert_to_infini(
         "head_gate_init_value": head_gate_init_value,
         "use_mem_delta_rule": use_mem_delta_rule,
         "memory_norm_init_scale": memory_norm_init_scale,
+        "num_memory_slots": num_memory_slots,
     }
     if foreign := sorted(set(options) - set(MEMORY_OPTIONS)):
         raise TypeError(f"convert_to_infini has no argument {foreign[0]}, and a memory no such field.")
@@ -134,7 +137,8 @@ def convert_to_infini(
         if absent := [path for path in transfer if not Path(path).exists()]:
             raise FileNotFoundError(f"There is no file or folder {absent[0]}.")
     if memory is None:
-        defaults = {"local_attention": "sliding", "head_gate_init_value": 4.0, "use_mem_delta_rule": False}
+        defaults = {"local_attention": "sliding", "head_gate_init_value": 4.0}
+        defaults |= {"use_mem_delta_rule": False, "num_memory_slots": 0}
         options |= {name: value for name, value in defaults.items() if options[name] is None}
     else:
         memory = memory if isinstance(memory, MemoryWeights) else MemoryWeights.load(memory)

@@ -201,7 +201,7 @@ def test_inspection_names_what_a_memory_has_of_its_own():
     console.print(inspection)
     text = console.export_text()
     assert re.search("memory layers +0, 2, 3 of 0 to 5", text)
-    assert re.search("memory slots +7 tokens per layer with memory", text)
+    assert re.search("memory slots +7 tokens per layer", text)
     assert "local attention (before what each token adds to it)" in text
     assert re.search("\n +1 +no memory", text)
     assert re.search("\n +4–5 +no memory", text)

@@ -244,6 +244,19 @@ def test_layers_of_no_use_get_no_memory(tmp_path, texts, monkeypatch):
     assert loaded(folder).config.memory_layers == []
 
 
+def test_the_command_says_what_has_slots(tmp_path, texts, keep_all):
+    base_model().save_pretrained(tmp_path / "base")
+    folder = tmp_path / "ours"
+    options = ["--segment-length", str(N), "--num-memory-slots", "3"]
+    result = CliRunner().invoke(app, ["to-infini", str(tmp_path / "base"), str(folder), *options])
+    assert result.exit_code == 0, result.output
+    assert loaded(folder).config.num_memory_slots == 3
+    save_word_tokenizer(folder)
+    result = CliRunner().invoke(app, ["transfer", str(folder), "--texts", str(texts), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert "has a memory in the layers 0, 1 and slots in the layers 0, 1" in result.output
+
+
 def test_bad_input_is_refused(tmp_path, texts):
     folder = converted(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
