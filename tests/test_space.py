@@ -20,6 +20,7 @@ from base_models import base_model
 from tiny import tiny_model
 from words import WORDS, random_text, save_word_tokenizer
 
+from conversion import convert_to_infini, save_memory
 from evaluation.haystacks import REPEATED_SENTENCE
 from modeling_infini import InfiniCache
 
@@ -342,6 +343,18 @@ def test_library_opens_each_model_once(tmp_path):
     assert library.open(here).weights_digest != library.open(there).weights_digest
     with pytest.raises(space.ReaderError, match="no model 'fourth' here"):
         library.open("fourth")
+
+
+def test_library_converts_with_the_memory_of_a_model(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    options = {"segment_length": 7, "num_memory_slots": 3}
+    convert_to_infini(tmp_path / "base", tmp_path / "trained", **options)
+    save_memory(tmp_path / "trained", tmp_path / "memory")
+    save_word_tokenizer(tmp_path / "base")
+    source = str(tmp_path / "base")
+    library = space.Library([source], tmp_path / "converted", {source: tmp_path / "memory"})
+    config = library.open("base").config
+    assert (config.segment_length, config.num_memory_slots) == (7, 3)
 
 
 def test_library_says_why_a_model_cannot_be_opened(tmp_path):

@@ -53,14 +53,21 @@ class Session:
         self.is_stopped = False
 
 
-def default_models() -> list[str]:
-    """SmolLM2, from its package or the Hub, and the small model that finds a number."""
+def checkpoint(name: str) -> Path | None:
+    """A folder of this repository's checkpoints, if it is here."""
+    folders = (parent / "checkpoints" / name for parent in (HERE, *HERE.parents))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def default_library(converted: Path) -> Library:
+    """SmolLM2 with its memory (on the Hub it has other weights, and none), and the small model that finds a number."""
+    memory, passkey = checkpoint("smollm2-memory"), checkpoint("passkey")
     try:
         models = [str(smollm2_file())]
     except ModuleNotFoundError:
-        models = ["HuggingFaceTB/SmolLM2-135M-Instruct"]
-    folders = [parent / "checkpoints" / "passkey" for parent in (HERE, *HERE.parents)]
-    return models + [str(folder) for folder in folders if folder.is_dir()][:1]
+        models, memory = ["HuggingFaceTB/SmolLM2-135M-Instruct"], None
+    memories = {} if memory is None else {models[0]: memory}
+    return Library([*models, *([] if passkey is None else [str(passkey)])], converted, memories)
 
 
 def tells_errors(handler):
@@ -377,7 +384,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
     options = parser.parse_args()
     named = [name.strip() for name in os.environ.get("INFINI_MODELS", "").split(",") if name.strip()]
-    library = Library(options.model or named or default_models(), options.converted)
+    models = options.model or named
+    library = Library(models, options.converted) if models else default_library(options.converted)
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=FONT, font_mono=MONO)
     build(library).queue().launch(
         server_port=options.port,

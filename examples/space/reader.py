@@ -9,7 +9,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import (
 
 from conversion import convert_to_infini
 from conversion.gguf_files import is_gguf
+from conversion.memory_weights import MemoryWeights
 from evaluation.examples import opening_ids
 from evaluation.haystacks import encode
 from evaluation.loading import load_model, load_tokenizer
@@ -133,14 +134,16 @@ class Library:
         sources: folders, `.gguf` files or ids on the Hub, of models with Infini-attention or of those that
             `convert_to_infini` takes.
         folder: where converted models are kept.
+        memories: by the source, the folder of the memory that it is converted with.
     """
 
-    def __init__(self, sources: list[str], folder: Path):
+    def __init__(self, sources: list[str], folder: Path, memories: Mapping[str, Path] | None = None):
         sources = list(dict.fromkeys(sources))
         names = [_name(source) for source in sources]
         # Those with the same name go by where they are.
         self.sources = {name if names.count(name) == 1 else source: source for name, source in zip(names, sources)}
         self.folder = folder
+        self.memories = memories or {}
         self._readers: dict[str, Reader] = {}
         self._lock = Lock()
 
@@ -157,7 +160,8 @@ class Library:
             raise ReaderError(f"There is no model {name!r} here. Choose one of {', '.join(self.names)}.")
         with self._lock:
             if name not in self._readers:
-                self._readers[name] = open_reader(self.sources[name], self.folder, name)
+                source = self.sources[name]
+                self._readers[name] = open_reader(source, self.folder, name, self.memories.get(source))
         return self._readers[name]
 
 
@@ -169,9 +173,10 @@ def _name(source: str) -> str:
     return path.resolve().name if path.is_dir() else source
 
 
-def open_reader(source: str, folder: Path, name: str | None = None) -> Reader:
+def open_reader(source: str, folder: Path, name: str | None = None, memory: Path | None = None) -> Reader:
     """
-    The model in a folder, a `.gguf` file or on the Hub, converted into a subfolder of `folder` if it is a Llama.
+    The model in a folder, a `.gguf` file or on the Hub, converted into a subfolder of `folder` if it is a Llama: with
+    a memory that was trained for it, if there is one.
 
     Raises:
         ReaderError: if it cannot be loaded or converted; the message has the reason.
@@ -180,9 +185,12 @@ def open_reader(source: str, folder: Path, name: str | None = None) -> Reader:
     try:
         if is_gguf(source) or AutoConfig.from_pretrained(source).model_type != "infini":
             digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-            converted = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{SEGMENT_LENGTH}-{digest}"
+            trained = None if memory is None else MemoryWeights.load(memory)
+            kind = SEGMENT_LENGTH if trained is None else trained.digest[:8]
+            converted = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{kind}-{digest}"
             if not converted.exists():
-                convert_to_infini(source, converted, segment_length=SEGMENT_LENGTH)
+                segment_length = SEGMENT_LENGTH if trained is None else None
+                convert_to_infini(source, converted, segment_length=segment_length, memory=trained)
             source = str(converted)
         return Reader(name, load_model(source).eval(), load_tokenizer(source))
     except (OSError, ValueError, ImportError) as error:
