@@ -59,7 +59,7 @@ class Inspection:
             "segments": f"{config.segment_length:,} tokens{self._base_positions()}",
             "local attention": f"{config.local_attention}: "
             + (local if config.is_sliding else "the tokens of the own segment"),
-            "memory": memory_rule(config),
+            "memory": memory_rule(config) if config.layers_with_memory else "none",
             "memory layers": self._layers(config.layers_with_memory),
             "memory slots": f"{config.num_memory_slots:,} tokens per layer, chosen by a learned score"
             if config.num_memory_slots

@@ -413,6 +413,8 @@ def _read_fields(file: Path) -> dict[str, Any]:
     _require_known(file, texts, ("fingerprint", *ORIGIN_FIELDS))
     _require_known(file, base["config"], base_fields(InfiniConfig()))
     _require_known(file, fields["memory"], MEMORY_OPTIONS)
+    # Options that came later are off in a memory that was saved before.
+    fields["memory"] = {"slot_layers": None} | fields["memory"]
     wanted = {*base_fields(InfiniConfig()), *MEMORY_OPTIONS}
     if missing := sorted(wanted - base["config"].keys() - fields["memory"].keys()):
         raise ValueError(f"{file} does not say the {missing[0]} of the memory or of its base.")

@@ -227,16 +227,16 @@ def memory_rule(config: InfiniConfig) -> str:
         "a write gate": config.memory_write_gate,
         "learned exponential features": config.memory_feature_map == "exp",
         "gates that depend on the token": config.token_gates,
-        f"{config.num_memory_slots:,} tokens kept exactly": config.num_memory_slots > 0,
     }
     present = [name for name, is_present in extensions.items() if is_present]
     return f"{rule}, with {', '.join(present)}" if present else rule
 
 
-def _in_layers(config: InfiniConfig) -> str:
-    if config.memory_layers is None:
-        return ""
-    return f", in layers {', '.join(map(str, config.memory_layers)) or 'none'} of {config.num_hidden_layers}"
+def _in_layers(config: InfiniConfig, what: str, layers: list[int]) -> str:
+    """What is in some layers, and in which."""
+    if len(layers) in (0, config.num_hidden_layers):
+        return what if layers else "none"
+    return f"{what}, in layers {', '.join(map(str, layers))} of {config.num_hidden_layers}"
 
 
 def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
@@ -244,7 +244,8 @@ def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
     rows = {
         "segment length": f"{config.segment_length:,} tokens",
         "local attention": local if config.is_sliding else "within each segment",
-        "memory": memory_rule(config) + _in_layers(config),
+        "memory": _in_layers(config, memory_rule(config), config.layers_with_memory),
+        "slots": _in_layers(config, f"{config.num_memory_slots:,} tokens kept exactly", config.layers_with_slots),
         "share of local attention in the gates": f"{local_shares.mean():.1%} on average, "
         f"{local_shares.min():.1%} to {local_shares.max():.1%}",
         "state per sequence": f"{state_nbytes(config) / 1e6:,.1f} MB, whatever the length",

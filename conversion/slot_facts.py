@@ -2,7 +2,8 @@
 Made-up facts, stated somewhere in plain texts: what a layer's slots are to keep.
 
 Nobody asks for these facts: [`fit_slot_score`] only has to tell their tokens from those of the text around them. So
-the wordings are many, and their words are often odd: what it learns is that something is stated.
+the wordings are many, and their words are often odd: what it learns is that something is stated. They are in English,
+whatever the texts are.
 """
 
 import re
@@ -143,7 +144,7 @@ def fact_windows(
     if not tokenizer.is_fast:
         raise ValueError(
             f"A {type(tokenizer).__name__} does not say where in a text its tokens stand, as a fit of slots needs it. "
-            "Convert it to a fast tokenizer, or set num_memory_slots to 0."
+            "Convert it to a fast tokenizer, or convert the model without slots."
         )
     generator = np.random.default_rng(seed)
     windows = []

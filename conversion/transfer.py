@@ -169,7 +169,7 @@ def transfer(
         folder: a conversion on this machine, with its tokenizer.
         texts: files of plain text, and folders with `.txt` files.
         teacher: a folder or file with the base, if not its weights in the conversion are to be read.
-        tokens: of the texts, at most.
+        tokens: of the texts, at most. With slots, they are read in 40 windows more.
         steps: of Adam, per layer.
         seed: of the choice of texts and of the order of the steps.
         dtype: of the teacher. The memories are trained in float32.
@@ -214,9 +214,9 @@ def transfer(
     }
     run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), of_texts, is_fact)
     done = run.choose(run.train(steps, seed, report))
-    fields = {**FIELDS, "memory_layers": done.memory_layers}
-    if config.num_memory_slots:
-        fields["slot_layers"] = done.slot_layers
+    fields = {**FIELDS, "memory_layers": done.memory_layers, "slot_layers": done.slot_layers or None}
+    if not done.slot_layers:
+        fields["num_memory_slots"] = 0
     replace_memory(folder, run.trained(done.memory_layers, done.slot_layers), fields)
     shutil.rmtree(folder / PROGRESS)
     return done
@@ -410,9 +410,7 @@ class _Run:
                 if figures.looks_far:
                     memory = initial_memory_weights(self.config, index)
                     if self.is_fact is not None:
-                        score = fit_slot_score(
-                            torch.cat(with_facts), self.is_fact[:, self.config.num_sink_tokens :].flatten()
-                        )
+                        score = fit_slot_score(with_facts, self.is_fact[:, self.config.num_sink_tokens :])
                         memory[f"model.layers.{index}.self_attn.slot_score.weight"] = score
                     student: Any = self.layer(self.config, index, memory).self_attn
                     examples, held_out = self.examples(student, read)
@@ -450,7 +448,7 @@ class _Run:
         """
         config = self.teacher_config(index)
         teacher, call = self.layer(config, index, {}), self.call(config, False)
-        plain_config = _config(self.config, memory_layers=[], slot_layers=[])
+        plain_config = _config(self.config, memory_layers=[], num_memory_slots=0)
         plain: Any = self.layer(plain_config, index, {}).self_attn
         plain_call, weight, after = self.call(plain_config, False), plain.o_proj.weight, self.config.segment_length
         error, norm = 0.0, torch.finfo(torch.float32).tiny
@@ -509,13 +507,13 @@ class _Run:
         return Transfer(layers, with_slots, off, least) if with_slots else Transfer(layers)
 
     @torch.no_grad()
-    def losses(self, memory_layers: Sequence[int], slot_layers: Sequence[int]) -> float:
+    def losses(self, memory_layers: list[int], slot_layers: list[int]) -> float:
         """Nats per token of the held-out windows from the second segment on, with what some layers have learned."""
         trained = self.trained(memory_layers, slot_layers)
         hidden_states = embedding(self.ids[self.held_out], self.read("model.embed_tokens.weight"))
+        own = {"memory_layers": memory_layers, "slot_layers": slot_layers or None}
+        config = _config(self.config, **own, num_memory_slots=self.config.num_memory_slots if slot_layers else 0)
         for index in range(self.config.num_hidden_layers):
-            own = {"memory_layers": [index] if index in memory_layers else []}
-            config = _config(self.config, **own, slot_layers=[index] if index in slot_layers else [])
             layer, call = self.layer(config, index, trained), self.call(config, index in memory_layers)
             for states in hidden_states.unsqueeze(1):
                 states[0] = layer(states, **call)[0]

@@ -126,7 +126,9 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
         arguments.model, dtype="auto" if arguments.lora_rank else torch.float32
     )
     if arguments.lora_rank:
+        # The choice of slots has no gradient, and their scores would only decay.
         of_memory = {name.split(".")[-2] for name, _ in model.named_parameters() if is_memory_weight(name)}
+        of_memory.discard("slot_score")
         lora = LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=2 * arguments.lora_rank,

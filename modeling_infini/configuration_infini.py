@@ -372,9 +372,10 @@ class InfiniConfig(LlamaConfig):
                     f"{name}={_BRIEFLY.repr(layers)} must be indices of the num_hidden_layers="
                     f"{self.num_hidden_layers} layers, from 0 on, each greater than the one before."
                 )
-        if self.slot_layers and not self.num_memory_slots:
+        if self.slot_layers is not None and bool(self.slot_layers) != (self.num_memory_slots > 0):
             raise ValueError(
-                f"slot_layers={_BRIEFLY.repr(self.slot_layers)} needs num_memory_slots: how many each of them has."
+                f"slot_layers={_BRIEFLY.repr(self.slot_layers)} contradicts num_memory_slots={self.num_memory_slots}, "
+                "the number of slots in each of them. Without slots, num_memory_slots is 0 and slot_layers None."
             )
         self._validate_floats()
         if getattr(self, "is_causal", True) is False:

@@ -43,6 +43,16 @@ class MemorySlots(NamedTuple):
         return self.map(lambda states: take(states, index))
 
 
+def rounded(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Scores rounded to bfloat16, so that tokens of equal states have the same, however a text is cut into calls. On the
+    bits: a compiler takes a cast to bfloat16 and back for nothing.
+    """
+    bits = scores.detach().float().view(torch.int32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.view(torch.float32).to(scores.dtype)
+
+
 def scores_of_passages(scores: torch.Tensor) -> torch.Tensor:
     """
     By which the tokens of a segment compete: the mean of the scores `(rows, length)` of those at most `RADIUS` away.

@@ -55,6 +55,7 @@ from .local_attention import (
     rotate,
 )
 from .memory import FEATURE_MAPS, MemoryState, log_features, memory_dtype, read_memory
+from .memory_slots import rounded
 from .streams import (
     DecodeLayout,
     Layout,
@@ -367,9 +368,10 @@ class InfiniAttention(nn.Module):
         if self.has_memory:
             states = self.memory.token_states(hidden_states, keys, values)
         if self.has_slots and self.config.num_memory_slots:
-            # Rounded, so that tokens of the same score have the same however a text is cut into calls.
-            scores = self.slot_score(in_dtype_of(self.slot_score, hidden_states)).to(torch.bfloat16)
-            states = states._replace(slot_scores=scores.to(memory_dtype(hidden_states.dtype)))
+            scores = self.slot_score(in_dtype_of(self.slot_score, hidden_states)).to(memory_dtype(hidden_states.dtype))
+            # The choice has no gradient. The weights have one of 0, for the reason in `_zero`.
+            zero = 0 * scores if torch.is_grad_enabled() else 0
+            states = states._replace(slot_scores=rounded(scores) + zero)
         kept = states
         if not self.config.is_sliding:
             # A token is seen at one place alone: its key is kept as it is seen there.

@@ -116,6 +116,11 @@ def test_inductor_computes_texts_gradients_and_decode_steps(fields):
         for token in random_ids(2, N + 2, seed=1).split(1, 1):
             logits = [call(token, past_key_values=cache).logits for call, cache in zip((model, step), caches)]
             assert relative_error(logits[1], logits[0]) < 1e-4
+    for layers in zip(*(cache.layers for cache in caches)):
+        if layers[0].has_slots:
+            assert torch.equal(*(layer.slot_places for layer in layers))
+            scores = layers[1].token_scores
+            assert torch.equal(scores.bfloat16().float(), scores)
 
 
 def test_padding_and_a_used_cache_break_a_graph_once_or_twice():

@@ -26,7 +26,8 @@ FLOATS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_
             for name in ("memory_layers", "slot_layers")
             for layers in ([1, 0], [0, 0], [2], [-1], [0.5], "1")
         ),
-        ({"slot_layers": [0], "local_attention": "sliding"}, "needs num_memory_slots"),
+        ({"slot_layers": [0], "local_attention": "sliding"}, r"slot_layers=\[0\] contradicts num_memory_slots=0"),
+        ({"slot_layers": [], "num_memory_slots": 2, "local_attention": "sliding"}, "contradicts num_memory_slots=2"),
         ({"memory_feature_map": "relu"}, "memory_feature_map"),
         ({"num_sink_tokens": 6, "local_attention": "sliding"}, "between 0 and segment_length=5"),
         ({"local_attention": "global"}, "local_attention"),

@@ -119,7 +119,7 @@ def config_fields(draw, min_segment_length: int = 1, max_segment_length: int = 6
         "memory_feature_map": draw(st.sampled_from(["elu", "exp"])),
         "token_gates": draw(st.booleans()),
         "num_memory_slots": slots,
-        "slot_layers": draw(st.sampled_from([None, [0], [1], []])) if slots else None,
+        "slot_layers": draw(st.sampled_from([None, [0], [1]])) if slots else None,
     }
 
 

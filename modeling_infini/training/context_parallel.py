@@ -167,7 +167,7 @@ class ContextParallel(Past):
         if config.num_memory_slots:
             raise ValueError(
                 f"ContextParallel cannot fill num_memory_slots={config.num_memory_slots}: which tokens stay depends "
-                "on all ranks before. Set config.num_memory_slots to 0, or train without it."
+                "on all ranks before. Load the model with num_memory_slots=0, slot_layers=None, or train without it."
             )
         # At an id of 0, a document would start where rows have tokens before this piece.
         tokens_read = torch.full((shape[0],), int(self.rank > 0), device=device)
