@@ -44,7 +44,7 @@ format: $(INSTALLED)
 # The memory in checkpoints/smollm2-memory, whose card names the TEXTS.
 smollm2-memory: $(INSTALLED)
 	$(BIN)/python -m conversion to-infini \
-	    "$$($(BIN)/python -c 'from evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256
+	    "$$($(BIN)/python -c 'from evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256 --num-memory-slots 256
 	$(BIN)/python -m conversion transfer smollm2 $(foreach text,$(TEXTS),--texts $(text))
 	$(BIN)/python -m conversion save-memory smollm2 smollm2-memory
 

@@ -1,7 +1,7 @@
 """
 A memory by itself: what training adds to a conversion, saved without the base that it belongs to.
 
-    memory.safetensors     head gates, and all that is in the layers' memories, by their names in the model
+    memory.safetensors     head gates, scores of slots, and all in the layers' memories, by their names in the model
     memory_config.json     the fields of the configuration that go with them, and which base they belong to
     README.md              the card
 """

@@ -54,11 +54,6 @@ outputs = model(**tokenizer(open("book.txt").read(), return_tensors="pt"))
 }
 
 
-LIMIT_OF_MEMORY = (
-    "Exact attention reaches {segment_length:,} tokens at most; what was written long ago is averaged with everything "
-    "since. The memory is associative, not a transcript."
-)
-
 MEMORY_USAGE = """On its base, the memory makes a checkpoint that reads text of any length:
 
     python -m conversion to-infini {base} with-memory --memory {name}
@@ -164,7 +159,7 @@ def memory_card(
         "## Limits",
         "- It belongs to one base: `memory_config.json` has a fingerprint of that base's weights, and others are "
         "refused. To a fine-tuned base a memory means something else.\n"
-        f"- {LIMIT_OF_MEMORY.format(segment_length=config.segment_length)}\n"
+        f"- {_limit_of_memory(config)}\n"
         "- It is data: no code comes with it.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
@@ -258,9 +253,21 @@ def _usage(architecture: str, name: str) -> str:
     return USAGE.get(architecture, USAGE["other"]).format(name=name, auto_class=auto_class)
 
 
+def _limit_of_memory(config: InfiniConfig) -> str:
+    exact = f"the last {config.segment_length:,} tokens"
+    if not config.is_sliding:
+        exact = "the tokens of the own segment"
+    if config.layers_with_slots:
+        exact += f" and {config.num_memory_slots:,} that were chosen before"
+    return (
+        f"Exact attention reaches {exact}; what else was written is averaged with everything since. The memory is "
+        "associative, not a transcript."
+    )
+
+
 def _limits(config: InfiniConfig, training: str | None) -> str:
     limits = [
-        LIMIT_OF_MEMORY.format(segment_length=config.segment_length),
+        _limit_of_memory(config),
         "The model brings its own code: `trust_remote_code=True` runs the Python files of this repository. Pin a "
         "`revision` that you have read.",
         "Static, quantized and offloaded caches and continuous batching are refused: they hold no memory.",

@@ -95,7 +95,8 @@ def convert_to_infini(
             each layer; or the path of a JSON file that holds it.
         use_mem_delta_rule: write the memory with the delta rule.
         memory_norm_init_scale: norm the queries and keys of the memory, by heads with learned scales that start here.
-        num_memory_slots: tokens whose exact keys and values each layer keeps; which ones, `transfer` teaches it.
+        num_memory_slots: tokens whose exact keys and values a layer keeps. `transfer` teaches which ones, and leaves
+            the slots to the layers that look far; before, each layer keeps the latest.
         memory: a memory that was trained on this base, as `save_memory` has saved it: its folder, or its id on the
             Hub. The fields of the memory are its own; options that contradict it are refused.
         dtype: of the saved weights; `"auto"` keeps each weight's own. Gates are always in float32.

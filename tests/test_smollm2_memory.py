@@ -8,6 +8,7 @@ import torch
 from conversion import convert_from_infini, convert_to_infini
 from conversion.base_fingerprint import base_fingerprint
 from conversion.checkpoints import Checkpoint
+from conversion.memory_weights import MemoryWeights
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.losses import foreign_losses, memory_off, token_losses
 from evaluation.resources import king_james_bible, smollm2_file
@@ -41,5 +42,26 @@ def test_the_memory_of_smollm2_helps_by_what_was_read(tmp_path):
     assert base_fingerprint(Checkpoint(tmp_path / "base")) == base_fingerprint(Checkpoint(smollm2_file()))
 
 
-def test_the_memory_is_small():
+@pytest.mark.slow
+def test_what_is_stated_in_a_book_can_be_asked_for(tmp_path):
+    convert_to_infini(smollm2_file(), tmp_path / "infini", memory=MEMORY)
+    model, tokenizer = load_model(tmp_path / "infini"), load_tokenizer(tmp_path / "infini")
+    text = king_james_bible()[:30_000]
+    book = f"{text[:3000]} The ferry to the island has the number 48213. {text[3000:]}"
+    question = "\nWhat is the number of the ferry? The ferry to the island has the number"
+    ids = tokenizer(book, return_tensors="pt").input_ids[:, :4096]
+    ids = torch.cat([ids, tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids], 1)
+
+    def answer():
+        return tokenizer.decode(model.generate(ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :])
+
+    assert answer().startswith(" 48213")
+    with memory_off(model, matrix=False):
+        assert "48213" not in answer()
+
+
+def test_the_memory_is_small_and_whole():
     assert sum(file.stat().st_size for file in MEMORY.iterdir()) < 10e6
+    config = MemoryWeights.load(MEMORY).config
+    assert config.layers_with_memory
+    assert config.layers_with_slots
