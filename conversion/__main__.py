@@ -57,9 +57,9 @@ def main():
     """
     Retrofit pretrained checkpoints with Infini-attention: text of any length, memory of constant size.
 
-    `to-infini` converts a Llama, Mistral, Qwen2 or Qwen3; `inspect` shows what came out; `card` writes its model card;
-    `from-infini` goes back; `save-memory` and `apply-memory` take what was trained from one conversion to another;
-    `from-lucidrains` imports models of infini-transformer-pytorch.
+    `to-infini` converts a Llama, Mistral, Qwen2 or Qwen3; `transfer` teaches its memory; `inspect` shows what came
+    out; `card` writes its model card; `from-infini` goes back; `save-memory` and `apply-memory` take what was trained
+    from one conversion to another; `from-lucidrains` imports models of infini-transformer-pytorch.
     """
 
 
@@ -120,8 +120,8 @@ def to_infini(
     """
     Convert a Llama, Mistral, Qwen2 or Qwen3 to Infini-attention.
 
-    Up to a segment's length the result answers as the source does; it then reads on, however long the text. What the
-    memory brings is learned in fine-tuning. Weights go from file to file: a machine with little memory will do.
+    Up to a segment's length the result answers as the source does; it then reads on, however long the text. `transfer`
+    teaches it to use its memory. Weights go from file to file: a machine with little memory will do.
 
     Example: `python -m conversion to-infini path/to/llama converted --segment-length 1024`
     """

@@ -272,10 +272,9 @@ def _limits(config: InfiniConfig, training: str | None) -> str:
         "`revision` that you have read.",
         "Static, quantized and offloaded caches and continuous batching are refused: they hold no memory.",
     ]
-    if "model_type" in (config.converted_from or {}) and training is None:
-        limits.insert(
-            0, "A conversion alone keeps the model fluent; that it *uses* its memory is learned in training."
-        )
+    origin = config.converted_from or {}
+    if "model_type" in origin and "memory" not in origin and training is None:
+        limits.insert(0, "A conversion alone keeps the model fluent; that it *uses* its memory has to be taught.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 

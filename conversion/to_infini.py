@@ -70,7 +70,7 @@ def convert_to_infini(
     max_shard_size: int | str = "5GB",
     allow_bin: bool = False,
     revision: str | None = None,
-    transfer: Sequence[str | os.PathLike] | None = None,
+    transfer: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     **options: Any,
 ) -> Path:
     """
@@ -135,6 +135,7 @@ def convert_to_infini(
             raise ValueError(
                 "transfer teaches memory and gates anew. Leave out either transfer, or memory and head_gates."
             )
+        transfer = [transfer] if isinstance(transfer, (str, os.PathLike)) else transfer
         if absent := [path for path in transfer if not Path(path).exists()]:
             raise FileNotFoundError(f"There is no file or folder {absent[0]}.")
     if memory is None:

@@ -102,7 +102,7 @@ class LayerTransfer:
         text = f"layer {self.layer}: the window leaves {self.missing:.1%} of the output"
         if self.own is None:
             return f"{text}: no memory"
-        verdict = "a memory" if self.is_kept else "no memory, since another text's would do"
+        verdict = "a memory" if self.is_kept else "no memory, since it explains little, or another text's as much"
         return f"{text}, of which its own memory explains {self.own:.2f}, another text's {self.foreign:.2f}: {verdict}"
 
 
@@ -147,7 +147,7 @@ class Example(NamedTuple):
 
 def transfer(
     folder: str | os.PathLike,
-    texts: Sequence[str | os.PathLike],
+    texts: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     teacher: str | os.PathLike | None = None,
     tokens: int = 57_344,
@@ -167,7 +167,7 @@ def transfer(
 
     Args:
         folder: a conversion on this machine, with its tokenizer.
-        texts: files of plain text, and folders with `.txt` files.
+        texts: files of plain text, and folders with `.txt` files; one, or several.
         teacher: a folder or file with the base, if not its weights in the conversion are to be read.
         tokens: of the texts, at most. With slots, they are read in 40 windows more.
         steps: of Adam, per layer.
@@ -182,6 +182,7 @@ def transfer(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: what is on the Hub is downloaded first.")
+    texts = [texts] if isinstance(texts, (str, os.PathLike)) else texts
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
     checkpoint = Checkpoint(folder)
@@ -283,7 +284,7 @@ def _calibration_windows(
     if len(chosen) < HELD_OUT + 2:
         raise ValueError(
             f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 2} "
-            "are needed. Give longer texts: files that are shorter than a window are of no use."
+            "are needed. Allow more tokens, or give longer texts: files shorter than a window are of no use."
         )
     return torch.stack(chosen), [text for text, _ in turns], used
 
@@ -418,7 +419,8 @@ class _Run:
                     task.train(examples, steps, seed + index)
                     figures.own, figures.foreign = task.explained(held_out, self.foreign)
                     margin = figures.own - figures.foreign
-                    figures.is_kept = margin >= max(LEAST_MARGIN, LEAST_OWN_SHARE * figures.own)
+                    figures.is_kept = figures.own >= LEAST_MARGIN
+                    figures.is_kept &= margin >= max(LEAST_MARGIN, LEAST_OWN_SHARE * figures.own)
                     prefix = f"model.layers.{index}.self_attn."
                     learned = (name for name in memory if "slot_score" not in name)
                     trained = memory | {
