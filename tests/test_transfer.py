@@ -256,6 +256,12 @@ def test_the_command_says_what_has_slots(tmp_path, texts, keep_all):
     assert "has a memory in the layers 0, 1 and slots in the layers 0, 1" in result.output
 
 
+def test_a_memory_that_explains_less_than_nothing_is_not_kept(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_MISSING", 0.0)
+    monkeypatch.setattr(_LayerTask, "explained", lambda *arguments: (-4.67, -4.83))
+    assert transfer(converted(tmp_path), texts, steps=1).memory_layers == []
+
+
 def test_bad_input_is_refused(tmp_path, texts):
     folder = converted(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
