@@ -1,7 +1,8 @@
 """
 Teaches a converted model to use its memory: distillation from its own base, which reads windows with full attention.
 
-    python -m conversion to-infini path/to/llama converted --segment-length 256
+    python -m conversion to-infini path/to/llama converted --segment-length 256 --num-memory-slots 256
+    python -m conversion transfer converted --texts books/
     python examples/distill.py --model converted --train_files books/ --output_dir distilled
 
 Only the memory's own parameters are trained, so that the base's weights stay byte for byte, and texts of up to one
