@@ -19,9 +19,9 @@ settings.register_profile("core", settings.get_profile("tests"), max_examples=10
 settings.load_profile("tests")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_passages(monkeypatch):
-    """In segments of a few tokens, all would have the same neighbours."""
+    """For segments of a few tokens, all of them neighbours. Other processes and remote code do not see it."""
     monkeypatch.setattr(memory_slots, "RADIUS", 1)
 
 

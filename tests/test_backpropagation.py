@@ -27,6 +27,9 @@ from modeling_infini.training import backpropagate, backpropagation, loss_in_chu
 from modeling_infini.training.backpropagation import chunk_lengths, infini_module, prepared_inputs
 
 
+pytestmark = pytest.mark.usefixtures("small_passages")
+
+
 def gradients(model) -> dict[str, torch.Tensor]:
     return {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

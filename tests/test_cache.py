@@ -15,6 +15,9 @@ from modeling_infini import InfiniCache
 from modeling_infini.cache import CACHE_NAME
 
 
+pytestmark = pytest.mark.usefixtures("small_passages")
+
+
 def feed(model, ids, cache=None, cuts=(), **inputs):
     """Feeds `ids` in calls cut at `cuts`; logits of all."""
     cache = InfiniCache(model.config) if cache is None else cache

@@ -30,6 +30,9 @@ from modeling_infini.cache import state_nbytes
 from modeling_infini.cache_layer import InfiniCacheLayer
 
 
+pytestmark = pytest.mark.usefixtures("small_passages")
+
+
 N = 5
 SLIDING = {"local_attention": "sliding"}
 SLOTS = {**SLIDING, "num_memory_slots": 3}
@@ -341,7 +344,7 @@ def test_a_saved_memory_goes_on_bit_for_bit(tmp_path, fields, dtype):
         {"memory_layers": [0, 1]},
         {"memory_feature_map": "elu"},
         {"token_gates": False},
-        {"num_memory_slots": 0},
+        {"num_memory_slots": 0, "slot_layers": None},
         {"num_memory_slots": 4},
     ],
     ids=str,

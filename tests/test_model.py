@@ -29,6 +29,9 @@ from transformers import (
 from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification, InfiniModel
 
 
+pytestmark = pytest.mark.usefixtures("small_passages")
+
+
 @pytest.mark.core
 @given(st.data())
 def test_eager_and_sdpa_agree(data):
@@ -50,7 +53,7 @@ def test_eager_and_sdpa_agree(data):
 
 @given(st.data())
 def test_attentions_are_the_local_weights_by_column(float64_norm_and_rope, data):
-    fields = data.draw(config_fields()) | {"num_memory_slots": 0}
+    fields = data.draw(config_fields()) | {"num_memory_slots": 0, "slot_layers": None}
     model = tiny_model(torch.float64, **fields)
     model.set_attn_implementation("eager")
     ids = random_ids(2, data.draw(hurting_lengths(fields["segment_length"])) + 1)

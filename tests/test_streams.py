@@ -13,6 +13,9 @@ from tiny import MODES, config_fields, float64_weights, hurting_lengths, random_
 from modeling_infini import InfiniCache
 
 
+pytestmark = pytest.mark.usefixtures("small_passages")
+
+
 PAD, TOKEN, NEW_DOCUMENT = 0, 1, 2
 
 

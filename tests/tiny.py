@@ -81,6 +81,7 @@ EVERY_OPTION = {
     "memory_feature_map": "exp",
     "token_gates": True,
     "num_memory_slots": 3,
+    "slot_layers": [0, 1],
     "local_attention": "sliding",
     "num_sink_tokens": 2,
     "use_mem_delta_rule": True,
@@ -95,7 +96,7 @@ EVERY_OPTION = {
 }
 
 # Without what is refused where sequences are split, and in `"segment"`.
-EVERY_OPTION_BUT_SLOTS = {**EVERY_OPTION, "num_memory_slots": 0}
+EVERY_OPTION_BUT_SLOTS = {**EVERY_OPTION, "num_memory_slots": 0, "slot_layers": None}
 
 
 @st.composite
