@@ -346,11 +346,12 @@ def test_a_saved_memory_goes_on_bit_for_bit(tmp_path, fields, dtype):
         {"token_gates": False},
         {"num_memory_slots": 0, "slot_layers": None},
         {"num_memory_slots": 4},
+        {"slot_layers": [0]},
     ],
     ids=str,
 )
 def test_a_memory_made_with_other_options_is_refused(tmp_path, other):
-    model, (name,) = tiny_model(**EVERY_OPTION), other
+    model, name = tiny_model(**EVERY_OPTION), next(iter(other))
     _, cache = feed(model, random_ids(1, 2 * N))
     cache.save_pretrained(tmp_path)
     other_model = tiny_model(**{**EVERY_OPTION, **other})
