@@ -116,6 +116,7 @@ OTHERS = {
     "token_gates": True,
     "memory_layers": [1],
     "num_memory_slots": 3,
+    "slot_layers": [1],
     "memory_eps": 1e-6,
     "head_gate_scale": 5.0,
 }
@@ -127,8 +128,9 @@ def test_a_cache_of_another_model_is_refused_in_memory_and_as_a_file(tmp_path, f
     class OtherConfig(InfiniConfig):
         pass
 
-    sliding = {"local_attention": "sliding"} if field == "num_sink_tokens" else {}
-    model = tiny_model(**sliding)
+    sliding = {"local_attention": "sliding"}
+    needed = {"num_sink_tokens": sliding, "slot_layers": sliding | {"num_memory_slots": 3}}
+    model = tiny_model(**needed.get(field, {}))
     other = OtherConfig.from_dict(model.config.to_dict())
     cache = read(model, 9)
     cache.save_pretrained(tmp_path)
