@@ -149,7 +149,14 @@ def convert_to_infini(
     require_free(output)
     checkpoint = Checkpoint(source, revision, allow_bin)
     require_supported(checkpoint.config_fields)
-    config = infini_config(checkpoint.config, origin=_origin(checkpoint, head_gates, memory), **options)
+    origin = _origin(checkpoint, head_gates, memory)
+    if memory is not None:
+        # Before its layers are looked up, which a base of another size may not have.
+        in_all = dict.fromkeys(("memory_layers", "slot_layers"))
+        memory.require_base(
+            checkpoint, infini_config(checkpoint.config, origin=origin, **options | in_all), str(source)
+        )
+    config = infini_config(checkpoint.config, origin=origin, **options)
     shapes, weights = _base_weights(checkpoint, config, weight_dtype)
     config.converted_from["fingerprint"] = base_fingerprint(checkpoint, weight_dtype)
     if memory is None:
@@ -157,7 +164,6 @@ def convert_to_infini(
         local_shares = torch.sigmoid(gates * config.head_gate_scale)
         of_memory = _new_memory(config, gates)
     else:
-        memory.require_base(checkpoint, config, str(source))
         local_shares = memory.local_shares
         of_memory = {name: weight.clone for name, weight in memory.weights.items()}
     config.architectures = [InfiniForCausalLM.__name__]

@@ -227,6 +227,12 @@ class TestAnotherBase:
             load_memory(model, memory)
         assert torch.equal(logits(model), untouched)
 
+    def test_of_another_size_is_named_before_its_layers_are(self, tmp_path, memory):
+        base_model(num_hidden_layers=1).save_pretrained(tmp_path / "small")
+        message = r"a memory of a llama with num_hidden_layers=2; .*small has num_hidden_layers=1"
+        with pytest.raises(ValueError, match=message):
+            convert_to_infini(tmp_path / "small", tmp_path / "ours", memory=memory)
+
     def test_is_the_same_in_float16(self, tmp_path, base, trained, memory):
         """In which small weights are others."""
         convert_to_infini(base, tmp_path / "ours", memory=memory, dtype="float16")
