@@ -129,6 +129,7 @@ class TestAgainstSumsByHand:
                 "token_gates": st.booleans(),
                 "memory_layers": st.sampled_from([None, [1]]),
                 "num_memory_slots": st.just(0),
+                "slot_layers": st.none(),
             }
         ),
         segments=st.integers(1, 7),
