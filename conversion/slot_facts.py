@@ -159,7 +159,8 @@ def fact_windows(
 def _window(
     tokenizer: PreTrainedTokenizerBase, text: str, length: int, generator: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Tokens have rarely more than so many characters.
+    """One passage, from anywhere in the text: ids and which are of facts, `(length,)` each."""
+    # Tokens have rarely more than eight characters.
     characters, offsets = 4 * length, torch.empty(0, 2)
     while len(offsets) < length:
         characters *= 2

@@ -412,6 +412,8 @@ class _Run:
                     memory = initial_memory_weights(self.config, index)
                     if self.is_fact is not None:
                         score = fit_slot_score(with_facts, self.is_fact[:, self.config.num_sink_tokens :])
+                        # Not held while the layer learns.
+                        with_facts.clear()
                         memory[f"model.layers.{index}.self_attn.slot_score.weight"] = score
                     student: Any = self.layer(self.config, index, memory).self_attn
                     examples, held_out = self.examples(student, read)

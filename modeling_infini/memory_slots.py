@@ -1,5 +1,5 @@
 """
-Slots: exact keys and values of single tokens, which a layer keeps beside the matrix of its memory.
+Slots: exact keys and values of single tokens, which a layer keeps, with or without the matrix of a memory.
 
 A layer gives each token a score. Where a segment ends, its tokens compete with those in the slots, and the m of the
 greatest stay; what counts is the mean score of a token and its neighbours. Later tokens see them in the softmax of

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from conversion import slot_facts
 from conversion.slot_facts import TOKENS_PER_FACT, draw_fact, fact_windows
 from conversion.slot_scores import RIDGE, fit_slot_score
+from modeling_infini.memory_slots import scores_of_passages
 
 
 TEXTS = {
@@ -42,6 +43,13 @@ def test_the_tokens_of_facts_are_known(monkeypatch, backend, text):
             if not kind[0]:
                 assert "9081" not in said
     assert found >= count
+
+
+def test_neighbours_are_five_tokens_to_each_side_in_the_segment():
+    found = scores_of_passages(torch.eye(40))
+    for place, means in enumerate(found.T):
+        near = range(max(0, place - 5), min(40, place + 6))
+        torch.testing.assert_close(means, torch.tensor([(token in near) / len(near) for token in range(40)]))
 
 
 def test_windows_follow_from_the_seed():
