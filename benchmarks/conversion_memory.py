@@ -32,7 +32,7 @@ RUN = """
 import json, logging, sys, time
 from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
-from conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
 
 def peak():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from conversion import convert_to_infini
-from evaluation.resources import smollm2_file
 from examples.cpu_kernels import use_cpu_kernels
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.evaluation.resources import smollm2_file
 
 from .timing import interleaved_seconds, ratio
 

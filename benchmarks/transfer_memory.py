@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from conversion import convert_to_infini
+from infini_transformers.conversion import convert_to_infini
 
 from .conversion_memory import write_checkpoint
 
@@ -37,7 +37,7 @@ RUN = """
 import json, sys, time
 import torch
 from benchmarks.peak_memory import peak_nbytes
-from conversion import transfer
+from infini_transformers.conversion import transfer
 
 torch.set_num_threads(1)
 folder, texts, options = sys.argv[1:]

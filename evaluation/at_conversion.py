@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
 from modeling_infini import InfiniForCausalLM
 
 from .loading import add_text_arguments, first_tokens, load_model, load_tokenizer, read_texts

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from conversion.gguf_files import is_gguf
-from conversion.shared_base import base_of
+from infini_transformers.conversion.gguf_files import is_gguf
+from infini_transformers.conversion.shared_base import base_of
 
 from .examples import opening_ids
 from .loading import (

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import modeling_infini  # noqa: F401  registers the model with the Auto classes
-from conversion.config_overrides import config_fields as config_fields
-from conversion.gguf_files import GGUFFile, is_gguf
+from infini_transformers.conversion.config_overrides import config_fields as config_fields
+from infini_transformers.conversion.gguf_files import GGUFFile, is_gguf
 
 from .resources import king_james_bible
 

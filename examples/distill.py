@@ -36,12 +36,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
-from conversion.memory_weights import save_memory
-from conversion.shared_base import base_of
-from evaluation.examples import Example
-from evaluation.haystacks import Filler, repeated_sentence
-from evaluation.loading import load_model, load_tokenizer
-from evaluation.retrieval import TASKS
+from infini_transformers.conversion.memory_weights import save_memory
+from infini_transformers.conversion.shared_base import base_of
+from infini_transformers.evaluation.examples import Example
+from infini_transformers.evaluation.haystacks import Filler, repeated_sentence
+from infini_transformers.evaluation.loading import load_model, load_tokenizer
+from infini_transformers.evaluation.retrieval import TASKS
 from modeling_infini.training import (
     DistillationTrainer,
     InfiniTrainingArguments,

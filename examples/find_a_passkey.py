@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from evaluation.haystacks import find_filler
-from evaluation.passkey import passkey_example
-from evaluation.wordings import PAPER_WORDING
+from infini_transformers.evaluation.haystacks import find_filler
+from infini_transformers.evaluation.passkey import passkey_example
+from infini_transformers.evaluation.wordings import PAPER_WORDING
 
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "passkey"

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
-from conversion import convert_to_infini
-from evaluation.resources import king_james_bible, smollm2_file
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.evaluation.resources import king_james_bible, smollm2_file
 from modeling_infini import InfiniCache
 
 

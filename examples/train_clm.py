@@ -25,8 +25,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, set_seed
 
-from conversion.checkpoints import is_memory_weight
-from evaluation.loading import config_fields
+from infini_transformers.conversion.checkpoints import is_memory_weight
+from infini_transformers.evaluation.loading import config_fields
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import (
     DocumentStreams,

@@ -36,10 +36,10 @@ from transformers import (
     set_seed,
 )
 
-from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence, text_filler
-from evaluation.loading import config_fields, load_tokenizer
-from evaluation.passkey import DECOYS, passkey_example
-from evaluation.wordings import TRAINING_WORDINGS, borrow_wording, draw_wording
+from infini_transformers.evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence, text_filler
+from infini_transformers.evaluation.loading import config_fields, load_tokenizer
+from infini_transformers.evaluation.passkey import DECOYS, passkey_example
+from infini_transformers.evaluation.wordings import TRAINING_WORDINGS, borrow_wording, draw_wording
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments, load_documents, sparse_writes
 

@@ -568,7 +568,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         try:
-            from conversion.model_card import write_missing_card
+            from infini_transformers.conversion.model_card import write_missing_card
         except ImportError:
             # Published code runs without this package. The card is then the one that transformers makes up.
             pass

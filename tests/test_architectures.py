@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
 from modeling_infini import InfiniForCausalLM
 
 

@@ -13,9 +13,9 @@ from tiny import MODES, VOCABULARY, random_ids, tiny_model
 from torch.nn.functional import cross_entropy
 from words import random_text, save_word_tokenizer
 
-from conversion import convert_to_infini
-from conversion.shared_base import base_of
-from evaluation.by_position import (
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.conversion.shared_base import base_of
+from infini_transformers.evaluation.by_position import (
     by_bucket,
     doubling_buckets,
     main,
@@ -24,8 +24,8 @@ from evaluation.by_position import (
     read_documents,
     report,
 )
-from evaluation.loading import load_model, load_tokenizer
-from evaluation.losses import foreign_losses, memory_off, token_losses, window_losses
+from infini_transformers.evaluation.loading import load_model, load_tokenizer
+from infini_transformers.evaluation.losses import foreign_losses, memory_off, token_losses, window_losses
 from modeling_infini import InfiniCache
 from modeling_infini.cache_layer import LayerPast, Window
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from test_publishing import expected_answer, load_elsewhere, run
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from evaluation.haystacks import repeated_sentence
-from evaluation.loading import load_model, load_tokenizer
-from evaluation.losses import memory_off
-from evaluation.passkey import passkey_example
-from evaluation.retrieval import score, weights_digest
+from infini_transformers.evaluation.haystacks import repeated_sentence
+from infini_transformers.evaluation.loading import load_model, load_tokenizer
+from infini_transformers.evaluation.losses import memory_off
+from infini_transformers.evaluation.passkey import passkey_example
+from infini_transformers.evaluation.retrieval import score, weights_digest
 from modeling_infini.configuration_infini import AUTO_MAP
 
 

@@ -16,8 +16,8 @@ from tiny import random_ids
 from transformers import AutoModelForCausalLM
 
 from benchmarks.conversion_memory import measure, write_checkpoint
-from conversion import checkpoints, convert_from_infini, convert_to_infini
-from conversion.inspection import inspect_checkpoint
+from infini_transformers.conversion import checkpoints, convert_from_infini, convert_to_infini
+from infini_transformers.conversion.inspection import inspect_checkpoint
 from modeling_infini import InfiniForCausalLM
 
 
@@ -154,12 +154,12 @@ def test_folders_made_for_what_fails_are_removed(tmp_path, base_folder, monkeypa
 
 HANG = """
 import signal, sys, time, runpy
-import conversion.to_infini
+from infini_transformers.conversion import to_infini
 # Under nohup it is ignored, in what runs the tests and so here.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-conversion.to_infini.write_weights = lambda *arguments: (print("writes", flush=True), time.sleep(60))
+to_infini.write_weights = lambda *arguments: (print("writes", flush=True), time.sleep(60))
 sys.argv = ["conversion", "to-infini", sys.argv[1], sys.argv[2], "--segment-length", "9"]
-runpy.run_module("conversion", run_name="__main__")
+runpy.run_module("infini_transformers.conversion", run_name="__main__")
 """
 
 

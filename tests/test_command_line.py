@@ -16,8 +16,8 @@ from tiny import tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from conversion.__main__ import app
-from conversion.inspection import Inspection, inspect_checkpoint
+from infini_transformers.conversion.__main__ import app
+from infini_transformers.conversion.inspection import Inspection, inspect_checkpoint
 from modeling_infini import InfiniForCausalLM, state_nbytes
 
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 from words import random_text, save_word_tokenizer
 
-from conversion import convert_to_infini
-from evaluation.resources import smollm2_file
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.evaluation.resources import smollm2_file
 from modeling_infini import InfiniForCausalLM
 
 

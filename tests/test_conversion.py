@@ -6,8 +6,8 @@ from tiny import random_ids
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from conversion import convert_to_infini
-from evaluation.resources import smollm2_file
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.evaluation.resources import smollm2_file
 from modeling_infini import InfiniForCausalLM
 
 
@@ -87,7 +87,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, llama_folder, monkey
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.to_infini.copy_files", interrupt)
+    monkeypatch.setattr("infini_transformers.conversion.to_infini.copy_files", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert_to_infini(llama_folder, tmp_path / "ours", segment_length=9)
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]

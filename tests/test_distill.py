@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from training import cpu_arguments
 from words import random_text, save_word_tokenizer
 
-from conversion import convert_to_infini
-from conversion.checkpoints import is_memory_weight
-from conversion.memory_weights import MemoryWeights
-from conversion.shared_base import base_of
-from evaluation.losses import window_losses
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.conversion.checkpoints import is_memory_weight
+from infini_transformers.conversion.memory_weights import MemoryWeights
+from infini_transformers.conversion.shared_base import base_of
+from infini_transformers.evaluation.losses import window_losses
 from modeling_infini import InfiniForCausalLM
 from modeling_infini.training import (
     DistillationTrainer,

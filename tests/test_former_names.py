@@ -11,8 +11,8 @@ from tiny import EVERY_OPTION, random_ids, tiny_config, tiny_model
 from training import stock_trainer, text_rows
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, QuantoConfig
 
-from conversion.from_infini import convert_from_infini
-from conversion.inspection import inspect_checkpoint
+from infini_transformers.conversion.from_infini import convert_from_infini
+from infini_transformers.conversion.inspection import inspect_checkpoint
 from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, InfiniModel
 
 

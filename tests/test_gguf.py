@@ -12,8 +12,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conversion import convert_from_infini, convert_to_infini
-from evaluation.loading import load_model, segment_length_of
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
+from infini_transformers.evaluation.loading import load_model, segment_length_of
 from modeling_infini import InfiniForCausalLM
 
 

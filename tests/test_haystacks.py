@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, hide, repeated_sentence, text_filler
+from infini_transformers.evaluation.haystacks import (
+    REPEATED_SENTENCE,
+    Filler,
+    encode,
+    hide,
+    repeated_sentence,
+    text_filler,
+)
 
 
 # Tokens from here on are of pieces, those below of filler.

@@ -10,8 +10,8 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import evaluation
-from evaluation.losses import token_losses
+from infini_transformers import evaluation
+from infini_transformers.evaluation.losses import token_losses
 from modeling_infini import InfiniForCausalLM
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.loading import config_fields
+from infini_transformers.evaluation.loading import config_fields
 from modeling_infini import InfiniConfig
 
 

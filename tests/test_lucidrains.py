@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion import load_lucidrains
+from infini_transformers.conversion import load_lucidrains
 from modeling_infini import InfiniCache, InfiniForCausalLM
 
 

@@ -24,7 +24,7 @@ from tiny import (
 )
 from torch._dynamo.testing import CompileCounter
 
-from evaluation.losses import memory_off
+from infini_transformers.evaluation.losses import memory_off
 from modeling_infini import InfiniCache, InfiniForCausalLM, memory_slots
 from modeling_infini.cache import state_nbytes
 from modeling_infini.cache_layer import InfiniCacheLayer

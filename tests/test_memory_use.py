@@ -13,8 +13,8 @@ from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments
 from words import random_text, save_word_tokenizer
 
-from evaluation.losses import memory_off
-from evaluation.memory_use import MemoryUse, MemoryUseCallback, main, markdown, memory_use
+from infini_transformers.evaluation.losses import memory_off
+from infini_transformers.evaluation.memory_use import MemoryUse, MemoryUseCallback, main, markdown, memory_use
 
 
 N = 5

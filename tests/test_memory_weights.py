@@ -21,7 +21,7 @@ from test_publishing import INSPECT, run
 from tiny import random_ids
 from typer.testing import CliRunner
 
-from conversion import (
+from infini_transformers.conversion import (
     apply_memory,
     convert_from_infini,
     convert_to_infini,
@@ -29,11 +29,11 @@ from conversion import (
     load_memory,
     save_memory,
 )
-from conversion.__main__ import app
-from conversion.base_fingerprint import base_fingerprint
-from conversion.checkpoints import Checkpoint, is_memory_weight
-from conversion.in_place import replace_memory
-from conversion.memory_weights import MemoryWeights, initial_memory_weights
+from infini_transformers.conversion.__main__ import app
+from infini_transformers.conversion.base_fingerprint import base_fingerprint
+from infini_transformers.conversion.checkpoints import Checkpoint, is_memory_weight
+from infini_transformers.conversion.in_place import replace_memory
+from infini_transformers.conversion.memory_weights import MemoryWeights, initial_memory_weights
 from modeling_infini import InfiniConfig, InfiniForCausalLM, InfiniForSequenceClassification, InfiniModel
 
 

@@ -16,7 +16,7 @@ from tiny import MODES, random_ids, tiny_config, tiny_model
 from transformers.pipelines import SUPPORTED_TASKS
 
 import modeling_infini
-from conversion.model_card import model_card
+from infini_transformers.conversion.model_card import model_card
 from modeling_infini import InfiniForCausalLM, InfiniForSequenceClassification, state_nbytes
 
 
@@ -243,7 +243,7 @@ def test_published_and_loaded_by_name_at_a_pinned_revision(tmp_path, monkeypatch
 PUSH_BY_ITS_CODE = """
 import sys
 if sys.argv[2] == "alone":
-    sys.modules["conversion"] = None
+    sys.modules["infini_transformers"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
@@ -266,11 +266,11 @@ def test_what_was_loaded_by_its_code_is_pushed_with_a_card(tmp_path, monkeypatch
 
 CONVERT = """
 import sys
-from conversion import convert_to_infini
+from infini_transformers.conversion import convert_to_infini
 convert_to_infini(sys.argv[1], sys.argv[2], segment_length=9, revision=sys.argv[3])
 """
 
-INSPECT = "from conversion.__main__ import app; import sys; app(sys.argv[1:])"
+INSPECT = "from infini_transformers.conversion.__main__ import app; import sys; app(sys.argv[1:])"
 
 
 def test_a_model_of_the_hub_is_converted_with_its_provenance(tmp_path, monkeypatch):

@@ -15,10 +15,10 @@ from tiny import EVERY_OPTION, random_ids, relative_error, tiny_model
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from evaluation.haystacks import repeated_sentence
-from evaluation.losses import memory_off
-from evaluation.passkey import passkey_example
-from evaluation.retrieval import score
+from infini_transformers.evaluation.haystacks import repeated_sentence
+from infini_transformers.evaluation.losses import memory_off
+from infini_transformers.evaluation.passkey import passkey_example
+from infini_transformers.evaluation.retrieval import score
 from modeling_infini import InfiniCache, InfiniForCausalLM
 
 

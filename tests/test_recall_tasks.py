@@ -8,12 +8,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence
-from evaluation.mqar import mqar_example
-from evaluation.needle import CITIES, DEEDS, KINDS, NUM_DECOYS, THINGS, needle_example, number_example
-from evaluation.passkey import DECOYS, NEAR, NUM_DIGITS, passkey_example, passkey_text_example
-from evaluation.variable_tracking import variable_tracking_example
-from evaluation.wordings import (
+from infini_transformers.evaluation.haystacks import REPEATED_SENTENCE, Filler, encode, repeated_sentence
+from infini_transformers.evaluation.mqar import mqar_example
+from infini_transformers.evaluation.needle import (
+    CITIES,
+    DEEDS,
+    KINDS,
+    NUM_DECOYS,
+    THINGS,
+    needle_example,
+    number_example,
+)
+from infini_transformers.evaluation.passkey import DECOYS, NEAR, NUM_DIGITS, passkey_example, passkey_text_example
+from infini_transformers.evaluation.variable_tracking import variable_tracking_example
+from infini_transformers.evaluation.wordings import (
     HELD_OUT_WORDINGS,
     PAPER_WORDING,
     TRAINING_WORDINGS,

@@ -10,10 +10,10 @@ from tiny import MODES, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from words import WORDS, random_text, save_word_tokenizer
 
-from evaluation.examples import Example
-from evaluation.haystacks import Filler, repeated_sentence
-from evaluation.loading import load_tokenizer
-from evaluation.retrieval import (
+from infini_transformers.evaluation.examples import Example
+from infini_transformers.evaluation.haystacks import Filler, repeated_sentence
+from infini_transformers.evaluation.loading import load_tokenizer
+from infini_transformers.evaluation.retrieval import (
     RetrievalCallback,
     Score,
     Setting,
@@ -26,7 +26,7 @@ from evaluation.retrieval import (
     score_text,
     weights_digest,
 )
-from evaluation.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
+from infini_transformers.evaluation.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from modeling_infini.training import InfiniTrainer, InfiniTrainingArguments
 
 
@@ -267,7 +267,7 @@ class TestCommandLine:
         model.save_pretrained(folder)
         output, seen = folder.parent / "passkey", []
         monkeypatch.setattr(
-            "evaluation.retrieval.score",
+            "infini_transformers.evaluation.retrieval.score",
             lambda model, *_: (
                 seen.append((bool(model.local_shares().eq(1).all()), model.config.num_memory_slots == 0))
                 or Score(1.0, True, torch.tensor([0]))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import config_fields, random_ids, randomize, tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conversion.checkpoints import is_memory_weight
+from infini_transformers.conversion.checkpoints import is_memory_weight
 from modeling_infini import InfiniCache, InfiniForCausalLM
 
 

@@ -12,7 +12,7 @@ from tiny import random_ids
 from tokenizers_of_bases import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
 from modeling_infini import InfiniForCausalLM
 
 
@@ -70,7 +70,7 @@ def base(tmp_path):
 @pytest.fixture
 def warnings(caplog):
     """What the conversions warn of."""
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("conversion")]
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("infini_transformers")]
 
 
 def both_ways(base, **options):
@@ -106,7 +106,7 @@ def test_what_is_left_out_is_named(tmp_path, base, warnings):
 
 
 def test_large_files_are_left_out(tmp_path, base, monkeypatch, warnings):
-    monkeypatch.setattr("conversion.small_files.LARGEST_SIDE_FILE", 2**20)
+    monkeypatch.setattr("infini_transformers.conversion.small_files.LARGEST_SIDE_FILE", 2**20)
     add_files(base, {"corpus.txt": bytes(2**20 + 1)})
     both_ways(base)
     assert "corpus.txt" not in files_of(tmp_path / "ours")
@@ -153,8 +153,9 @@ def test_named_chat_templates_work_both_ways(tmp_path, base):
             assert found.apply_chat_template(chat, chat_template=template, tokenize=False) == text
 
 
-CONVERT = "import sys; from conversion import *; convert_to_infini(sys.argv[1], sys.argv[2], segment_length=9)"
-BACK = "import sys; from conversion import *; convert_from_infini(sys.argv[1], sys.argv[2])"
+IMPORT = "import sys; from infini_transformers.conversion import *; "
+CONVERT = IMPORT + "convert_to_infini(sys.argv[1], sys.argv[2], segment_length=9)"
+BACK = IMPORT + "convert_from_infini(sys.argv[1], sys.argv[2])"
 
 
 def test_the_hub_gives_what_a_folder_gives(tmp_path, base, monkeypatch):
@@ -162,7 +163,7 @@ def test_the_hub_gives_what_a_folder_gives(tmp_path, base, monkeypatch):
     with local_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         hub.add(f"{USER}/base", base)
-        small = "from conversion import checkpoints, small_files; "
+        small = "from infini_transformers.conversion import checkpoints, small_files; "
         small += "checkpoints.LARGEST_SIDE_FILE = small_files.LARGEST_SIDE_FILE = 2**20; "
         convert = [sys.executable, "-c", small + CONVERT, f"{USER}/base", str(tmp_path / "ours")]
         run(tmp_path / "reader", convert)

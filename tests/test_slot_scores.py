@@ -8,9 +8,9 @@ import torch
 from tokenizers_of_bases import BACKENDS
 from transformers import PreTrainedTokenizerFast
 
-from conversion import slot_facts
-from conversion.slot_facts import TOKENS_PER_FACT, draw_fact, fact_windows
-from conversion.slot_scores import RIDGE, fit_slot_score
+from infini_transformers.conversion import slot_facts
+from infini_transformers.conversion.slot_facts import TOKENS_PER_FACT, draw_fact, fact_windows
+from infini_transformers.conversion.slot_scores import RIDGE, fit_slot_score
 from modeling_infini.memory_slots import scores_of_passages
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
 from modeling_infini import InfiniForCausalLM
 
 
@@ -186,7 +186,7 @@ class TestOutputFolder:
 
     def test_is_left_empty_by_what_fails(self, tmp_path, base_folder, monkeypatch):
         (tmp_path / "ours").mkdir()
-        monkeypatch.setattr("conversion.checkpoints.save_file", lambda *args, **kwargs: 1 / 0)
+        monkeypatch.setattr("infini_transformers.conversion.checkpoints.save_file", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(base_folder)
         assert not list((tmp_path / "ours").iterdir())

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import convert_from_infini, convert_to_infini
-from conversion.base_fingerprint import base_fingerprint
-from conversion.checkpoints import Checkpoint
-from conversion.memory_weights import MemoryWeights
-from evaluation.loading import load_model, load_tokenizer
-from evaluation.losses import foreign_losses, memory_off, token_losses
-from evaluation.resources import king_james_bible, smollm2_file
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion.base_fingerprint import base_fingerprint
+from infini_transformers.conversion.checkpoints import Checkpoint
+from infini_transformers.conversion.memory_weights import MemoryWeights
+from infini_transformers.evaluation.loading import load_model, load_tokenizer
+from infini_transformers.evaluation.losses import foreign_losses, memory_off, token_losses
+from infini_transformers.evaluation.resources import king_james_bible, smollm2_file
 
 
 MEMORY = Path(__file__).parent.parent / "checkpoints" / "smollm2-memory"

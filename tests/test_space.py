@@ -20,8 +20,8 @@ from base_models import base_model
 from tiny import tiny_model
 from words import WORDS, random_text, save_word_tokenizer
 
-from conversion import convert_to_infini, save_memory
-from evaluation.haystacks import REPEATED_SENTENCE
+from infini_transformers.conversion import convert_to_infini, save_memory
+from infini_transformers.evaluation.haystacks import REPEATED_SENTENCE
 from modeling_infini import InfiniCache
 
 

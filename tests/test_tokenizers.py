@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers_of_bases import BACKENDS, TEXTS, save_base
 from transformers import AutoTokenizer
 
-from conversion import convert_from_infini, convert_to_infini
-from conversion.checkpoints import Checkpoint
-from conversion.small_files import load_tokenizer
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion.checkpoints import Checkpoint
+from infini_transformers.conversion.small_files import load_tokenizer
 
 
 N = 9

@@ -13,7 +13,7 @@ import train_clm
 from tiny import EVERY_OPTION, random_ids, tiny_model
 from words import save_word_tokenizer
 
-from conversion.checkpoints import is_memory_weight
+from infini_transformers.conversion.checkpoints import is_memory_weight
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import InfiniTrainer
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from words import random_text
 
-from evaluation.haystacks import repeated_sentence
-from evaluation.loading import load_model, load_tokenizer
+from infini_transformers.evaluation.haystacks import repeated_sentence
+from infini_transformers.evaluation.loading import load_model, load_tokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

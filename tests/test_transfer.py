@@ -12,18 +12,25 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 from words import random_text, save_word_tokenizer
 
-from conversion import convert_from_infini, convert_to_infini, transfer
-from conversion.__main__ import app
-from conversion.checkpoints import Checkpoint, is_memory_weight
-from conversion.slot_facts import fact_windows
-from conversion.slot_scores import fit_slot_score
-from conversion.transfer import _calibration_windows, _config, _LayerTask, _Progress, _read_texts, _Run
-from evaluation.losses import memory_off
+from infini_transformers.conversion import convert_from_infini, convert_to_infini, transfer
+from infini_transformers.conversion.__main__ import app
+from infini_transformers.conversion.checkpoints import Checkpoint, is_memory_weight
+from infini_transformers.conversion.slot_facts import fact_windows
+from infini_transformers.conversion.slot_scores import fit_slot_score
+from infini_transformers.conversion.transfer import (
+    _calibration_windows,
+    _config,
+    _LayerTask,
+    _Progress,
+    _read_texts,
+    _Run,
+)
+from infini_transformers.evaluation.losses import memory_off
 from modeling_infini import InfiniForSequenceClassification
 
 
 N = 7
-module = sys.modules["conversion.transfer"]
+module = sys.modules["infini_transformers.conversion.transfer"]
 VARIANTS = ["llama", "mistral-window", "qwen2-window", "qwen3"]
 
 

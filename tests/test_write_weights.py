@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import random_ids, tiny_model
 
-from evaluation.write_weights import find, write_weights
+from infini_transformers.evaluation.write_weights import find, write_weights
 
 
 FIELDS = {
@@ -26,7 +26,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_weights_add_up_to_the_normaliser(fields, monkeypatch):
-    monkeypatch.setattr("evaluation.write_weights.CALL_LENGTH", 7)
+    monkeypatch.setattr("infini_transformers.evaluation.write_weights.CALL_LENGTH", 7)
     model = tiny_model(**fields)
     segments = 3
     ids = random_ids(1, segments * model.config.segment_length)

@@ -13,8 +13,8 @@ from hub_server import local_hub
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from conversion import convert_from_infini, convert_to_infini
-from conversion.inspection import inspect_checkpoint
+from infini_transformers.conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion.inspection import inspect_checkpoint
 
 
 N = 9
@@ -185,7 +185,7 @@ def test_a_revision_is_for_the_hub(tmp_path):
 
 CONVERT = """
 import sys
-from conversion import convert_to_infini
+from infini_transformers.conversion import convert_to_infini
 for name in sys.argv[2:]:
     try:
         print(convert_to_infini(name, sys.argv[1] + "/" + name, segment_length=9))

@@ -32,7 +32,7 @@ from reader import (
 )
 from views import CSS, being_prepared, gates_figure, norms_figure, nothing_read, reading, remembering
 
-from evaluation.resources import king_james_bible, smollm2_file
+from infini_transformers.evaluation.resources import king_james_bible, smollm2_file
 
 
 HERE = Path(__file__).resolve().parent

@@ -25,14 +25,14 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from conversion import convert_to_infini
-from conversion.gguf_files import is_gguf
-from conversion.memory_weights import MemoryWeights
-from evaluation.examples import opening_ids
-from evaluation.haystacks import encode
-from evaluation.loading import load_model, load_tokenizer
-from evaluation.retrieval import weights_digest
-from evaluation.wordings import PAPER_WORDING
+from infini_transformers.conversion import convert_to_infini
+from infini_transformers.conversion.gguf_files import is_gguf
+from infini_transformers.conversion.memory_weights import MemoryWeights
+from infini_transformers.evaluation.examples import opening_ids
+from infini_transformers.evaluation.haystacks import encode
+from infini_transformers.evaluation.loading import load_model, load_tokenizer
+from infini_transformers.evaluation.retrieval import weights_digest
+from infini_transformers.evaluation.wordings import PAPER_WORDING
 from modeling_infini import InfiniCache, InfiniConfig, state_nbytes
 
 
