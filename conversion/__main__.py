@@ -122,7 +122,7 @@ def to_infini(
     Up to a segment's length the result answers as the source does; it then reads on, however long the text. `transfer`
     teaches it to use its memory. Weights go from file to file: a machine with little memory will do.
 
-    Example: `python -m conversion to-infini path/to/llama converted --segment-length 1024`
+    Example: `infini convert path/to/llama converted --segment-length 1024`
     """
     options: dict[str, Any] = {
         "segment_length": segment_length,
@@ -151,7 +151,7 @@ def to_infini(
             revision=revision,
             **options,
         )
-    typer.echo(f"Converted {source} to {folder}. Look at it: python -m conversion inspect {output}")
+    typer.echo(f"Converted {source} to {folder}. Look at it: infini inspect {output}")
 
 
 @app.command()
@@ -173,7 +173,7 @@ def from_infini(
 
     After `to-infini` alone, the weights are the source's, byte for byte.
 
-    Example: `python -m conversion from-infini converted llama-again`
+    Example: `infini convert-back converted llama-again`
     """
     with errors_as_messages():
         folder = convert_from_infini(
@@ -202,7 +202,7 @@ def from_lucidrains(
 
     Its logits over segments are reproduced; `learned_delta_update` is found in the weights.
 
-    Example: `python -m conversion from-lucidrains model.pt converted --segment-length 512`
+    Example: `infini from-lucidrains model.pt converted --segment-length 512`
     """
     with errors_as_messages():
         require_free(output)
@@ -229,7 +229,7 @@ def save_memory(
 
     A few MB: head gates, the memory's own weights, and a card. Refused if the base was trained too.
 
-    Example: `python -m conversion save-memory tuned llama-memory`
+    Example: `infini save-memory tuned llama-memory`
     """
     with errors_as_messages():
         folder = save_memory_of(
@@ -248,11 +248,11 @@ def apply_memory(
 
     The base's weights stay as they are. Whenever it ends, the folder holds the old model or the new one.
 
-    Example: `python -m conversion apply-memory converted llama-memory`
+    Example: `infini apply-memory converted llama-memory`
     """
     with errors_as_messages():
         apply_memory_to(folder, memory)
-    typer.echo(f"{folder} has the memory of {memory}. Its card: python -m conversion card {folder} --overwrite")
+    typer.echo(f"{folder} has the memory of {memory}. Its card: infini card {folder} --overwrite")
 
 
 @app.command()
@@ -271,7 +271,7 @@ def transfer(
 
     The base's weights stay as they are. An interrupted run goes on where it was, by the same command.
 
-    Example: `python -m conversion transfer converted --texts books/`
+    Example: `infini transfer converted --texts books/`
     """
 
     def report(layer: LayerTransfer) -> None:
@@ -289,7 +289,7 @@ def transfer(
     ]
     typer.echo(
         f"{folder} has {' and '.join(what)}. On calibration text that it was not trained on: {done.loss_off:.4f} nats "
-        f"per token without, {done.loss_on:.4f} with them. Its card: python -m conversion card {folder} --overwrite"
+        f"per token without, {done.loss_on:.4f} with them. Its card: infini card {folder} --overwrite"
     )
 
 
@@ -309,7 +309,7 @@ def card(
 
     Base model, licence, segments, rule and gates are read from the checkpoint as far as it knows them.
 
-    Example: `python -m conversion card converted --repo-id me/llama-infini --base-model meta-llama/Llama-3.2-1B`
+    Example: `infini card converted --repo-id me/llama-infini --base-model meta-llama/Llama-3.2-1B`
     """
     with errors_as_messages():
         if not folder.is_dir():
@@ -336,7 +336,7 @@ def inspect(source: Source, revision: Revision = None):
 
     Little more than the configuration and the gates is read, but a model on the Hub is downloaded as a whole.
 
-    Example: `python -m conversion inspect converted`
+    Example: `infini inspect converted`
     """
     with errors_as_messages():
         Console().print(inspect_checkpoint(source, revision))

@@ -253,7 +253,7 @@ def require_supported(fields: dict[str, Any]) -> None:
     if model_type == InfiniConfig.model_type:
         raise ValueError(
             "The source is an Infini-attention checkpoint already. To convert it with other options, take its base "
-            "model: `python -m conversion from-infini` gives it back."
+            "model: `infini convert-back` gives it back."
         )
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(f'Cannot convert a model of type "{model_type!s:.100}". {supported}')

@@ -150,7 +150,7 @@ class Checkpoint:
         if (model_type := self.config_fields.get("model_type")) != InfiniConfig.model_type:
             raise ValueError(
                 f'{self.name or self.folder} is no Infini-attention checkpoint, but of type "{model_type!s:.100}". '
-                "`python -m conversion to-infini` makes one of it, if it can."
+                "`infini convert` makes one of it, if it can."
             )
         return self.config
 
@@ -166,7 +166,7 @@ class Checkpoint:
             )
         if not (safe or self._allow_bin):
             raise ValueError(
-                f"{self.name or self.folder} holds PyTorch .bin weights only, which are pickle files. `to-infini` "
+                f"{self.name or self.folder} holds PyTorch .bin weights only, which are pickle files. A conversion "
                 "reads them with allow_bin=True (--allow-bin), with weights_only=True. Those of an Infini-attention "
                 "model must be saved as safetensors first: load the state dict, then model.save_pretrained."
             )

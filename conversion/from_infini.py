@@ -127,6 +127,6 @@ def _require_no_loss(checkpoint: Checkpoint, config: InfiniConfig) -> None:
         if name not in initial or not torch.equal(initial[name].to(weight.dtype), weight):
             raise ValueError(
                 f"The memory was trained or set: {name} differs from its initial value. The base "
-                "architecture has no place for it. Save it by itself (python -m conversion save-memory), or lose it: "
+                "architecture has no place for it. Save it by itself (infini save-memory), or lose it: "
                 "pass drop_gates=True (--drop-gates) to drop it."
             )

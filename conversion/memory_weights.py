@@ -365,7 +365,7 @@ def _plain_model(model: Any) -> tuple[Any, InfiniConfig]:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "The model is quantized: whether its base is that of the memory cannot be seen. Apply the memory to the "
-            "conversion in its folder (python -m conversion apply-memory), and quantize that."
+            "conversion in its folder (infini apply-memory), and quantize that."
         )
     # Remote code may be of another.
     return model, InfiniConfig.from_dict(config.to_dict())

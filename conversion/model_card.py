@@ -56,11 +56,11 @@ outputs = model(**tokenizer(open("book.txt").read(), return_tensors="pt"))
 
 MEMORY_USAGE = """On its base, the memory makes a checkpoint that reads text of any length:
 
-    python -m conversion to-infini {base} with-memory --memory {name}
+    infini convert {base} with-memory --memory {name}
 
 or it takes the place of the memory in a conversion of the base that is there already:
 
-    python -m conversion apply-memory converted {name}
+    infini apply-memory converted {name}
 
 In a running process, `load_memory(model, "{name}")` of `conversion` does it."""
 

@@ -26,7 +26,7 @@ NEVER = {
 INSTEAD = {
     "*.distcp": "a checkpoint of FSDP in shards. Merge them first: `accelerate merge-weights folder output`",
     "*/*.distcp": "a checkpoint of FSDP in shards. Merge them first: `accelerate merge-weights that-folder output`",
-    "memory_config.json": "a memory without its base. Convert the base with it: `python -m conversion to-infini base "
+    "memory_config.json": "a memory without its base. Convert the base with it: `infini convert base "
     "output --memory that-folder`",
     "zero_to_fp32.py": "a checkpoint of DeepSpeed in shards. Merge them first: `python zero_to_fp32.py . output`",
     "global_step*": "a checkpoint of DeepSpeed in shards. Merge them first, by its zero_to_fp32.py",

@@ -2,8 +2,8 @@
 How far a conversion moves the perplexity of a long text before any training: for both kinds of local attention, with
 and without sinks, at several segment lengths and starts of the gates, against the source with full attention.
 
-    python -m evaluation.at_conversion                          # SmolLM2-135M on the King James Bible
-    python -m evaluation.at_conversion --text book.txt --model path/or/hub-id
+    infini evaluate at_conversion                          # SmolLM2-135M on the King James Bible
+    infini evaluate at_conversion --text book.txt --model path/or/hub-id
 """
 
 import argparse

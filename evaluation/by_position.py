@@ -3,7 +3,7 @@ How well long documents are read, by position: perplexity of the tokens of the f
 next two, the next four, ... with the memory on, off (the gates forced to local attention, no slots, nothing
 retrained), with the memory of another text in its place, and with full attention over windows.
 
-    python -m evaluation.by_position converted tuned/merged --text moby_dick.txt --foreign emma.txt --tokens 65536 \
+    infini evaluate by_position converted tuned/merged --text moby_dick.txt --foreign emma.txt --tokens 65536 \
         --output docs/by_position
 
 prints a Markdown table, and writes docs/by_position.json and docs/by_position.png.

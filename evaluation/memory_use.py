@@ -2,7 +2,7 @@
 What a model's memory does while it reads a document in constant memory: how much the gates give to it, how large it
 grows, how much it returns beside local attention, and which parts of the document what it returns comes from.
 
-    python -m evaluation.memory_use tuned/merged --text moby_dick.txt --tokens 65536 --output docs/memory_use
+    infini evaluate memory_use tuned/merged --text moby_dick.txt --tokens 65536 --output docs/memory_use
 
 prints Markdown tables by layer and by position, and writes docs/memory_use.json and docs/memory_use.png.
 """

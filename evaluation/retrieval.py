@@ -2,7 +2,7 @@
 Whether a model finds what stands far back: the passkey task by length and depth, with the standard heatmap, and other
 tasks of recall.
 
-    python -m evaluation.retrieval model --lengths 4096 131072 --fillers sentence moby_dick.txt --output docs/passkey
+    infini evaluate retrieval model --lengths 4096 131072 --fillers sentence moby_dick.txt --output docs/passkey
 
 prints a Markdown table, and writes docs/passkey.jsonl, a line per trial as soon as it is done, and docs/passkey.png.
 Called again, it goes on after the last trial in the file: more lengths, trials and fillers may be asked for.

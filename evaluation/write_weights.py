@@ -1,8 +1,8 @@
 """
 Which tokens of a text a memory holds: how much each adds to it, and which add most.
 
-    python -m evaluation.write_weights checkpoints/passkey --filler moby_dick.txt --tokens 131072
-    python -m evaluation.write_weights tuned --filler bible --tokens 65536 --no-passkey --top 10
+    infini evaluate write_weights checkpoints/passkey --filler moby_dick.txt --tokens 131072
+    infini evaluate write_weights tuned --filler bible --tokens 65536 --no-passkey --top 10
 
 A read is an average over all that was written, each token weighted by its key. So what is to be found later has to
 weigh more than everything else together: a passkey is hidden in the middle, and its tokens are compared with the rest.

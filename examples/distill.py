@@ -1,8 +1,8 @@
 """
 Teaches a converted model to use its memory: distillation from its own base, which reads windows with full attention.
 
-    python -m conversion to-infini path/to/llama converted --segment-length 256 --num-memory-slots 256
-    python -m conversion transfer converted --texts books/
+    infini convert path/to/llama converted --segment-length 256 --num-memory-slots 256
+    infini transfer converted --texts books/
     python examples/distill.py --model converted --train_files books/ --output_dir distilled
 
 Only the memory's own parameters are trained, so that the base's weights stay byte for byte, and texts of up to one
@@ -14,7 +14,7 @@ short and grow.
 Called again, it goes on from the last checkpoint in the output folder: it may be stopped at any moment. In the end,
 `distilled/memory` holds what was trained, a few MB:
 
-    python -m conversion apply-memory converted distilled/memory
+    infini apply-memory converted distilled/memory
 
 With LoRA on upper layers, `--lora_rank 16 --lora_layers 20-29`, the base's weights change as well, and
 `distilled/merged` holds all of them.
@@ -239,7 +239,7 @@ def load_student(recipe: RecipeArguments, arguments: InfiniTrainingArguments):
     """The model on its device, of whose parameters those of the memory are trained; and the teacher."""
     model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype).to(arguments.device)
     if not hasattr(model.config, "segment_length"):
-        raise ValueError(f"{recipe.model} is no Infini-attention checkpoint: convert it by `python -m conversion`.")
+        raise ValueError(f"{recipe.model} is no Infini-attention checkpoint: convert it by `infini convert`.")
     if model.dtype == torch.bfloat16 and not arguments.bf16:
         raise ValueError(
             "The base's weights are bfloat16, and those that are trained float32: add --bf16, by which they work "

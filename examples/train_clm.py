@@ -3,7 +3,7 @@ Trains a causal language model with Infini-attention on whole documents of any l
 
 Fine-tune a converted checkpoint, with LoRA on the projections and the memory's own weights in full:
 
-    python -m conversion to-infini path/to/llama converted --segment-length 512
+    infini convert path/to/llama converted --segment-length 512
     python examples/train_clm.py --model converted --train_files books/ --eval_files held-out.txt \
         --streams --sequence_length 2048 --lora_rank 16 --learning_rate 5e-4 --output_dir tuned
 

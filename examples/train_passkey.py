@@ -3,7 +3,7 @@ Trains a small model from scratch, tokenizer included, to find a passkey in text
 or goes on with a converted checkpoint.
 
     python examples/train_passkey.py --train_files austen/ shakespeare/ sotu/ --output_dir passkey-model
-    python -m evaluation.retrieval passkey-model --lengths 131072 1048576 --fillers sentence moby_dick.txt
+    infini evaluate retrieval passkey-model --lengths 131072 1048576 --fillers sentence moby_dick.txt
 
 docs/recall.md has the phases that made checkpoints/passkey.
 

@@ -16,6 +16,7 @@ from tiny import tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from infini_transformers.cli import CONVERSION
 from infini_transformers.conversion.__main__ import app
 from infini_transformers.conversion.inspection import Inspection, inspect_checkpoint
 from modeling_infini import InfiniForCausalLM, state_nbytes
@@ -54,7 +55,8 @@ def test_help_teaches():
     for command in COMMANDS:
         assert command in done.stdout
         text = succeed(command, "--help")
-        assert f"Example: python -m conversion {command}" in re.sub(r"\s+", " ", text)
+        (name,) = (name for name, (command_there, _) in CONVERSION.items() if command_there == command)
+        assert f"Example: infini {name} " in re.sub(r"\s+", " ", text)
 
 
 def test_there_and_back(tmp_path, converted):
