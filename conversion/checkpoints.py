@@ -63,6 +63,9 @@ UNFINISHED = ".unfinished"
 # In bytes. Tokenizers of large vocabularies have 35 MB.
 LARGEST_SIDE_FILE = 100 * 2**20
 
+# Room on a disk, in bytes, that is little beside the weights: tokenizer, card and code are written too.
+CLOSE = 2 * LARGEST_SIDE_FILE
+
 Weights = dict[str, Callable[[], torch.Tensor]]
 
 logger = logging.get_logger(__name__)
@@ -517,6 +520,26 @@ def require_free(output: str | os.PathLike, but: str | None = None) -> None:
         )
     if found:
         raise FileExistsError(f"{path} exists already. Choose another output folder, or remove this one first.")
+
+
+def require_room(output: str | os.PathLike, shapes: dict[str, torch.Tensor]) -> None:
+    """
+    Looks if the disk can hold weights of these shapes and dtypes in `output`, and warns if they leave it nearly full.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    output = Path(output).resolve()
+    disk = next(folder for folder in (output, *output.parents) if folder.is_dir())
+    needed, free = sum(shape.nbytes for shape in shapes.values()), shutil.disk_usage(disk).free
+    numbers = f"The weights take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free where {output} will be"
+    if needed > free:
+        raise OSError(
+            f"{numbers}. Make room, choose an output folder on another disk, or a smaller dtype (such as bfloat16 for "
+            "float32)."
+        )
+    if free - needed < CLOSE:
+        logger.warning("%s: the disk will be nearly full.", numbers)
 
 
 def shard_size(size: int | str) -> int | str:

@@ -18,6 +18,7 @@ from .checkpoints import (
     new_folder,
     require_float,
     require_free,
+    require_room,
     saved_dtype,
     shard_size,
     write_weights,
@@ -68,6 +69,7 @@ def convert_from_infini(
 
     Raises:
         FileExistsError: if `output` holds something.
+        OSError: if the disk cannot hold the weights. Nothing is written then.
         ValueError: if the source is no Infini-attention model, no base architecture has its parameters, trained gates
             would be lost, a weight does not fit into `dtype`, or the base's tokenizer would give other ids.
     """
@@ -103,6 +105,7 @@ def convert_from_infini(
     config.dtype = weight_dtype or infini.dtype
     tokenizer = load_tokenizer(checkpoint)
 
+    require_room(output, shapes)
     with new_folder(output) as folder:
         copy_files(checkpoint, folder, back=True)
         settings = restored_settings(checkpoint, config.max_position_embeddings)

@@ -24,6 +24,7 @@ from .checkpoints import (
     new_folder,
     require_float,
     require_free,
+    require_room,
     saved_dtype,
     shard_size,
     write_weights,
@@ -114,6 +115,7 @@ def convert_to_infini(
 
     Raises:
         FileExistsError: if `output` holds something.
+        OSError: if the disk cannot hold the weights. Nothing is written then.
         FileNotFoundError: if `source` is no checkpoint.
         ValueError: if the source is not supported or incomplete, its tokenizer would give other ids, the window does
             not fit into the positions that it was trained on, a weight does not fit into `dtype`, or the memory
@@ -175,6 +177,7 @@ def convert_to_infini(
     refused = refused_generation_fields(generation, config)
     config.converted_from |= {"generation_config": refused} if refused else {}
 
+    require_room(output, shapes)
     with new_folder(output) as folder:
         copy_files(checkpoint, folder)
         if checkpoint.gguf is not None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,33 @@ def test_folders_made_for_what_fails_are_removed(tmp_path, base_folder, monkeypa
     with pytest.raises(ZeroDivisionError):
         convert_to_infini(base_folder, tmp_path / "new" / "folders" / "ours", segment_length=N)
     assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("convert", ["to", "back"])
+def test_a_disk_that_is_too_small_is_told_in_time(tmp_path, base_folder, monkeypatch, caplog, convert):
+    convert_to_infini(base_folder, tmp_path / "ours", segment_length=N)
+    source, options = (base_folder, {"segment_length": N}) if convert == "to" else (tmp_path / "ours", {})
+    convert = convert_to_infini if convert == "to" else convert_from_infini
+    needed = json.loads((base_folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    asked = []
+
+    def usage(free):
+        return lambda folder: asked.append(folder) or SimpleNamespace(free=free)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage(needed - 1))
+    with pytest.raises(OSError, match=r"The weights take 0.00 GB, and 0.00 GB are free where .*new will be. Make room"):
+        convert(source, tmp_path / "no" / "new", **options)
+    assert asked == [tmp_path]
+    assert not (tmp_path / "no").exists()
+    # Half of what the float32 weights take.
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage(needed * 3 // 4))
+    caplog.clear()
+    convert(source, tmp_path / "half", dtype="bfloat16", **options)
+    assert "the disk will be nearly full" in caplog.text
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage(2**40))
+    caplog.clear()
+    convert(source, tmp_path / "whole", **options)
+    assert "disk" not in caplog.text
 
 
 HANG = """
