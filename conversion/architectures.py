@@ -87,14 +87,17 @@ STRUCTURE_FIELDS = ("qkv_bias", "attention_output_bias", "mlp_bias", "lm_head_bi
 # What a memory brings to the configuration of its base.
 MEMORY_OPTIONS = tuple(name for name in INFINI_FIELDS if name not in (*STRUCTURE_FIELDS, "converted_from"))
 
+# Of a conversion. The memory is not trained yet: gates that are nearly closed leave the language as it is.
+DEFAULTS: dict[str, Any] = {"head_gate_init_value": 4.0, "use_mem_delta_rule": False, "num_memory_slots": 0}
+
 
 def infini_config(
     source: PreTrainedConfig,
     *,
-    segment_length: int | None,
-    local_attention: Literal["segment", "sliding"],
-    num_sink_tokens: int | None,
     origin: dict[str, Any],
+    segment_length: int | None = None,
+    local_attention: Literal["segment", "sliding"] | None = None,
+    num_sink_tokens: int | None = None,
     **memory_fields,
 ) -> InfiniConfig:
     """
@@ -102,13 +105,19 @@ def infini_config(
 
     Args:
         segment_length: `None` for the source's own sliding window, if it has one.
+        local_attention: `None` for `"sliding"`.
         num_sink_tokens: `None` for 4 in `"sliding"`, but 0 where the source has a window of its own in all layers:
             it was trained without them.
         origin: name, revision and licence of the source, for `converted_from`.
+        memory_fields: others that a memory brings; `None` for the default of a conversion.
 
     Raises:
         ValueError: if the source, or this memory for it, is not supported; the message says what is.
     """
+    local_attention = local_attention or "sliding"
+    for name, default in DEFAULTS.items():
+        if memory_fields.get(name) is None:
+            memory_fields[name] = default
     window = _own_window(source)
     if segment_length is None:
         if window is None:

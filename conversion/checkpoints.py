@@ -30,7 +30,7 @@ from transformers.utils import (
 )
 
 from modeling_infini import InfiniConfig
-from modeling_infini.modeling_infini import FORMER_NAMES
+from modeling_infini.modeling_infini import FORMER_NAMES, require_place
 
 from .architectures import DEQUANTIZE
 from .gguf_files import GGUFFile, is_gguf
@@ -49,6 +49,8 @@ BIN_LAYOUT = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 # The field of config.json by which transformers finds weights, or their index, of another name.
 WEIGHTS_FIELD = "transformers_weights"
+
+MEMORY_WEIGHT = r"\.self_attn\.(head_gates|memory|slot_score)\."
 
 # Of a memory's weights, where a checkpoint has several files.
 MEMORY_SHARD = "model-memory{}.safetensors"
@@ -88,13 +90,16 @@ class Checkpoint:
             were not downloaded. None of a GGUF file's neighbours.
     """
 
-    def __init__(self, source: str | os.PathLike, revision: str | None = None, allow_bin: bool = False):
+    def __init__(
+        self, source: str | os.PathLike, revision: str | None = None, allow_bin: bool = False, **download: Any
+    ):
         """
         Args:
             source: a folder with a checkpoint, a `.gguf` file, or the id of a model on the Hub.
             revision: of a model on the Hub.
             allow_bin: read PyTorch `.bin` files if there are no safetensors: they are pickles, loaded with
                 `weights_only=True`.
+            download: from the Hub: `cache_dir`, `force_download`, `local_files_only` and `token` of huggingface_hub.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
@@ -103,17 +108,17 @@ class Checkpoint:
         self.name = None if Path(source).exists() else str(source)
         if self.name is None and revision is not None:
             raise ValueError(f'revision="{revision}" is for a model on the Hub, but {source} is on this machine.')
-        self.folder, gguf_file = _locate(source, revision)
+        self.folder, gguf_file = _locate(source, revision, download)
         # A snapshot's folder is named by its commit.
         self.revision = None if self.name is None else self.folder.name
-        self._allow_bin = allow_bin
+        self._allow_bin, self._download = allow_bin, download
         self.sizes: dict[str, int] = {}
         self.gguf: GGUFFile | None = None
         if gguf_file is not None:
             _require_no_pointers(self.folder, [gguf_file.name])
             self.gguf = GGUFFile(gguf_file)
         else:
-            listed = {} if self.name is None else _hub_sizes(self.name, self.revision)
+            listed = {} if self.name is None else _hub_sizes(self.name, self.revision, download)
             self.sizes = {**listed, **_sizes(self.folder)}
             require_no_adapter(self.sizes, str(source))
             if not (self.folder / "config.json").is_file():
@@ -176,7 +181,8 @@ class Checkpoint:
         if self.name is not None:
             # Some repositories hold their weights twice, in several layouts.
             names = [file.relative_to(self.folder).as_posix() for file in files]
-            snapshot_download(self.name, revision=self.revision, allow_patterns=[escape(name) for name in names])
+            only = [escape(name) for name in names]
+            snapshot_download(self.name, revision=self.revision, allow_patterns=only, **self._download)
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"The index in {self.folder} names {missing[0]}, which is not there. Download it.")
         return _open_files(files, _read_safetensors if safe else _read_bin)
@@ -212,7 +218,7 @@ class Checkpoint:
         return self._weights[1](name)
 
 
-def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, Path | None]:
+def _locate(source: str | os.PathLike, revision: str | None, download: dict[str, Any]) -> tuple[Path, Path | None]:
     """The folder of a source, and its GGUF file if it is one."""
     path = Path(source)
     if path.is_dir():
@@ -225,14 +231,16 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, Path
         return path.parent, path
     if path.is_file():
         raise FileNotFoundError(what_file_it_is(path))
-    return _download(str(source), revision), None
+    require_place(source)
+    return _download(str(source), revision, download), None
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, download: dict[str, Any]) -> Path:
     """What is no file of weights: whether those are needed is not known yet."""
-    large = [escape(file) for file, size in _hub_sizes(name, revision).items() if size > LARGEST_SIDE_FILE]
+    sizes = _hub_sizes(name, revision, download)
+    unread = [*WEIGHT_FILES, *(escape(file) for file, size in sizes.items() if size > LARGEST_SIDE_FILE)]
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=[*WEIGHT_FILES, *large]))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=unread, **download))
     except (OSError, HTTPError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{name} is no folder with a checkpoint, no .gguf file and no id of the Hub that can be read. ({error})"
@@ -250,10 +258,12 @@ def _require_no_pointers(folder: Path, names: list[str]) -> None:
                     )
 
 
-def _hub_sizes(name: str, revision: str | None) -> dict[str, int]:
+def _hub_sizes(name: str, revision: str | None, download: dict[str, Any]) -> dict[str, int]:
     """Bytes of each file of a model on the Hub; none where it cannot be asked: its files may be in the cache."""
+    if download.get("local_files_only"):
+        return {}
     try:
-        entries = list(HfApi().list_repo_tree(name, recursive=True, revision=revision))
+        entries = list(HfApi(token=download.get("token")).list_repo_tree(name, recursive=True, revision=revision))
     except (OSError, HTTPError, HFValidationError):
         return {}
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
@@ -386,7 +396,7 @@ def _shape(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_memory_weight(name: str) -> bool:
     """Whether a parameter is what a memory adds to its base: head gates, slot scores, and all in a layer's memory."""
-    return re.search(r"\.self_attn\.(head_gates|memory|slot_score)\.", name) is not None
+    return re.search(MEMORY_WEIGHT, name) is not None
 
 
 def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weights, max_shard_size: int | str) -> None:

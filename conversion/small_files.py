@@ -135,7 +135,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     that can be loaded without running code of its own.
     """
     if checkpoint.gguf is None and not _has_tokenizer(checkpoint.folder):
-        logger.warning("The source has no tokenizer; the output has none.")
+        logger.warning("The source has no tokenizer, and so its conversion has none.")
         return None
     if _has_own_code(_settings(checkpoint)):
         logger.warning("The tokenizer has code of its own, which is copied and not run: ids are not compared.")

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 from yaml import YAMLError
 
@@ -140,18 +141,14 @@ def convert_to_infini(
         transfer = [transfer] if isinstance(transfer, (str, os.PathLike)) else transfer
         if absent := [path for path in transfer if not Path(path).exists()]:
             raise FileNotFoundError(f"There is no file or folder {absent[0]}.")
-    if memory is None:
-        defaults = {"local_attention": "sliding", "head_gate_init_value": 4.0}
-        defaults |= {"use_mem_delta_rule": False, "num_memory_slots": 0}
-        options |= {name: value for name, value in defaults.items() if options[name] is None}
-    else:
+    if memory is not None:
         memory = memory if isinstance(memory, MemoryWeights) else MemoryWeights.load(memory)
         options = _options_of(memory, options, head_gates)
     weight_dtype, largest_file = saved_dtype(dtype), shard_size(max_shard_size)
     require_free(output)
     checkpoint = Checkpoint(source, revision, allow_bin)
     require_supported(checkpoint.config_fields)
-    origin = _origin(checkpoint, head_gates, memory)
+    origin = source_origin(checkpoint, head_gates, memory)
     if memory is not None:
         # Before its layers are looked up, which a base of another size may not have.
         in_all = dict.fromkeys(("memory_layers", "slot_layers"))
@@ -159,8 +156,7 @@ def convert_to_infini(
             checkpoint, infini_config(checkpoint.config, origin=origin, **options | in_all), str(source)
         )
     config = infini_config(checkpoint.config, origin=origin, **options)
-    shapes, weights = _base_weights(checkpoint, config, weight_dtype)
-    config.converted_from["fingerprint"] = base_fingerprint(checkpoint, weight_dtype)
+    conversion = Conversion.of(checkpoint, config, weight_dtype)
     if memory is None:
         gates = _gate_weights(config, head_gates)
         local_shares = torch.sigmoid(gates * config.head_gate_scale)
@@ -168,32 +164,68 @@ def convert_to_infini(
     else:
         local_shares = memory.local_shares
         of_memory = {name: weight.clone for name, weight in memory.weights.items()}
-    config.architectures = [InfiniForCausalLM.__name__]
-    config.dtype = weight_dtype or checkpoint.config.dtype or shapes["model.embed_tokens.weight"].dtype
-
-    tokenizer = load_tokenizer(checkpoint)
-    settings = converted_settings(checkpoint, tokenizer)
-    generation = generation_fields(checkpoint)
-    refused = refused_generation_fields(generation, config)
-    config.converted_from |= {"generation_config": refused} if refused else {}
 
     require_room(output, shapes)
     with new_folder(output) as folder:
         copy_files(checkpoint, folder)
         if checkpoint.gguf is not None:
-            convert_gguf_tokenizer(checkpoint, folder, tokenizer, config)
+            convert_gguf_tokenizer(checkpoint, folder, conversion.tokenizer, config)
         else:
-            config.converted_from["tokenizer_config"] = replaced_settings(checkpoint, settings)
-            write_tokenizer(checkpoint, folder, settings, tokenizer, config)
-        kept = {name: value for name, value in generation.items() if name not in refused}
-        write_fields(checkpoint, folder / "generation_config.json", kept)
+            write_tokenizer(checkpoint, folder, conversion.settings, conversion.tokenizer, config)
+        write_fields(checkpoint, folder / "generation_config.json", conversion.generation)
         model_card(config, local_shares).save(folder / CARD)
-        write_weights(folder, shapes, weights | of_memory, largest_file)
+        write_weights(folder, conversion.shapes, conversion.weights | of_memory, largest_file)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
     if transfer is not None:
         attention_transfer(output, transfer)
     return Path(output).absolute()
+
+
+@dataclass
+class Conversion:
+    """
+    What a base becomes, but for the weights of the memory.
+
+    Attributes:
+        config: of the converted model, complete.
+        shapes: on the meta device, of the base's weights in the order of the model and of the memory's.
+        weights: readers of the base's.
+        tokenizer, settings: the source's tokenizer, and the settings that it gets.
+        generation: the fields of its generation configuration that a memory can follow.
+    """
+
+    config: InfiniConfig
+    shapes: dict[str, torch.Tensor]
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase | None
+    settings: dict[str, Any]
+    generation: dict[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: InfiniConfig, dtype: torch.dtype | None) -> "Conversion":
+        """
+        Args:
+            config: as [`infini_config`] gives it; it is completed.
+            dtype: of the weights; `None`: each keeps its own.
+
+        Raises:
+            ValueError: if weights are missing, not used or quantized.
+        """
+        shapes, weights = _base_weights(checkpoint, config, dtype)
+        origin = config.converted_from
+        origin["fingerprint"] = base_fingerprint(checkpoint, dtype)
+        config.architectures = [InfiniForCausalLM.__name__]
+        config.dtype = dtype or checkpoint.config.dtype or shapes[EMBEDDINGS].dtype
+        tokenizer = load_tokenizer(checkpoint)
+        settings = converted_settings(checkpoint, tokenizer)
+        if checkpoint.gguf is None:
+            origin["tokenizer_config"] = replaced_settings(checkpoint, settings)
+        generation = generation_fields(checkpoint)
+        if refused := refused_generation_fields(generation, config):
+            origin["generation_config"] = refused
+        kept = {name: value for name, value in generation.items() if name not in refused}
+        return cls(config, shapes, weights, tokenizer, settings, kept)
 
 
 def _options_of(memory: MemoryWeights, given: dict[str, Any], head_gates: HeadGates | None) -> dict[str, Any]:
@@ -210,7 +242,9 @@ def _options_of(memory: MemoryWeights, given: dict[str, Any], head_gates: HeadGa
     return memory.options
 
 
-def _origin(checkpoint: Checkpoint, head_gates: HeadGates | None, memory: MemoryWeights | None) -> dict[str, Any]:
+def source_origin(
+    checkpoint: Checkpoint, head_gates: HeadGates | None = None, memory: MemoryWeights | None = None
+) -> dict[str, Any]:
     """Name, revision and licence of the source as far as they are known, and what the way back needs."""
     origin = {
         "name": checkpoint.name,

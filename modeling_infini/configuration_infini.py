@@ -200,6 +200,18 @@ class InfiniConfig(LlamaConfig):
     slot_layers: list[int] | None = None
     converted_from: dict | None = None
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As [`PreTrainedConfig.get_config_dict`]. Raises ValueError for the configuration of another model."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (model_type := fields.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {_BRIEFLY.repr(model_type)}, whose "
+                "configuration says nothing of a memory. InfiniForCausalLM.from_pretrained(..., segment_length=...) "
+                "converts it, if it can."
+            )
+        return fields, kwargs
+
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How tensor parallelism shards the modules that there are: everything of a head goes with it."""

@@ -6,6 +6,7 @@ Infini-attention for transformers: a Llama whose attention is local, plus a comp
 """
 
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -38,7 +39,13 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import (
+    TransformersKwargs,
+    auto_docstring,
+    can_return_tuple,
+    find_adapter_config_file,
+    is_peft_available,
+)
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -68,6 +75,9 @@ from .streams import (
     warn_of_lost_start,
 )
 
+
+# Of `from_pretrained`: where files are.
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # A call without gradients is read in pieces of about this many tokens.
 PIECE_TOKENS = 2048
@@ -506,10 +516,40 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
     def __init__(self, config: InfiniConfig, *args, **kwargs):
+        if getattr(config, "model_type", None) != InfiniConfig.model_type:
+            raise ValueError(
+                f"{type(self).__name__} takes an InfiniConfig, not a {type(config).__name__}. Its method "
+                "from_pretrained(folder, segment_length=...) converts a checkpoint; for a new model, make an "
+                "InfiniConfig(hidden_size=..., segment_length=..., ...)."
+            )
+        if (new_weights := vars(config).pop("_new_weights", None)) is not None:
+            self._keys_to_ignore_on_load_missing = {new_weights}
         super().__init__(config, *args, **kwargs)
         kept = config.float32_modules if config.layers_with_memory else []
         self._keep_in_fp32_modules_strict = [name.split(".")[-1] for name in kept]
         self.register_load_state_dict_pre_hook(_rename_former_names)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        As [`PreTrainedModel.from_pretrained`]. The checkpoint of a Llama, Mistral, Qwen2 or Qwen3 is converted while
+        it is loaded, as by `convert_to_infini`, whose options of the memory (`segment_length`, ...) are taken then.
+
+        Raises:
+            ImportError: if that takes the package that published code comes from, and it is not installed.
+            FileNotFoundError, ValueError: as `convert_to_infini`, if the checkpoint cannot be converted.
+        """
+        source = pretrained_model_name_or_path
+        if source is None or is_infini(source, config, kwargs):
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        try:
+            from infini_transformers.conversion.while_loading import load_base
+        except ImportError as error:
+            raise ImportError(
+                f"{source} holds no Infini-attention checkpoint. To convert another model's, install "
+                "infini-transformers, the package that this code comes from."
+            ) from error
+        return load_base(cls, super().from_pretrained, source, model_args, config, kwargs)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -588,6 +628,31 @@ class InfiniPreTrainedModel(PreTrainedModel):
             heads, head_dim = module.bias.shape
             init.copy_(module.weight, torch.eye(head_dim).mul(module.INITIAL_SCALE).expand(heads, -1, -1))
             init.zeros_(module.bias)
+
+
+def require_place(source: str | os.PathLike) -> None:
+    """Raises FileNotFoundError for a path that leads to nothing, about which the Hub need not be asked."""
+    name = os.fspath(source)
+    if not os.path.exists(name) and (name.count("/") > 1 or name.startswith(("/", ".", "~"))):
+        home = f" Python does not expand ~: write {os.path.expanduser(name)}." if name.startswith("~") else ""
+        raise FileNotFoundError(f"There is no folder or file {name} (seen from {os.getcwd()}).{home}")
+
+
+def is_infini(source: str | os.PathLike, config: PreTrainedConfig | str | os.PathLike | None, kwargs: dict) -> bool:
+    """Whether a source is for `from_pretrained` of transformers: another model's checkpoint is not."""
+    if kwargs.get("gguf_file") is not None or os.path.isfile(source) or str(source).endswith(".gguf"):
+        return False
+    require_place(source)
+    place = {name: kwargs[name] for name in ("subfolder", *DOWNLOAD_ARGUMENTS) if kwargs.get(name) is not None}
+    fields, _ = PreTrainedConfig.get_config_dict(source, **place)
+    if fields:
+        return fields.get("model_type") == InfiniConfig.model_type
+    if is_peft_available() and (adapter := find_adapter_config_file(str(source), **place)) is not None:
+        with open(adapter, encoding="utf-8") as file:
+            base = json.load(file).get("base_model_name_or_path")
+        return bool(base) and is_infini(base, None, {})
+    # Weights alone are enough where a configuration is given.
+    return isinstance(config, PreTrainedConfig)
 
 
 def _plan_call(past: Past, *arguments) -> Layout:
