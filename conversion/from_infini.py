@@ -23,7 +23,7 @@ from .checkpoints import (
     shard_size,
     write_weights,
 )
-from .memory_weights import initial_memory_weights, memory_digest
+from .memory_weights import first_change, memory_digest
 from .small_files import (
     copy_files,
     load_tokenizer,
@@ -122,14 +122,9 @@ def _require_no_loss(checkpoint: Checkpoint, config: InfiniConfig) -> None:
     applied = (config.converted_from or {}).get("memory")
     if applied and memory_digest({name: checkpoint.read(name) for name in names}) == applied.get("sha256"):
         return
-    initial: dict[str, torch.Tensor] = {}
-    for layer in range(config.num_hidden_layers):
-        initial |= initial_memory_weights(config, layer)
-    for name in names:
-        weight = checkpoint.read(name)
-        if name not in initial or not torch.equal(initial[name].to(weight.dtype), weight):
-            raise ValueError(
-                f"The memory was trained or set: {name} differs from its initial value. The base "
-                "architecture has no place for it. Save it by itself (infini save-memory), or lose it: "
-                "pass drop_gates=True (--drop-gates) to drop it."
-            )
+    if (name := first_change(names, checkpoint.read, config)) is not None:
+        raise ValueError(
+            f"The memory was trained or set: {name} differs from its initial value. The base "
+            "architecture has no place for it. Save it by itself (infini save-memory), or lose it: "
+            "pass drop_gates=True (--drop-gates) to drop it."
+        )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Container, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -175,6 +176,21 @@ class GGUFFile:
         return {
             name: self.metadata[f"general.{key}"] for name, key in keys.items() if f"general.{key}" in self.metadata
         }
+
+    @property
+    def repository(self) -> str | None:
+        """The id on the Hub of the model that the file holds, if it says so."""
+        places = ("source.huggingface.repository", "source.repo_url", "source.url")
+        for place in (str(self.metadata.get(f"general.{key}", "")) for key in places):
+            if (found := re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", place)) is not None:
+                return found[1]
+        return None
+
+    @property
+    def title(self) -> str | None:
+        """What the file calls its model, and who made it."""
+        name, maker = (self.metadata.get(f"general.{key}") for key in ("name", "organization"))
+        return f"{name} of {maker}" if name and maker else name
 
     @property
     def architecture(self) -> str | None:

@@ -9,7 +9,7 @@ A memory by itself: what training adds to a conversion, saved without the base t
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import logging
 
 from modeling_infini import InfiniConfig, InfiniPreTrainedModel
 from modeling_infini.cache import MAX_HEADER, digest_of
@@ -31,6 +32,9 @@ from .base_fingerprint import base_fingerprint, in_float16
 from .checkpoints import WEIGHT_DTYPES, Checkpoint, is_memory_weight, new_folder, read_json, write_json
 from .model_card import memory_card
 from .small_files import CARD
+
+
+logger = logging.get_logger(__name__)
 
 
 MEMORY_FILE = "memory.safetensors"
@@ -261,7 +265,13 @@ def save_memory(source: str | os.PathLike | nn.Module, output: str | os.PathLike
         ValueError: if the base was trained too: its memory belongs to the trained base. Also for adapters and
             quantized models, whose base cannot be compared.
     """
-    return MemoryWeights.of(source).save(output, **card)
+    memory = MemoryWeights.of(source)
+    if first_change(memory.weights, memory.weights.__getitem__, memory.config) is None:
+        logger.warning(
+            "The memory that is saved is as it was converted: nobody has taught it anything. `transfer` does (python -m "
+            "conversion transfer), or a training."
+        )
+    return memory.save(output, **card)
 
 
 def load_memory(model: nn.Module, memory: "str | os.PathLike | MemoryWeights") -> None:
@@ -329,6 +339,18 @@ def initial_memory_weights(config: InfiniConfig, layer: int) -> dict[str, torch.
                 module.to_empty(device="cpu").apply(of_model._init_weights)
                 weights |= dict(module.named_parameters(prefix + child))
     return {name: at_least_float32(weight) for name, weight in weights.items()}
+
+
+def first_change(names: Iterable[str], read: Callable[[str], torch.Tensor], config: InfiniConfig) -> str | None:
+    """The first of a memory's weights that differs from what it starts with; `None`: nothing was taught or set."""
+    initial: dict[str, torch.Tensor] = {}
+    for layer in range(config.num_hidden_layers):
+        initial |= initial_memory_weights(config, layer)
+    for name in names:
+        weight = read(name)
+        if name not in initial or not torch.equal(initial[name].to(weight.dtype), weight):
+            return name
+    return None
 
 
 def base_fields(config: InfiniConfig) -> dict[str, Any]:

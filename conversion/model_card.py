@@ -201,6 +201,8 @@ def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | 
     if not origin:
         return training or "It was not converted from another model. How it was trained is not recorded here."
     name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a checkpoint"
+    if "gguf" in origin:
+        name = f"{name if base_model else 'a model'}, by a GGUF file of {origin['gguf']}"
     if "package" in origin:
         return f"The weights were imported from a model of the package {origin['package']}. {trained}"
     revision = f" at revision `{origin['revision']}`" if "revision" in origin else ""

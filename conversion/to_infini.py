@@ -44,6 +44,7 @@ from .small_files import (
     write_fields,
     write_tokenizer,
 )
+from .transfer import require_texts
 from .transfer import transfer as attention_transfer
 from .wrong_sources import what_weights_they_are
 
@@ -106,7 +107,7 @@ def convert_to_infini(
         allow_bin: read PyTorch `.bin` files where there are no safetensors.
         revision: of a model on the Hub.
         transfer: texts by which the memory is taught at once, see [`conversion.transfer`]; if that is interrupted, the
-            conversion stands, and `conversion.transfer` goes on.
+            conversion stands, and `conversion.transfer` goes on. Texts that are too short leave no output.
         options: other fields of the memory in [`InfiniConfig`], such as `memory_feature_map`, `token_gates` or
             `memory_layers`. What they add starts as in a new model.
 
@@ -177,6 +178,9 @@ def convert_to_infini(
         write_weights(folder, conversion.shapes, conversion.weights | of_memory, largest_file)
         # Last, since without it nothing loads.
         config.save_pretrained(folder)
+        if transfer is not None:
+            # Of no use later: the folder is there then.
+            require_texts(folder, transfer)
     if transfer is not None:
         attention_transfer(output, transfer)
     return Path(output).absolute()
@@ -246,10 +250,15 @@ def source_origin(
     checkpoint: Checkpoint, head_gates: HeadGates | None = None, memory: MemoryWeights | None = None
 ) -> dict[str, Any]:
     """Name, revision and licence of the source as far as they are known, and what the way back needs."""
+    of_file: dict[str, Any] = {}
+    if checkpoint.gguf is not None:
+        # A memory is refused where its base has other weights: they may be known by its name.
+        known = checkpoint.gguf.repository or (None if memory is None else memory.base.get("name"))
+        of_file = {"name": known, "gguf": checkpoint.gguf.title, **checkpoint.gguf.licence}
     origin = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
-        **(_licence_of_card(checkpoint.folder / CARD) if checkpoint.gguf is None else checkpoint.gguf.licence),
+        **(_licence_of_card(checkpoint.folder / CARD) if checkpoint.gguf is None else of_file),
         "head_gates": None if head_gates is None else "set by layer or head",
         "memory": None if memory is None else memory.as_origin,
     }

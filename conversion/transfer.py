@@ -39,7 +39,7 @@ from .architectures import MEMORY_OPTIONS, base_config
 from .base_fingerprint import EMBEDDINGS, base_fingerprint
 from .checkpoints import Checkpoint, is_memory_weight, read_json, write_json
 from .in_place import replace_memory
-from .memory_weights import initial_memory_weights
+from .memory_weights import first_change, initial_memory_weights
 from .slot_facts import fact_windows
 from .slot_scores import fit_slot_score
 
@@ -47,6 +47,8 @@ from .slot_scores import fit_slot_score
 # What the memories become.
 FIELDS = {"memory_feature_map": "exp", "token_gates": True}
 
+# Of the texts, at most.
+TOKENS = 57_344
 # Segments in a calibration window: what full attention sees is at most this.
 WINDOW_SEGMENTS = 8
 # One of so many windows is not trained on: by these the layers are chosen.
@@ -71,6 +73,8 @@ QUERY_STRIDE = 8
 
 LOGITS_AT_A_TIME = 512
 PROGRESS = ".transfer"
+# What a recorded argument is to a user.
+ARGUMENTS = {"fingerprint": "the base's weights", "ids": "texts or tokens", "memory": "the memory's configuration"}
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +154,7 @@ def transfer(
     texts: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     teacher: str | os.PathLike | None = None,
-    tokens: int = 57_344,
+    tokens: int = TOKENS,
     steps: int = 400,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -194,16 +198,14 @@ def transfer(
     as_here = checkpoint.shapes[EMBEDDINGS].dtype
     if teacher is not None and fingerprint not in (base_fingerprint(weights), base_fingerprint(weights, as_here)):
         raise ValueError(f"{teacher} is not the base of {folder}: its weights are others. Leave the teacher out.")
-    length = _window_length(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids, of_texts, used = _calibration_windows(tokenizer, _read_texts(texts, seed), length, tokens)
+    tokenizer, (ids, of_texts, used) = _calibration(folder, config, texts, tokens, seed)
     if len(set(of_texts)) == 1:
         logger.warning(
             "All windows are of one text: what another text's memory explains is that of another part of it."
         )
     is_fact = None
     if config.num_memory_slots:
-        with_facts, is_fact = fact_windows(tokenizer, used, length, FACT_WINDOWS, seed)
+        with_facts, is_fact = fact_windows(tokenizer, used, ids.shape[1], FACT_WINDOWS, seed)
         ids = torch.cat([ids, with_facts])
     arguments = {
         "fingerprint": fingerprint,
@@ -213,14 +215,66 @@ def transfer(
         "seed": seed,
         "dtype": str(dtype),
     }
-    run = _Run(weights, config, ids, dtype, _Progress(folder / PROGRESS, arguments), of_texts, is_fact)
-    done = run.choose(run.train(steps, seed, report))
+    progress = _Progress(folder / PROGRESS, arguments)
+    if (before := progress.hidden_states()) is not None:
+        logger.warning("An unfinished run goes on: %d of %d layers are done.", before[0], config.num_hidden_layers)
+    else:
+        _warn_of_loss(checkpoint)
+    run = _Run(weights, config, ids, dtype, progress, of_texts, is_fact)
+    try:
+        done = run.choose(run.train(steps, seed, report))
+    except KeyboardInterrupt:
+        logger.warning(
+            "Interrupted: %s is as it was. The same call or command goes on, by what is in %s; remove that folder if "
+            "you do not want to.",
+            folder,
+            folder / PROGRESS,
+        )
+        raise
     fields = {**FIELDS, "memory_layers": done.memory_layers, "slot_layers": done.slot_layers or None}
     if not done.slot_layers:
         fields["num_memory_slots"] = 0
     replace_memory(folder, run.trained(done.memory_layers, done.slot_layers), fields)
     shutil.rmtree(folder / PROGRESS)
     return done
+
+
+def require_texts(folder: str | os.PathLike, texts: Sequence[str | os.PathLike]) -> None:
+    """Raises what [`transfer`] would raise for texts that it cannot use."""
+    _calibration(folder, Checkpoint(folder).infini_config, texts)
+
+
+def _calibration(
+    folder: str | os.PathLike,
+    config: InfiniConfig,
+    texts: Sequence[str | os.PathLike],
+    tokens: int = TOKENS,
+    seed: int = 0,
+) -> tuple[PreTrainedTokenizerBase, tuple[torch.Tensor, list[int], list[str]]]:
+    """The tokenizer, and what [`_calibration_windows`] makes of the texts."""
+    length = _window_length(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer that can be loaded, by which texts are read. Save the base's there: "
+            f"AutoTokenizer.from_pretrained(base).save_pretrained(folder). ({' '.join(str(error).split()):.200})"
+        ) from error
+    return tokenizer, _calibration_windows(tokenizer, _read_texts(texts, seed), length, tokens)
+
+
+def _warn_of_loss(checkpoint: Checkpoint) -> None:
+    """A memory that was taught is replaced when the transfer ends."""
+    config = checkpoint.infini_config
+    applied = ((config.converted_from or {}).get("memory") or {}).get("name")
+    names = [name for name in checkpoint.shapes if is_memory_weight(name)]
+    if applied or first_change(names, checkpoint.read, config) is not None:
+        logger.warning(
+            "%s has a memory that was taught or applied already%s: it is learned anew, and replaced when this has "
+            "ended. To keep it, interrupt this, and save it first: infini save-memory.",
+            checkpoint.folder,
+            f" ({applied})" if applied else "",
+        )
 
 
 def _config(config: InfiniConfig, **fields) -> InfiniConfig:
@@ -296,7 +350,11 @@ class _Progress:
         self.folder = folder
         file = folder / "arguments.json"
         if file.is_file() and (before := read_json(file)) != arguments:
-            changed = ", ".join(name for name in arguments if before.get(name) != arguments[name])
+            changed = [name for name in arguments if before.get(name) != arguments[name]]
+            if "seed" in changed and "ids" in changed:
+                # By which texts are chosen.
+                changed.remove("ids")
+            changed = ", ".join(ARGUMENTS.get(name, name) for name in changed)
             raise ValueError(
                 f"{folder} holds an unfinished run with other arguments ({changed}). Repeat that command to go on, or "
                 "remove this folder to start anew."

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from base_models import SIZES, base_model
+from huggingface_hub import ModelCard
 from tiny import random_ids
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from infini_transformers.conversion import convert_from_infini, convert_to_infini
+from infini_transformers.conversion import convert_from_infini, convert_to_infini, save_memory
 from infini_transformers.evaluation.loading import load_model, segment_length_of
 from modeling_infini import InfiniForCausalLM
 
@@ -573,3 +574,29 @@ def test_tokens_that_the_file_has_not_are_not_added(tmp_path):
     tokenizer = converted_tokenizer(tmp_path, BYTE_LEVEL)
     assert sorted(tokenizer.get_vocab()) == sorted(BYTE_LEVEL["tokens"])
     assert max(tokenizer("a<|endoftext|>").input_ids) < len(BYTE_LEVEL["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "repository"),
+    [
+        ({"source.huggingface.repository": "me/llama"}, "me/llama"),
+        ({"source.repo_url": "https://huggingface.co/me/llama-1.5"}, "me/llama-1.5"),
+        ({"source.url": "https://example.org/me/llama"}, None),
+        ({}, None),
+    ],
+)
+def test_the_card_names_the_model_that_the_file_holds(tmp_path, metadata, repository):
+    def add(writer):
+        writer.add_name("Tiny Llama")
+        writer.add_organization("Me")
+        for name, value in metadata.items():
+            writer.add_string(f"general.{name}", value)
+
+    folder = convert_to_infini(write_gguf(tmp_path / "m.gguf", base(), add), tmp_path / "ours", segment_length=N)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == repository
+    assert "by a GGUF file of Tiny Llama of Me" in card.text
+    # What the file does not say, a memory of the same weights may.
+    save_memory(folder, tmp_path / "memory", base_model=repository or "me/other")
+    ours = convert_to_infini(tmp_path / "m.gguf", tmp_path / "again", memory=tmp_path / "memory")
+    assert ModelCard.load(ours / "README.md").data.base_model == (repository or "me/other")

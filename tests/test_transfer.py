@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 from words import random_text, save_word_tokenizer
 
-from infini_transformers.conversion import convert_from_infini, convert_to_infini, transfer
+from infini_transformers.conversion import convert_from_infini, convert_to_infini, save_memory, transfer
 from infini_transformers.conversion.__main__ import app
 from infini_transformers.conversion.checkpoints import Checkpoint, is_memory_weight
 from infini_transformers.conversion.slot_facts import fact_windows
@@ -297,3 +297,66 @@ def test_bad_input_is_refused(tmp_path, texts):
     with pytest.raises(ValueError, match="three segments are needed"):
         transfer(tmp_path / "long", [texts])
     assert not (folder / ".transfer").exists()
+
+
+def test_texts_that_are_too_short_leave_no_conversion(tmp_path, texts):
+    base_model("llama").save_pretrained(tmp_path / "base")
+    save_word_tokenizer(tmp_path / "base")
+    (tmp_path / "short.txt").write_text("too short")
+    for wrong in ([tmp_path / "short.txt"], [texts / "0.txt"]):
+        with pytest.raises(ValueError, match=r"windows of 56 tokens; at least 9"):
+            convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N, transfer=wrong)
+    with pytest.raises(ValueError, match="three segments are needed"):
+        options = {"local_attention": "segment", "transfer": [texts]}
+        convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=30, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "books", "short.txt"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, texts, keep_all, monkeypatch, caplog):
+    folder = converted(tmp_path)
+    train = _LayerTask.train
+
+    def interrupted(task, *args):
+        if task.attention.layer_idx == 1:
+            raise KeyboardInterrupt
+        train(task, *args)
+
+    monkeypatch.setattr(_LayerTask, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        transfer(folder, [texts], steps=3)
+    assert f"Interrupted: {folder} is as it was. The same call or command goes on" in caplog.text
+    with pytest.raises(ValueError, match=r"other arguments \(seed\)"):
+        transfer(folder, [texts], steps=3, seed=1)
+    with pytest.raises(ValueError, match=r"other arguments \(texts or tokens, steps\)"):
+        transfer(folder, [texts], steps=4, tokens=9 * 8 * N)
+    monkeypatch.setattr(_LayerTask, "train", train)
+    transfer(folder, [texts], steps=3)
+    assert "An unfinished run goes on: 1 of 2 layers are done." in caplog.text
+    assert "taught or applied already" not in caplog.text
+
+
+def test_a_memory_that_is_replaced_is_named(tmp_path, texts, keep_all, caplog):
+    folder = converted(tmp_path)
+    transfer(folder, [texts], steps=1)
+    assert "taught or applied already" not in caplog.text
+    transfer(folder, [texts], steps=1)
+    assert "has a memory that was taught or applied already: it is learned anew" in caplog.text
+
+
+def test_a_conversion_without_a_tokenizer_says_where_one_comes_from(tmp_path, texts):
+    base_model("llama").save_pretrained(tmp_path / "base")
+    folder = convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N)
+    with pytest.raises(
+        ValueError, match=r"has no tokenizer that can be loaded.*AutoTokenizer.from_pretrained\(base\)"
+    ):
+        transfer(folder, [texts])
+
+
+def test_a_memory_that_nobody_taught_is_saved_with_a_warning(tmp_path, texts, keep_all, caplog):
+    folder = converted(tmp_path)
+    save_memory(folder, tmp_path / "untaught")
+    assert "nobody has taught it anything" in caplog.text
+    caplog.clear()
+    transfer(folder, [texts], steps=1)
+    save_memory(folder, tmp_path / "taught")
+    assert "nobody" not in caplog.text
