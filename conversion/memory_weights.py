@@ -268,8 +268,8 @@ def save_memory(source: str | os.PathLike | nn.Module, output: str | os.PathLike
     memory = MemoryWeights.of(source)
     if first_change(memory.weights, memory.weights.__getitem__, memory.config) is None:
         logger.warning(
-            "The memory that is saved is as it was converted: nobody has taught it anything. `transfer` does (python -m "
-            "conversion transfer), or a training."
+            "The memory that is saved is as it was converted: nobody has taught it anything. `infini transfer` does, or "
+            "a training."
         )
     return memory.save(output, **card)
 

@@ -166,7 +166,7 @@ def convert_to_infini(
         local_shares = memory.local_shares
         of_memory = {name: weight.clone for name, weight in memory.weights.items()}
 
-    require_room(output, shapes)
+    require_room(output, conversion.shapes)
     with new_folder(output) as folder:
         copy_files(checkpoint, folder)
         if checkpoint.gguf is not None:

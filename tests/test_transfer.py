@@ -306,8 +306,8 @@ def test_texts_that_are_too_short_leave_no_conversion(tmp_path, texts):
     for wrong in ([tmp_path / "short.txt"], [texts / "0.txt"]):
         with pytest.raises(ValueError, match=r"windows of 56 tokens; at least 9"):
             convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N, transfer=wrong)
+    options = {"local_attention": "segment", "transfer": [texts]}
     with pytest.raises(ValueError, match="three segments are needed"):
-        options = {"local_attention": "segment", "transfer": [texts]}
         convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=30, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "books", "short.txt"]
 
