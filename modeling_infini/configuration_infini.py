@@ -31,7 +31,8 @@ AUTO_MAP = {
 
 MODELING_FILE = "modeling_infini.py"
 
-# A style of tensor parallelism, which `modeling_infini.py` registers.
+# Styles of tensor parallelism, which `modeling_infini.py` registers.
+LOCAL_PARAMETERS = "infini_local_parameters"
 SHARED_BY_HEADS = "infini_shared_by_heads"
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -217,7 +218,7 @@ class InfiniConfig(LlamaConfig):
         """How tensor parallelism shards the modules that there are: everything of a head goes with it."""
         of_attention: dict[str, str] = {}
         for name in self.float32_modules:
-            of_attention |= {f"{name}.weight": "colwise", name: "local_params"}
+            of_attention |= {f"{name}.weight": "colwise", name: LOCAL_PARAMETERS}
             if name.endswith("_map"):
                 # By heads, the first dimension; "colwise" shards that before the last.
                 of_attention |= {f"{name}.weight": "embedding_rowwise", f"{name}.bias": "embedding_rowwise"}
@@ -229,8 +230,13 @@ class InfiniConfig(LlamaConfig):
             of_attention["memory.token_gate"] = "colwise"
         if self.qk_norm:
             of_attention |= {"q_norm": SHARED_BY_HEADS, "k_norm": SHARED_BY_HEADS}
-        of_llama = LlamaConfig.base_model_tp_plan
+        of_llama = LlamaConfig.base_model_tp_plan | {"embed_tokens": "embedding_rowwise"}
         return of_llama | {f"layers.*.self_attn.{name}": style for name, style in of_attention.items()}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]):
+        # Some versions of transformers add tied embeddings, which are in the plan in any case.
+        pass
 
     @property
     def projection_biases(self) -> dict[str, bool]:

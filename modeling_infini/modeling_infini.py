@@ -30,7 +30,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, QuestionAnsweringModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -51,7 +51,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import CACHE_NAME, InfiniCache, Past, one_past
 from .cache_layer import LayerPast, TokenStates
-from .configuration_infini import SHARED_BY_HEADS, InfiniConfig
+from .configuration_infini import LOCAL_PARAMETERS, SHARED_BY_HEADS, InfiniConfig
 from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
 from .local_attention import (
@@ -462,6 +462,15 @@ def _by_column(weights: torch.Tensor, columns: torch.Tensor, num_columns: int, l
     return layout.to_columns(by_column.transpose(1, 2)).transpose(1, 2)
 
 
+def _kept_columns(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
+    """Of `(B, T, hidden_size)`, all columns (0), columns `(C,)` or `(B or 1, C)`, or those of a mask `(B, T)`, flat."""
+    if isinstance(kept, int):
+        return hidden_states
+    if kept.dim() == 2 and kept.dtype != torch.bool:
+        return take(hidden_states, kept)
+    return hidden_states[kept] if kept.dim() == 2 else hidden_states[:, kept]
+
+
 class InfiniDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: InfiniConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -474,6 +483,13 @@ class InfiniDecoderLayer(LlamaDecoderLayer):
             return hidden_states
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LocalParameters(TensorParallelLayer):
+    """Parameters of heads: each process computes with those of its own heads, as plain tensors."""
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return True
 
 
 class SharedByHeads(TensorParallelLayer):
@@ -496,6 +512,7 @@ class SharedByHeads(TensorParallelLayer):
             module._parameters.update(parameters)
 
 
+ALL_PARALLEL_STYLES.register(LOCAL_PARAMETERS, LocalParameters())  # type: ignore[arg-type]
 ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeads())  # type: ignore[arg-type]
 
 
@@ -929,7 +946,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if is_by_base else slice_logits_to_keep(hidden_states, kept))
+        logits = self.lm_head(hidden_states if is_by_base else _kept_columns(hidden_states, kept))
         loss = None
         if has_targets:
             if position_ids is not None and past_key_values is None and not torch.compiler.is_compiling():

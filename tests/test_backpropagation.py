@@ -81,7 +81,7 @@ def test_chunked_gradients_equal_those_of_one_pass(case, chunk_segments, is_chec
     model = tiny_model(torch.float64, **fields).train()
     expected_loss, expected = plain_gradients(model, **inputs)
     if is_checkpointed:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     model.zero_grad()
     loss, cache = backpropagate(model, inputs, chunk_segments=chunk_segments)
     assert relative_error(loss, expected_loss) < 1e-6  # the loss itself is float32
@@ -263,7 +263,7 @@ def with_noise(model):
 
 
 def with_checkpointing(model):
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     return model.train()
 
 
@@ -470,7 +470,7 @@ def test_bad_arguments_are_refused():
         backpropagate(get_peft_model(tiny_model(), lora), {**inputs, "labels": inputs["input_ids"]})
     with pytest.raises(TypeError, match="Linear is no Infini-attention model"):
         infini_module(torch.nn.Linear(2, 2))
-    model.train().activation_checkpointing_enable({"use_reentrant": True})
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant"):
         backpropagate(model, {**inputs, "labels": inputs["input_ids"]})
 

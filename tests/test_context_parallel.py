@@ -86,7 +86,7 @@ def errors_of(case: Case, context_parallel: ContextParallel) -> dict[str, float]
         model.loss_function = exact_loss
     if case.has_checkpointing:
         model.train()
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     ids = random_ids(2, case.length)
     labels = torch.full_like(ids, -100)
     labels[:, case.targets] = ids[:, case.targets]

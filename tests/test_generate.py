@@ -286,7 +286,7 @@ def test_in_training_generate_needs_no_gradients(fields, use_reentrant, monkeypa
     monkeypatch.setattr("modeling_infini.modeling_infini.PIECE_TOKENS", 10)
     model, ids = generator(fields), random_ids(2, 33)
     expected = generate(model, ids)
-    model.train().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for options in ({}, {"past_key_values": model.new_cache()}, {"prefill_chunk_size": 4}, {"use_cache": False}):
         assert torch.equal(generate(model, ids, **options), expected)
     assert torch.equal(generate(model, ids[:1], prompt_lookup_num_tokens=2), expected[:1])

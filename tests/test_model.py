@@ -202,7 +202,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     model, ids = tiny_model(), random_ids(2, 17)
     expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
     model.train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     found = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected))
 

@@ -82,7 +82,7 @@ def test_a_token_weighs_as_much_in_chunks_as_in_one_pass(monkeypatch, is_checkpo
     monkeypatch.setattr(write_sparsity, "write_penalty", lambda log_gates, margin: log_gates.mean())
     model, ids = gated_model(), random_ids(1, 27)
     if is_checkpointed:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     inputs = {"input_ids": ids, "labels": ids}
     with sparse_writes(model, WEIGHT):
         backpropagate(model, inputs)

@@ -83,7 +83,7 @@ def of_batch(model: InfiniForCausalLM) -> dict[str, torch.Tensor]:
         add(name, loss=outputs.loss, logits=outputs.logits)
     for name in ("with a cache", "with a cache, checkpointed"):
         if name.endswith("checkpointed"):
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         cache = model.new_cache()
         logits = [model(part, past_key_values=cache).logits for part in ids.split([8, 1, 6, 8], 1)]
         torch.cat(logits, 1).square().mean().backward()
