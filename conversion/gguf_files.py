@@ -75,6 +75,9 @@ TOKENIZER_KEYS = (
     ),
 )
 
+# What transformers and GGUF call them.
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
 # Types of tokens that are never cut: control and user-defined ones.
 WHOLE_TOKENS = (3, 4)
 
@@ -290,14 +293,16 @@ class GGUFFile:
         if self.metadata.get("tokenizer.ggml.add_sep_token"):
             raise ValueError("tokenizer.ggml.add_sep_token asks for separators")
         whole = kind == "gpt2" and split in WHOLE_WORD_SPLITS
-        options = (
-            {} if "tokenizer.ggml.add_bos_token" in self.metadata or kind == "llama" else {"add_bos_token": whole}
-        )
+        options = {
+            "add_bos_token": self.metadata.get("tokenizer.ggml.add_bos_token", whole or kind == "llama"),
+            "add_eos_token": self.metadata.get("tokenizer.ggml.add_eos_token", False),
+        }
         try:
             # What stands beside the file may be another model's.
             with TemporaryDirectory() as alone:
                 (Path(alone) / self.path.name).symlink_to(self.path.resolve())
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=self.path.name, **options)
+            self._name_tokens(tokenizer)
         except (StrictDataclassError, IndexError, TypeError) as error:
             # transformers reads the configuration anew, and takes ids for tokens without a look.
             raise ValueError(str(error.__cause__ or error)) from error
@@ -322,6 +327,14 @@ class GGUFFile:
         if templates.keys() - {""}:
             tokenizer.chat_template = {name or "default": template for name, template in templates.items()}
         return tokenizer
+
+    def _name_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tells the tokenizer its special tokens: transformers 5.16 takes BOS for EOS, too."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens", [])
+        for name, key in SPECIAL_TOKENS.items():
+            index = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            setattr(tokenizer, name, None if index is None else tokens[index])
+        tokenizer.update_post_processor()
 
     def _drop_foreign_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Drops what transformers adds by default, such as GPT-2's own special token: the model has none of it."""

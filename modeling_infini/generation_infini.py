@@ -182,7 +182,8 @@ class InfiniGenerationMixin(GenerationMixin):
         if isinstance(outputs.get(CACHE_NAME), InfiniCache):
             if self._runs_for_others:
                 outputs[CACHE_NAME] = model_kwargs[CACHE_NAME]
-            model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
+            for name in ("attention_mask", "position_ids"):
+                model_kwargs.pop(name, None)
         mask = model_kwargs.get("attention_mask")
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
