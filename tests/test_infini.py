@@ -138,7 +138,7 @@ def test_read_goes_on_from_a_memory(infini, folders, monkeypatch):
     later = infini("read", model, "--memory", memory, "--prompt", question, "--max-new-tokens", 7)
     assert at_once[:2] == later[:2]
     assert len(later[1].split()) == 7
-    assert "had read 60 before" in later[2]
+    assert "had read 60 tokens before" in later[2]
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(book.read_text()))
     assert infini("read", model, "-", "--prompt", question, "--max-new-tokens", 7)[:2] == at_once[:2]
