@@ -39,13 +39,13 @@ def main() -> None:
     # As whoever finds the model on the Hub loads it: by the code that stands beside the weights.
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
+    print(f"A model of {model.num_parameters():,} parameters reads {options.tokens:,} tokens.", flush=True)
     generator = np.random.default_rng(options.seed)
     depth = generator.random() if options.depth is None else options.depth
     filler = find_filler(tokenizer, options.filler)
     example = passkey_example(tokenizer, filler, options.tokens, depth, generator, PAPER_WORDING)
     key, start = example.facts["answer"], int(example.answer_positions[0])
-    print(f'Hidden in {options.tokens:,} tokens ({filler.name}), at {depth:.1%} of them: "{PAPER_WORDING.needle}"')
-    print(f"with {key} for the key. The model has {model.num_parameters():,} parameters.\n", flush=True)
+    print(f"At {depth:.1%} of them, in the {filler.name}, stands: {PAPER_WORDING.needle.format(key=key)}", flush=True)
 
     prompt, cache, process = example.input_ids[None, :start], model.new_cache(), psutil.Process()
     begin = time.perf_counter()

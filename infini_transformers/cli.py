@@ -88,10 +88,11 @@ def _choose(prog: str, description: str, choices: Mapping[str, str], arguments: 
     return parser.parse_args(arguments[:1]).command
 
 
-def _read(arguments: Sequence[str]) -> None:
+def read_parser() -> argparse.ArgumentParser:
+    """The arguments of `infini read`."""
     parser = argparse.ArgumentParser(
         prog="infini read",
-        description="Reads a text of any length into a memory of constant size, and prints how it goes on. What the "
+        description="Reads a text of any length into a memory of constant size, and prints how it goes on. What the\n"
         "model writes goes to the output, all else to the error output.",
         epilog="""examples:
   infini read converted book.txt
@@ -109,6 +110,11 @@ def _read(arguments: Sequence[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=60, help="tokens to write (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    return parser
+
+
+def _read(arguments: Sequence[str]) -> None:
+    parser = read_parser()
     options = parser.parse_args(arguments)
     if not (options.texts or (options.memory and options.prompt)):
         parser.error("nothing to read: name a text file, or a --memory and a --prompt")
