@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from . import __version__
 
@@ -132,7 +133,7 @@ def _convert(command: str, arguments: Sequence[str]) -> None:
 
     from .conversion.__main__ import app
 
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     group.commands[CONVERSION[command][0]].main(list(arguments), prog_name=f"infini {command}")
 
 

@@ -5,21 +5,22 @@ import copy
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from modeling_infini import InfiniCache
+from modeling_infini import InfiniCache, InfiniForCausalLM
 
 from .evaluation.examples import opening_ids
 from .evaluation.haystacks import encode
 from .evaluation.loading import load_model, load_tokenizer, segment_length_of
 
 
-def read(model: PreTrainedModel, input_ids: torch.Tensor, cache: InfiniCache) -> None:
+def read(model: InfiniForCausalLM, input_ids: torch.Tensor, cache: InfiniCache) -> None:
     """Reads `input_ids` `(1, tokens)` into a cache, in calls of a few segments, and shows how far it is."""
     process, peak = psutil.Process(), 0
     chunk_length = 4 * model.config.segment_length
@@ -33,7 +34,7 @@ def read(model: PreTrainedModel, input_ids: torch.Tensor, cache: InfiniCache) ->
 
 
 def write(
-    model: PreTrainedModel,
+    model: InfiniForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     cache: InfiniCache,
     input_ids: torch.Tensor,
@@ -56,7 +57,7 @@ def write(
     )
 
 
-def costs(model: PreTrainedModel, cache: InfiniCache, tokens: int) -> str:
+def costs(model: InfiniForCausalLM, cache: InfiniCache, tokens: int) -> str:
     """A sentence: what a cache holds after `tokens` tokens, beside the keys and values of full attention."""
     config = model.config
     numbers = 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -78,7 +79,7 @@ def read_and_write(options: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     text = "\n\n".join(map(_read_text, options.texts))
     segment_length_of(options.model)
-    model = load_model(options.model, dtype=options.dtype).to(options.device).eval()
+    model: Any = load_model(options.model, dtype=options.dtype).to(options.device).eval()
     tokenizer = load_tokenizer(options.model)
 
     if options.memory is None:
