@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from safetensors import SafetensorError
 
 from infini_transformers.cli import prepare_process
 
@@ -44,7 +45,7 @@ class LocalAttention(str, Enum):
 def errors_as_messages() -> Iterator[None]:
     try:
         yield
-    except (ImportError, OSError, ValueError, StrictDataclassError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError, StrictDataclassError) as error:
         # Not typer's box: it breaks lines inside paths.
         reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
         typer.echo(f"Error: {reason}", err=True)

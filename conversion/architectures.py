@@ -121,7 +121,10 @@ def infini_config(
     window = _own_window(source)
     if segment_length is None:
         if window is None:
-            raise ValueError("segment_length is needed: the source has no sliding window of its own to take it from.")
+            raise ValueError(
+                "segment_length is needed: the source has no sliding window of its own to take it from. 1024 suits "
+                f"most models; twice that must fit into the {source.max_position_embeddings} positions of the source."
+            )
         segment_length = window
     if window is not None and segment_length > window:
         raise ValueError(
@@ -162,12 +165,15 @@ def require_known_distances(config: InfiniConfig) -> None:
     if config.longest_distance > config.max_position_embeddings:
         reach = "2 * segment_length + num_sink_tokens" if config.is_sliding else "segment_length"
         reach += " + num_memory_slots" if config.num_memory_slots else ""
+        longest = config.max_position_embeddings
+        if config.is_sliding:
+            longest = (longest - config.num_sink_tokens - config.num_memory_slots) // 2
         slots_left = config.max_position_embeddings - config.longest_distance + config.num_memory_slots
         fewer = f"a num_memory_slots of at most {slots_left}, or " if slots_left >= 0 else ""
         raise ValueError(
             f'With local_attention="{config.local_attention}", {reach} = {config.longest_distance} must not exceed '
             f"the {config.max_position_embeddings} positions that the source was trained on. Choose {fewer}a "
-            f"smaller segment_length than {config.segment_length}."
+            f"segment_length of at most {max(1, longest)}."
         )
 
 

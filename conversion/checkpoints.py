@@ -1,5 +1,6 @@
 """Checkpoints of any size: their weights are read one by one and written shard by shard."""
 
+import errno
 import json
 import os
 import re
@@ -482,6 +483,20 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
+def named_full_disk(folder: str | os.PathLike) -> Iterator[None]:
+    """Says of which folder the disk is full, also where safetensors says it in an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full, and {folder} is as it was before. Free some space, or choose a folder on another disk",
+        ) from error
+
+
+@contextmanager
 def new_folder(output: str | os.PathLike) -> Iterator[Path]:
     """
     A hidden folder that becomes `output` when the block has ended without an error, and else is removed. It stands
@@ -498,8 +513,9 @@ def new_folder(output: str | os.PathLike) -> Iterator[Path]:
     # Not by the process's number: two machines that share a disk may have the same.
     unfinished = parent / f".{output.name}.{uuid4().hex}{UNFINISHED}"
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
+        with named_full_disk(output):
+            unfinished.mkdir(parents=True)
+            yield unfinished
         # Another one may have been faster.
         require_free(output, but=UNFINISHED)
         if exists:

@@ -27,6 +27,7 @@ from .checkpoints import (
     Checkpoint,
     indexed_files,
     is_memory_weight,
+    named_full_disk,
     read_json,
     write_index,
     write_json,
@@ -92,7 +93,13 @@ def replace_memory(
         former |= set(indexed_files(folder / SAFE_WEIGHTS_INDEX_NAME))
 
     token = uuid4().hex[:8]
-    files = _write_files(checkpoint, memory, token)
+    try:
+        with named_full_disk(folder):
+            files = _write_files(checkpoint, memory, token)
+    except BaseException:
+        for file in folder.glob(f"model-*{token}.safetensors"):
+            file.unlink()
+        raise
     sizes = [weight.nbytes for name, weight in memory.items()]
     sizes += [shape.nbytes for name, shape in checkpoint.shapes.items() if not is_memory_weight(name)]
     index = f"model-{token}.safetensors.index.json"

@@ -32,6 +32,7 @@ from .base_fingerprint import base_fingerprint, in_float16
 from .checkpoints import WEIGHT_DTYPES, Checkpoint, is_memory_weight, new_folder, read_json, write_json
 from .model_card import memory_card
 from .small_files import CARD
+from .wrong_sources import what_it_holds
 
 
 logger = logging.get_logger(__name__)
@@ -234,7 +235,10 @@ class MemoryWeights:
             folder, name = _downloaded(str(source), revision), str(source)
         for file in (MEMORY_CONFIG, MEMORY_FILE):
             if not (folder / file).is_file():
-                raise FileNotFoundError(f"{source} holds no memory: there is no {file}.")
+                names = [path.name for path in folder.iterdir()]
+                raise FileNotFoundError(
+                    f"{source} holds no memory that save-memory has saved: there is no {file}.{what_it_holds(names)}"
+                )
         fields = _read_fields(folder / MEMORY_CONFIG)
         damage = f"The memory in {source} is damaged:"
         memory = cls(fields["memory"], fields["base"], {}, name)
@@ -268,8 +272,8 @@ def save_memory(source: str | os.PathLike | nn.Module, output: str | os.PathLike
     memory = MemoryWeights.of(source)
     if first_change(memory.weights, memory.weights.__getitem__, memory.config) is None:
         logger.warning(
-            "The memory that is saved is as it was converted: nobody has taught it anything. `infini transfer` does, or "
-            "a training."
+            "The memory that is saved is as it was converted: nobody has taught it anything. `transfer` does "
+            "(infini transfer), or a training."
         )
     return memory.save(output, **card)
 

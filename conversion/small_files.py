@@ -157,6 +157,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def leading_bos(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The id of the BOS token, if a tokenizer puts it before every text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None  # type: ignore[misc]
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 

@@ -38,6 +38,7 @@ from .small_files import (
     converted_settings,
     copy_files,
     generation_fields,
+    leading_bos,
     load_tokenizer,
     refused_generation_fields,
     replaced_settings,
@@ -222,6 +223,8 @@ class Conversion:
         config.architectures = [InfiniForCausalLM.__name__]
         config.dtype = dtype or checkpoint.config.dtype or shapes[EMBEDDINGS].dtype
         tokenizer = load_tokenizer(checkpoint)
+        if (bos := leading_bos(tokenizer)) is not None:
+            origin["starts_with"] = bos
         settings = converted_settings(checkpoint, tokenizer)
         if checkpoint.gguf is None:
             origin["tokenizer_config"] = replaced_settings(checkpoint, settings)

@@ -37,7 +37,7 @@ from modeling_infini.modeling_infini import InfiniAttention, InfiniDecoderLayer
 
 from .architectures import MEMORY_OPTIONS, base_config
 from .base_fingerprint import EMBEDDINGS, base_fingerprint
-from .checkpoints import Checkpoint, is_memory_weight, read_json, write_json
+from .checkpoints import Checkpoint, is_memory_weight, named_full_disk, read_json, write_json
 from .in_place import replace_memory
 from .memory_weights import first_change, initial_memory_weights
 from .slot_facts import fact_windows
@@ -222,7 +222,8 @@ def transfer(
         _warn_of_loss(checkpoint)
     run = _Run(weights, config, ids, dtype, progress, of_texts, is_fact)
     try:
-        done = run.choose(run.train(steps, seed, report))
+        with named_full_disk(folder):
+            done = run.choose(run.train(steps, seed, report))
     except KeyboardInterrupt:
         logger.warning(
             "Interrupted: %s is as it was. The same call or command goes on, by what is in %s; remove that folder if "
@@ -354,9 +355,9 @@ class _Progress:
             if "seed" in changed and "ids" in changed:
                 # By which texts are chosen.
                 changed.remove("ids")
-            changed = ", ".join(ARGUMENTS.get(name, name) for name in changed)
+            names = ", ".join(ARGUMENTS.get(name, name) for name in changed)
             raise ValueError(
-                f"{folder} holds an unfinished run with other arguments ({changed}). Repeat that command to go on, or "
+                f"{folder} holds an unfinished run with other arguments ({names}). Repeat that command to go on, or "
                 "remove this folder to start anew."
             )
         folder.mkdir(exist_ok=True)

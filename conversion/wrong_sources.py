@@ -28,6 +28,8 @@ INSTEAD = {
     "*/*.distcp": "a checkpoint of FSDP in shards. Merge them first: `accelerate merge-weights that-folder output`",
     "memory_config.json": "a memory without its base. Convert the base with it: `infini convert base "
     "output --memory that-folder`",
+    "infini_cache.safetensors": "what a model has read. Give it to that model: `InfiniCache.from_pretrained(folder, "
+    "model)`",
     "zero_to_fp32.py": "a checkpoint of DeepSpeed in shards. Merge them first: `python zero_to_fp32.py . output`",
     "global_step*": "a checkpoint of DeepSpeed in shards. Merge them first, by its zero_to_fp32.py",
     "consolidated*": "weights in the format of their makers (Meta, Mistral). Download those in that of transformers",

@@ -163,6 +163,7 @@ class InfiniCache(Past, Cache):
     max_cache_len = -1
 
     def __init__(self, config: InfiniConfig):
+        require_config(config)
         Cache.__init__(self, layers=[InfiniCacheLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.config = config
         self.memory_fields = config.memory_fields()
@@ -442,6 +443,7 @@ class InfiniCache(Past, Cache):
             if model is None:
                 raise TypeError(f"{type(config).__name__} is no Infini-attention model, nor does it hold one.")
         own: InfiniConfig = config if model is None else model.config  # type: ignore[assignment]
+        require_config(own)
         if device is None:
             device = "cpu" if model is None else model.device
         folder = Path(save_directory)
@@ -493,7 +495,10 @@ def read_cache(folder: Path, config: InfiniConfig) -> tuple[str | None, dict[str
     if not file.is_file():
         if _files_of_earlier_formats(folder):
             raise ValueError(f"The cache in {folder} has an earlier format, of several files. {REMEDY}")
-        raise FileNotFoundError(f"{folder} holds no saved cache: there is no {CACHE_FILE}.")
+        raise FileNotFoundError(
+            f"{folder} holds no saved cache: there is no {CACHE_FILE}. Name a folder that "
+            "past_key_values.save_pretrained(folder) made."
+        )
     damage = f"The cache in {folder} is damaged:"
     with file.open("rb") as stream:
         if int.from_bytes(stream.read(8), "little") > MAX_HEADER:
@@ -563,6 +568,14 @@ def one_past(past_key_values, cache) -> Any:
     if past is not None and (isinstance(past, Cache) or not hasattr(past, "plan_call")):
         require_infini_cache(past)
     return past
+
+
+def require_config(config) -> None:
+    if getattr(config, "model_type", None) != InfiniConfig.model_type:
+        raise TypeError(
+            f"A cache is for a model's configuration, model.config, got a {type(config).__name__}. "
+            "InfiniCache.from_pretrained takes the model itself as well, but no path of one."
+        )
 
 
 def require_infini_cache(cache) -> None:

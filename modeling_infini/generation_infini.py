@@ -7,11 +7,15 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import logging
 
 from .cache import CACHE_NAME, InfiniCache, one_past, require_infini_cache
 from .configuration_infini import InfiniConfig
 from .fingerprint import WeightsId
-from .streams import columns_tokens_last, last_tokens
+from .streams import columns_tokens_last, last_tokens, require_ids
+
+
+logger = logging.get_logger(__name__)
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -31,6 +35,12 @@ class InfiniGenerationMixin(GenerationMixin):
     def _has_unfinished_sequences(self, this_peer_finished, synced_gpus, device):
         self._runs_for_others = bool(synced_gpus and this_peer_finished)
         return super()._has_unfinished_sequences(this_peer_finished, synced_gpus, device)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        for ids in (inputs, model_kwargs.get("input_ids")):
+            if ids is not None:
+                require_ids(ids)
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -54,7 +64,12 @@ class InfiniGenerationMixin(GenerationMixin):
                     f"it again and again. Leave out either of use_cache=False and {CACHE_NAME}."
                 )
             cache._is_user_defined = True
-        elif generation_config.use_cache is not False:
+        elif generation_config.use_cache is False:
+            logger.warning_once(
+                "use_cache=False reads the whole text again for every token, and forgets it: a long text takes long. "
+                "Leave it out, and remove it from config and generation_config if training has left it there."
+            )
+        else:
             model_kwargs[CACHE_NAME] = cache = InfiniCache(self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
@@ -158,6 +173,8 @@ class InfiniGenerationMixin(GenerationMixin):
                 ended_rows.prompt_length = input_ids.shape[1]
             elif ended_rows is not None and attention_mask is None and next_sequence_length == 1:
                 attention_mask = ended_rows.mask(input_ids)
+        if is_first_iteration and inputs_embeds is None:
+            self._warn_of_missing_bos(input_ids, attention_mask, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -176,6 +193,20 @@ class InfiniGenerationMixin(GenerationMixin):
                 )
             inputs["tokens_last"] = True
         return inputs
+
+    def _warn_of_missing_bos(self, input_ids, attention_mask, cache) -> None:
+        """A stream's first token stays visible as a sink: a base that was trained with BOS there is lost without."""
+        bos = (self.config.converted_from or {}).get("starts_with")
+        if bos is None or (isinstance(cache, InfiniCache) and cache.get_seq_length() > 0):
+            return
+        first = input_ids[:, 0]
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            first = input_ids.gather(1, attention_mask.ne(0).int().argmax(1, keepdim=True))[:, 0]
+        if not bool((first == bos).all()):
+            logger.warning_once(
+                f"The prompt does not start with the BOS token {bos}, which the base's tokenizer puts before every "
+                "text. Let the tokenizer add it (add_special_tokens=True), unless a chat template has."
+            )
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         # The cache counts positions and has read the padding's mask: no need for a mask and ids that grow.

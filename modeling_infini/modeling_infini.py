@@ -68,6 +68,7 @@ from .streams import (
     Layout,
     columns_tokens_last,
     last_tokens,
+    require_ids,
     split_call,
     take,
     taken_packing,
@@ -721,9 +722,13 @@ class InfiniModel(InfiniPreTrainedModel):
             raise ValueError(
                 f"chunk_length, prefill_chunk_size in generate(), must be at least 1, got {chunk_length}."
             )
+        if input_ids is not None:
+            require_ids(input_ids)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if length == 0:
-            raise ValueError("The inputs have no columns: there is nothing to read.")
+            raise ValueError(
+                "The inputs have no columns: there is nothing to read. An empty prompt can be the BOS token alone."
+            )
         if columns_to_keep is not None:
             if columns_to_keep.dim() != 2 or columns_to_keep.dtype == torch.bool:
                 raise ValueError("columns_to_keep must be numbers of columns, (batch or 1, columns).")
@@ -753,7 +758,7 @@ class InfiniModel(InfiniPreTrainedModel):
 
         parts: list[torch.Tensor] = []
         for start, piece in zip(starts, split_call(inputs, lengths, past.tokens_read)):
-            inputs_embeds = self.embed_tokens(piece["input_ids"]) if "input_ids" in piece else piece["inputs_embeds"]
+            inputs_embeds = self._embed(piece["input_ids"]) if "input_ids" in piece else piece["inputs_embeds"]
             if isinstance(past, InfiniCache):
                 self._check_cache(past, inputs_embeds)
             mask, position_ids, shape = piece.get("attention_mask"), piece.get("position_ids"), inputs_embeds.shape[:2]
@@ -776,6 +781,15 @@ class InfiniModel(InfiniPreTrainedModel):
             last_hidden_state=self.norm(torch.cat(parts, 1) if len(parts) > 1 else parts[0]),
             **{CACHE_NAME: past_key_values if isinstance(past_key_values, InfiniCache) else None},  # type: ignore[arg-type]
         )
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise IndexError(
+                f"input_ids has ids from {int(input_ids.min())} to {int(input_ids.max())}, and the model a vocabulary "
+                f"of {self.config.vocab_size} tokens: the tokenizer is another model's."
+            ) from error
 
     def _returns(self, kwargs: dict, name: str) -> bool:
         """Whether a call asks for what transformers collects from each layer."""
@@ -914,6 +928,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         >>> inputs = tokenizer(open("book.txt").read(), return_tensors="pt")
         >>> generated_ids = model.generate(**inputs, max_new_tokens=30)
         ```"""
+        if input_ids is not None:
+            require_ids(input_ids)
         past_key_values = one_past(past_key_values, cache)
         if use_cache and past_key_values is None and not torch.is_grad_enabled():
             # Made here: in the base model, transformers turns use_cache off in training with gradient checkpointing,

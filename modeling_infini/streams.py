@@ -18,7 +18,8 @@ Symbols in shapes: B rows and T columns of the call; R streams, each with at mos
 in all; N `segment_length`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -222,6 +223,23 @@ def _check_packing(
             f"{name} and position_ids disagree: {name} starts a document where position_ids go on. What a token sees "
             "follows position_ids, which must be 0 at the start of each document.",
         )
+
+
+def require_ids(input_ids: Any) -> None:
+    """Raises TypeError or ValueError, which say what to do, for what is given instead of ids `(batch, length)`."""
+    if not isinstance(input_ids, torch.Tensor):
+        if isinstance(input_ids, Mapping):
+            remedy = "Unpack what the tokenizer returns: model(**inputs), model.generate(**inputs)."
+        else:
+            remedy = 'The tokenizer makes them of a text: inputs = tokenizer(text, return_tensors="pt").'
+        raise TypeError(f"input_ids must be a tensor (batch, length), got a {type(input_ids).__name__}. {remedy}")
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids must be of the shape (batch, length), got {tuple(input_ids.shape)}. A single text is a batch "
+            "of one: ids.unsqueeze(0)."
+        )
+    if input_ids.dtype not in (torch.long, torch.int):
+        raise TypeError(f"input_ids must be of the dtype torch.long, got {input_ids.dtype}: ids.long() makes them so.")
 
 
 def split_call(inputs: dict, lengths: Sequence[int], tokens_read: torch.Tensor | None) -> list[dict]:

@@ -561,7 +561,7 @@ class TestReplaceMemory:
             ({GATES: torch.full((4,), float("nan"))}, {}, "NaN"),
             ({}, {"hidden_size": 3}, "hidden_size is no field that a memory brings"),
             ({}, {"segment_length": 0}, "segment_length=0 must be at least 1"),
-            ({}, {"segment_length": 40}, "must not exceed the 64 positions.*Choose a smaller segment_length than 40"),
+            ({}, {"segment_length": 40}, "must not exceed the 64 positions.*Choose a segment_length of at most"),
             (
                 {},
                 {"num_memory_slots": 50},

@@ -346,9 +346,7 @@ def test_a_memory_that_is_replaced_is_named(tmp_path, texts, keep_all, caplog):
 def test_a_conversion_without_a_tokenizer_says_where_one_comes_from(tmp_path, texts):
     base_model("llama").save_pretrained(tmp_path / "base")
     folder = convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N)
-    with pytest.raises(
-        ValueError, match=r"has no tokenizer that can be loaded.*AutoTokenizer.from_pretrained\(base\)"
-    ):
+    with pytest.raises(ValueError, match=r"has no tokenizer that can be loaded.*AutoTokenizer"):
         transfer(folder, [texts])
 
 
