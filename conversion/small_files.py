@@ -1,5 +1,6 @@
 """What stands beside the weights: each file and field is kept, translated or refused, or left out by a warning."""
 
+import os
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +11,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from modeling_infini import InfiniConfig, configuration_infini
+from modeling_infini.modeling_infini import require_place
 
 from .architectures import CACHE_FIELDS
 from .checkpoints import LARGEST_SIDE_FILE, Checkpoint, is_hidden, is_weight_file, read_json, write_json
@@ -155,6 +157,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
         else:
             logger.warning("The tokenizer cannot be loaded: it is copied as it is, ids are not compared. (%s)", reason)
         return None
+
+
+def tokenizer_of(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model in a folder or on the Hub.
+
+    Raises:
+        ValueError: if there is none; the message says where one comes from.
+    """
+    require_place(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{source} has no tokenizer that can be loaded, by which texts are read. Save that of its base there: "
+            f"AutoTokenizer.from_pretrained(base).save_pretrained(folder). ({reason:.200})"
+        ) from error
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase | None) -> int | None:

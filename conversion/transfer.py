@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, embedding, linear
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -42,6 +42,7 @@ from .in_place import replace_memory
 from .memory_weights import first_change, initial_memory_weights
 from .slot_facts import fact_windows
 from .slot_scores import fit_slot_score
+from .small_files import tokenizer_of
 
 
 # What the memories become.
@@ -253,14 +254,7 @@ def _calibration(
     seed: int = 0,
 ) -> tuple[PreTrainedTokenizerBase, tuple[torch.Tensor, list[int], list[str]]]:
     """The tokenizer, and what [`_calibration_windows`] makes of the texts."""
-    length = _window_length(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer that can be loaded, by which texts are read. Save the base's there: "
-            f"AutoTokenizer.from_pretrained(base).save_pretrained(folder). ({' '.join(str(error).split()):.200})"
-        ) from error
+    length, tokenizer = _window_length(config), tokenizer_of(folder)
     return tokenizer, _calibration_windows(tokenizer, _read_texts(texts, seed), length, tokens)
 
 

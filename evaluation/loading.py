@@ -10,7 +10,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -18,6 +17,8 @@ from transformers import (
 import modeling_infini  # noqa: F401  registers the model with the Auto classes
 from infini_transformers.conversion.config_overrides import config_fields as config_fields
 from infini_transformers.conversion.gguf_files import GGUFFile, is_gguf
+from infini_transformers.conversion.small_files import tokenizer_of
+from modeling_infini.modeling_infini import require_place
 
 from .resources import king_james_bible
 
@@ -25,6 +26,7 @@ from .resources import king_james_bible
 def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     """The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`."""
     if not is_gguf(source):
+        require_place(source)
         return AutoModelForCausalLM.from_pretrained(source, **options)
     # As a conversion reads it: transformers' reader passes over scaled angles, windows and more.
     file = GGUFFile(Path(source))
@@ -37,7 +39,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, a `.gguf` file or on the Hub."""
     if is_gguf(source):
         return GGUFFile(Path(source)).tokenizer()
-    return AutoTokenizer.from_pretrained(source)
+    return tokenizer_of(source)
 
 
 def segment_length_of(source: str | Path) -> int:
@@ -47,6 +49,7 @@ def segment_length_of(source: str | Path) -> int:
     Raises:
         ValueError: if it is another model.
     """
+    require_place(source)
     config = GGUFFile(Path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
     if not hasattr(config, "segment_length"):
         raise ValueError(f"{source} holds a {config.model_type} model, not one with Infini-attention.")

@@ -1,8 +1,9 @@
 """Fields of a configuration on the command line: their types are those of InfiniConfig's annotations."""
 
 import pytest
+from tiny import tiny_model
 
-from infini_transformers.evaluation.loading import config_fields
+from infini_transformers.evaluation.loading import config_fields, load_model, load_tokenizer, segment_length_of
 from modeling_infini import InfiniConfig
 
 
@@ -63,3 +64,12 @@ def test_every_field_can_be_set_to_its_default():
     for name in ("segment_length", "memory_norm_init_scale", "head_gate_scale", "converted_from", "head_dim", "dtype"):
         value = getattr(config, name)
         assert config_fields(f"{name}={value}") == {name: value}
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    for load in (load_model, load_tokenizer, segment_length_of):
+        with pytest.raises(FileNotFoundError, match="There is no folder or file /path/to/llama"):
+            load("/path/to/llama")
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer that can be loaded.*AutoTokenizer"):
+        load_tokenizer(tmp_path)
