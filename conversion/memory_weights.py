@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from modeling_infini import InfiniConfig, InfiniPreTrainedModel
 from modeling_infini.cache import MAX_HEADER, digest_of
-from modeling_infini.modeling_infini import InfiniAttention
+from modeling_infini.modeling_infini import InfiniAttention, require_place
 
 from .architectures import MEMORY_OPTIONS
 from .base_fingerprint import base_fingerprint, in_float16
@@ -412,6 +412,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
+    require_place(name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[MEMORY_CONFIG, MEMORY_FILE]))
     except (OSError, HTTPError, HFValidationError) as error:

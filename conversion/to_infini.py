@@ -159,6 +159,8 @@ def convert_to_infini(
         )
     config = infini_config(checkpoint.config, origin=origin, **options)
     conversion = Conversion.of(checkpoint, config, weight_dtype)
+    if transfer is not None and conversion.tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer that can be loaded, by which transfer reads the texts.")
     if memory is None:
         gates = _gate_weights(config, head_gates)
         local_shares = torch.sigmoid(gates * config.head_gate_scale)

@@ -113,6 +113,9 @@ def load_base(
     if checkpoint.gguf is not None:
         folder, kwargs["state_dict"] = None, {name: read() for name, read in conversion.weights.items()}
     model, info = load(folder, *model_args, config=made, output_loading_info=True, **kwargs)
+    if checkpoint.name is not None:
+        # Not the folder of the Hub's cache.
+        model.config.name_or_path = checkpoint.name
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "device_map leaves layers on the disk, where their memory has no weights yet. Convert the base by "

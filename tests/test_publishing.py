@@ -313,6 +313,35 @@ def test_a_model_of_the_hub_is_converted_with_its_provenance(tmp_path, monkeypat
     assert commit in card.text
 
 
+LOAD_BASE = """
+import sys
+import torch
+from modeling_infini import InfiniForCausalLM
+name, revision, output = sys.argv[1:]
+model = InfiniForCausalLM.from_pretrained(name, segment_length=9, revision=revision, cache_dir="elsewhere")
+assert model.config.name_or_path == name
+model.save_pretrained(output)
+# Without the Hub, by what was downloaded.
+options = {"revision": revision, "cache_dir": "elsewhere", "local_files_only": True}
+again = InfiniForCausalLM.from_pretrained(name, segment_length=9, **options)
+ids = torch.arange(30).unsqueeze(0)
+assert torch.equal(again(ids).logits, model(ids).logits)
+"""
+
+
+def test_a_base_of_the_hub_is_converted_while_it_is_loaded(tmp_path, monkeypatch):
+    base_model("qwen3", num_hidden_layers=1).save_pretrained(tmp_path / "base", max_shard_size="5KB")
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        commit = hub.add(f"{USER}/base", tmp_path / "base")
+        loading = [sys.executable, "-c", LOAD_BASE, f"{USER}/base", commit, str(tmp_path / "saved")]
+        run(tmp_path / "reader", loading)
+        run(tmp_path / "reader", [sys.executable, "-c", CONVERT, f"{USER}/base", str(tmp_path / "ours"), commit])
+    saved, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "ours"))
+    assert saved == ours
+    assert (saved["converted_from"]["name"], saved["converted_from"]["revision"]) == (f"{USER}/base", commit)
+
+
 @pytest.mark.parametrize("safetensors", [True, False])
 def test_pickles_of_the_hub_are_read_where_there_is_nothing_else(tmp_path, monkeypatch, safetensors):
     base = base_model(num_hidden_layers=1)

@@ -348,6 +348,9 @@ def test_a_conversion_without_a_tokenizer_says_where_one_comes_from(tmp_path, te
     folder = convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=N)
     with pytest.raises(ValueError, match=r"has no tokenizer that can be loaded.*AutoTokenizer"):
         transfer(folder, [texts])
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded, by which transfer reads"):
+        convert_to_infini(tmp_path / "base", tmp_path / "other", segment_length=N, transfer=[texts])
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_memory_that_nobody_taught_is_saved_with_a_warning(tmp_path, texts, keep_all, caplog):
