@@ -110,8 +110,8 @@ def test_a_step_is_the_step_by_hand_with_gradient_checkpointing_too(tmp_path, fi
     assert len(expected) == 2 * (4 * 2 + 1)
     checkpointing = {}
     if use_reentrant is not None:
-        checkpointing["activation_checkpointing"] = True
-        checkpointing["activation_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
+        checkpointing["gradient_checkpointing"] = True
+        checkpointing["gradient_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
         model.enable_input_require_grads()
     stock_trainer(model, rows, tmp_path, **ONE_STEP, **checkpointing).train()
     assert_weights(model, expected)

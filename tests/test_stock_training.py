@@ -83,8 +83,8 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, fields, use_reentr
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
     checkpointing = {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant},
     }
     stock_trainer(model, rows, tmp_path, **ONE_STEP, **checkpointing).train()
     assert grad_modes == [not use_reentrant, True]

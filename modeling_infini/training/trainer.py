@@ -109,6 +109,8 @@ class InfiniTrainer(Trainer):
     """
 
     args: InfiniTrainingArguments
+    # transformers' Trainer has it from 5.19 on, and goes by `model_accepts_loss_kwargs` before.
+    loss_is_scaled_for_ga: bool | None = None
     # Names of inputs that an overridden `compute_loss` takes out and the model does not read.
     loss_inputs: tuple[str, ...] = ()
     _is_writing_checkpoint = False
@@ -121,6 +123,8 @@ class InfiniTrainer(Trainer):
         if not isinstance(args, InfiniTrainingArguments):
             raise TypeError(f"InfiniTrainer takes InfiniTrainingArguments, got {type(args).__name__}.")
         super().__init__(model, args, data_collator, *positional, **kwargs)
+        if self.loss_is_scaled_for_ga is False:
+            self.model_accepts_loss_kwargs = False
         self._has_own_optimizer = self.optimizer is not None
         self._is_causal_lm = self._loss_shifts_labels and hasattr(infini_module(self.model), "lm_head")
         if data_collator is None and self._is_causal_lm:
@@ -230,7 +234,7 @@ class InfiniTrainer(Trainer):
     @property
     def _loss_is_a_sum(self) -> bool:
         """Whether the loss is a sum over tokens divided by `num_items_in_batch`, and so that of chunks adds up."""
-        # Who computes a loss of one's own says so by this attribute of transformers' Trainer.
+        # Who computes a loss of one's own says so by this attribute.
         says_so, is_stock = self.loss_is_scaled_for_ga, not self._overrides_loss and not has_own_loss(self._module)
         return self.compute_loss_func is None and (says_so is True or (is_stock and says_so is None))
 

@@ -91,7 +91,7 @@ def of_batch(model: InfiniForCausalLM) -> dict[str, torch.Tensor]:
     outputs = model(ids, labels=ids, use_cache=False)
     outputs.loss.backward()
     add("checkpointed", loss=outputs.loss)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
 
     for row in ids.split(1):
         model(row, labels=row, use_cache=False).loss.backward()

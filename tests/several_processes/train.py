@@ -46,9 +46,9 @@ CASES = {
     "truncated": Case(arguments={"chunk_segments": 1, "detach_every_num_segments": 2}, config=SINKS),
     # DDP does not look for parameters without a gradient then.
     "checkpointed": Case(
-        arguments={"chunk_segments": 2, "activation_checkpointing": True}, config={"learned_delta_update": True}
+        arguments={"chunk_segments": 2, "gradient_checkpointing": True}, config={"learned_delta_update": True}
     ),
-    "stock checkpointed": Case(trainer=Trainer, arguments={"activation_checkpointing": True}, config=EVERY_OPTION),
+    "stock checkpointed": Case(trainer=Trainer, arguments={"gradient_checkpointing": True}, config=EVERY_OPTION),
     "streams": Case(
         arguments={"chunk_segments": 1, "max_steps": 6, "save_steps": RESUMED_AT, "eval_steps": 2},
         streams=True,
