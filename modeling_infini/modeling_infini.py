@@ -464,7 +464,7 @@ def _by_column(weights: torch.Tensor, columns: torch.Tensor, num_columns: int, l
 
 
 def _kept_columns(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
-    """Of `(B, T, hidden_size)`, all columns (0), columns `(C,)` or `(B or 1, C)`, or those of a mask `(B, T)`, flat."""
+    """Of `(B, T, hidden)`: all columns (0), columns `(C,)` or `(B or 1, C)`, or those of a mask `(B, T)`, flat."""
     if isinstance(kept, int):
         return hidden_states
     if kept.dim() == 2 and kept.dtype != torch.bool:
