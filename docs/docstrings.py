@@ -25,7 +25,11 @@ DESCRIBED = {
 class TransformersDocstrings(griffe.Extension):
     """Turns [`Name`] into a link where the reference describes it, and into plain code elsewhere."""
 
-    def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs) -> None:
+        if pkg.name == "infini_transformers":
+            # Its `__path__`, which leads to the folders at the top of a clone, is not read.
+            for name in ("conversion", "evaluation"):
+                pkg.set_member(name, loader.load(name))
         for member in _objects(pkg):
             if member.docstring is None:
                 continue

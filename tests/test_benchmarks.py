@@ -157,9 +157,10 @@ def test_published_figures_are_those_of_the_run():
     table = (root / "docs" / "performance" / "table.md").read_text().strip()
     assert table in (root / "docs" / "performance.md").read_text(encoding="utf-8")
     rows = ["|".join(row.split("|")[:4]) + "|" for row in table.splitlines()]
-    section = (root / "README.md").read_text(encoding="utf-8").split("## What it costs")[1].split("\n![")[0]
+    section = (root / "README.md").read_text(encoding="utf-8").split("## What it costs")[1]
     published = [line for line in section.splitlines() if line.startswith("|")][2:]
-    assert published == rows[2:]
+    assert len(published) == 5
+    assert set(published) <= set(rows[2:])
 
 
 def test_the_page_on_scale_has_the_predicted_table():
@@ -187,7 +188,7 @@ def test_table_of_ablations_is_that_of_their_file():
     docs = Path(__file__).parent.parent / "docs"
     rows = [json.loads(line) for line in (docs / "recall" / "ablations.jsonl").read_text().splitlines()]
     assert {row["run"] for row in rows} == set(recall_ablations.RUNS)
-    assert recall_ablations.markdown(rows) in (docs / "recall.md").read_text(encoding="utf-8")
+    assert recall_ablations.markdown(rows) in (docs / "lab_notebook.md").read_text(encoding="utf-8")
 
 
 def test_associations_are_asked_for_once_each_and_answered_by_their_pairs():

@@ -25,9 +25,10 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from tiny import tiny_model
 from words import random_text, save_word_tokenizer
 
-import conversion
+import infini_transformers.conversion
 import modeling_infini
-from conversion.__main__ import app
+from infini_transformers import cli
+from infini_transformers.conversion.__main__ import app
 
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +134,7 @@ def commands_of(page: Path) -> Iterator[Command]:
             if code.type == "fence" and code.info not in ("", "bash", "sh", "text"):
                 continue
             for line in code.content.replace("\\\n", " ").splitlines():
-                if re.match(r"\s*(python (-m )?\S|accelerate launch |torchrun |make [a-z])", line):
+                if re.match(r"\s*(infini [a-z]|python (-m )?\S|accelerate launch |torchrun |make [a-z])", line):
                     yield Command(page, line.strip(), code.type != "code_inline")
 
 
@@ -147,20 +148,23 @@ class Parsed(Exception):
         self.parser = parser
 
 
-def parser_of(target: str, is_module: bool, arguments: list[str], is_whole: bool, monkeypatch):
-    """The parser of a script or module, which has parsed `arguments`, if they are those of a whole command."""
+def parser_of(target: str, arguments: list[str], is_whole: bool, monkeypatch):
+    """The parser of a script, a module or a command of `infini`, which has parsed `arguments` if `is_whole`."""
     parse = argparse.ArgumentParser.parse_known_args
 
     def parse_and_stop(self, args=None, namespace=None):
+        if self.prog in ("infini", "infini evaluate"):  # These choose a command, whose own parser follows.
+            return parse(self, args, namespace)
         if is_whole:
-            unknown = parse(self, sys.argv[1:], namespace)[1]
+            unknown = parse(self, sys.argv[1:] if args is None else args, namespace)[1]
             assert not unknown, f"{target} does not know {unknown}"
         raise Parsed(self)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [target, *arguments])
-    run, script = runpy.run_module, target
-    if not is_module:
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    run, script = runpy.run_module, "infini_transformers" if target == "infini" else target
+    if target.endswith(".py"):
         run, script = runpy.run_path, str(ROOT / target)
         monkeypatch.syspath_prepend(str((ROOT / target).parent))
     with pytest.raises(Parsed) as stopped:
@@ -168,13 +172,10 @@ def parser_of(target: str, is_module: bool, arguments: list[str], is_whole: bool
     return stopped.value.parser
 
 
-def check_conversion(arguments: list[str], is_whole: bool) -> None:
-    group = typer.main.get_command(app)
-    if arguments[:1] in ([], ["--help"]):
-        return
-    command = group.commands[arguments[0]]
+def check_conversion(name: str, arguments: list[str], is_whole: bool) -> None:
+    command = typer.main.get_command(app).commands[name]
     if is_whole:
-        command.make_context(arguments[0], arguments[1:])
+        command.make_context(name, list(arguments))
     known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
     assert {word for word in arguments if word.startswith("--")} <= known
 
@@ -197,15 +198,19 @@ def test_commands_exist(command, monkeypatch):
         if script is None:
             return
         words = ["python", *words[script:]]
-    is_module = words[1] == "-m"
-    target, *arguments = words[2:] if is_module else words[1:]
+    target, *arguments = words if words[0] == "infini" else words[2:] if words[1] == "-m" else words[1:]
     if target == "pytest":
         files = [word for word in arguments if word.endswith(".py")]
         assert all((ROOT / file).is_file() for file in files)
+    elif target == "infini" and arguments[0] in cli.CONVERSION:
+        check_conversion(cli.CONVERSION[arguments[0]][0], arguments[1:], is_whole)
     elif target == "conversion":
-        check_conversion(arguments, is_whole)
+        if arguments[:1] not in ([], ["--help"]):
+            check_conversion(arguments[0], arguments[1:], is_whole)
+    elif arguments[:1] == ["evaluate"] and len(arguments) == 1:
+        assert "evaluate" in cli.COMMANDS
     else:
-        parser = parser_of(target, is_module, arguments, is_whole, monkeypatch)
+        parser = parser_of(target, arguments, is_whole, monkeypatch)
         options = {word for word in arguments if word.startswith("--")}
         assert options <= set(parser._option_string_actions)
 
@@ -233,9 +238,15 @@ def test_links_lead_somewhere(page):
                 assert anchor in anchors_of(target), f"{page_id(page)} links to {link}"
 
 
+def test_figures_of_the_readme_have_a_home_in_the_docs():
+    figures = [set(re.findall(r"\d+(?:[.,]\d+)+|\d{2,}", page.read_text(encoding="utf-8"))) for page in GUIDES]
+    assert page_id(GUIDES[0]) == "README.md"
+    assert figures[0] <= set().union(*figures[1:])
+
+
 def test_every_public_name_is_in_the_reference():
     described = {name.rsplit(".", 1)[-1] for name in REFERENCE}
-    assert set(modeling_infini.__all__) | set(conversion.__all__) <= described
+    assert set(modeling_infini.__all__) | set(infini_transformers.conversion.__all__) <= described
 
 
 @pytest.mark.parametrize("name", REFERENCE)
