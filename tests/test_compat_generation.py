@@ -1,6 +1,7 @@
 """Pipelines, streamers and generation settings: what they give is what `generate()` gives."""
 
 import asyncio
+import copy
 import json
 import sys
 from threading import Thread
@@ -21,7 +22,7 @@ from words import random_text, save_word_tokenizer
 
 from infini_transformers.conversion import convert_to_infini
 from infini_transformers.evaluation.resources import smollm2_file
-from modeling_infini import InfiniForCausalLM
+from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
 # Several segments of 5 tokens, less than one, and two and a half.
@@ -93,6 +94,19 @@ def test_a_pipeline_speaks_by_the_chat_template(model, tokenizer):
         assert ids[0, -1] == 28
         chat = generator(chat, **GREEDY)[0]["generated_text"]
         assert chat[-1] == {"role": "assistant", "content": expected}
+
+
+def test_a_pipeline_goes_on_from_a_memory(model, tokenizer):
+    read = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    memory = InfiniCache(model.config)
+    with torch.no_grad():
+        model(read, past_key_values=memory)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (said,) = pipe(TEXTS[1], past_key_values=copy.deepcopy(memory), return_full_text=False, **GREEDY)
+    assert said["generated_text"] == new_text(model, tokenizer, f"{TEXTS[0]} {TEXTS[1]}")
+    (after,) = pipe([{"role": "user", "content": TEXTS[1]}], past_key_values=memory, **GREEDY)
+    assert after["generated_text"][-1]["role"] == "assistant"
+    assert memory.get_seq_length() > read.shape[1]
 
 
 def test_the_settings_of_a_checkpoint_are_those_of_a_pipeline(model, tokenizer):
