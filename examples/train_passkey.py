@@ -5,7 +5,7 @@ or goes on with a converted checkpoint.
     python examples/train_passkey.py --train_files austen/ shakespeare/ sotu/ --output_dir passkey-model
     infini evaluate retrieval passkey-model --lengths 131072 1048576 --fillers sentence moby_dick.txt
 
-docs/recall.md has the phases that made checkpoints/passkey.
+docs/lab_notebook.md has the phases that made checkpoints/passkey.
 
 What the filler is, how the number is announced and asked for and what other numbers there are varies, and only the
 answer is trained on: the space before it, the digits, and the end of the text. Texts grow from 80 to 32,768 tokens as

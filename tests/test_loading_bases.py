@@ -336,7 +336,7 @@ def test_code_of_the_hub_alone_says_what_to_install(tmp_path, monkeypatch):
     remote = type(AutoModelForCausalLM.from_pretrained(tmp_path / "infini", trust_remote_code=True))
     expected = InfiniForCausalLM.from_pretrained(tmp_path / "base", segment_length=N)
     require_equal(InfiniForCausalLM.from_pretrained(tmp_path / "base", segment_length=N), expected)
-    monkeypatch.setitem(sys.modules, "conversion.while_loading", None)
+    monkeypatch.setitem(sys.modules, "infini_transformers.conversion.while_loading", None)
     with pytest.raises(ImportError, match="install infini-transformers"):
         remote.from_pretrained(tmp_path / "base", segment_length=N)
 

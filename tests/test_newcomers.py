@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_nothing_broken(tmp_path, monkeypatch, error):
             raise error
 
     for module in ("checkpoints", "in_place", "memory_weights"):
-        monkeypatch.setattr(f"conversion.{module}.save_file", save_file)
+        monkeypatch.setattr(f"infini_transformers.conversion.{module}.save_file", save_file)
     for write in (
         lambda: apply_memory(tmp_path / "ours", tmp_path / "memory"),
         lambda: convert_to_infini(tmp_path / "base", tmp_path / "new", segment_length=N),
