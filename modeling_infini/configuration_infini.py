@@ -236,7 +236,8 @@ class InfiniConfig(LlamaConfig):
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]):
         # Some versions of transformers add tied embeddings, which are in the plan in any case.
-        pass
+        if foreign := sorted(name for name, style in plan.items() if self.base_model_tp_plan.get(name) != style):
+            raise ValueError(f"The plan of tensor parallelism follows from the fields; it cannot be set: {foreign}.")
 
     @property
     def projection_biases(self) -> dict[str, bool]:
