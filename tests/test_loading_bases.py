@@ -93,7 +93,7 @@ def test_a_base_becomes_what_its_conversion_is(tmp_path_factory, variant, option
         given_config
     ]
     ours, info = InfiniForCausalLM.from_pretrained(
-        folder / "base", config=config[given_config], dtype=dtype, output_loading_info=True, **options
+        folder / "base", config=config, dtype=dtype, output_loading_info=True, **options
     )
     require_equal(ours, expected)
     assert info == report
