@@ -6,6 +6,10 @@ Hides a number in a million tokens, streams them through a small model in consta
     python examples/find_a_passkey.py --model my-model --tokens 4194304 --filler moby_dick.txt
 """
 
+from infini_transformers import quiet  # noqa: F401
+
+
+# isort: split
 import argparse
 import time
 from pathlib import Path

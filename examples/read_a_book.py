@@ -7,6 +7,10 @@ to a file, and continues the book from that file in a new process.
     python examples/read_a_book.py --text my-book.txt --model path/to/any/llama
 """
 
+from infini_transformers import quiet  # noqa: F401
+
+
+# isort: split
 import argparse
 import subprocess
 import sys

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from . import __version__
+from . import __version__, quiet  # noqa: F401
 
 
 READ = "reads a text with progress, and goes on with it or answers; keeps what was read as a file"
