@@ -6,6 +6,7 @@ and comes out. A program takes any mask, and one document per row.
 import pytest
 import torch
 from tiny import EVERY_OPTION, MODES, random_ids, relative_error, tiny_model
+from versions import as_function
 
 from modeling_infini import InfiniCache
 
@@ -184,14 +185,13 @@ def test_the_exporter_of_transformers_takes_default_arguments_and_caches():
     with torch.no_grad():
         expected = model(ids)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        prefill = exporter.export(model, inputs, config=config)
+        prefill = as_function(exporter.export(model, inputs, config=config))
         assert relative_error(prefill(**inputs).logits, expected.logits) < 1e-5
         # The exporter has told torch how a cache is made of tensors.
         outputs = torch.export.export(model, (ids,)).module()(ids)
         assert relative_error(outputs.logits, expected.logits) < 1e-5
         assert outputs.past_key_values.tokens_read.tolist() == [12, 12]
-        step = exporter.export(
-            model, {"input_ids": ids[:, :1], "past_key_values": model(ids).past_key_values}, config=config
-        )
+        inputs = {"input_ids": ids[:, :1], "past_key_values": model(ids).past_key_values}
+        step = as_function(exporter.export(model, inputs, config=config))
         found = step(input_ids=ids[:, :1], past_key_values=model(ids).past_key_values).logits
         assert relative_error(found, model(ids[:, :1], past_key_values=expected.past_key_values).logits) < 1e-5

@@ -12,7 +12,7 @@ from tiny import random_ids
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from versions import knows_gguf_tokenizers
+from versions import KNOWS_GGUF_TOKENIZERS
 
 from infini_transformers.conversion import convert_from_infini, convert_to_infini, save_memory
 from infini_transformers.evaluation.loading import load_model, segment_length_of
@@ -433,9 +433,9 @@ def converted_tokenizer(tmp_path, settings, **more):
         (BYTE_LEVEL, {"add_bos_token": True}, "a", ["<bos>", "a"]),
         (BYTE_LEVEL, {"add_eos_token": True}, "a", ["a", "<eos>"]),
         (BYTE_LEVEL, {"pre": "smollm"}, "12", ["1", "2"]),
-        pytest.param(BYTE_LEVEL, {"pre": "llama-bpe"}, "abc", ["<bos>", "abc"], marks=knows_gguf_tokenizers),
+        pytest.param(BYTE_LEVEL, {"pre": "llama-bpe"}, "abc", ["<bos>", "abc"], marks=KNOWS_GGUF_TOKENIZERS),
         pytest.param(
-            BYTE_LEVEL, {"pre": "llama-bpe", "add_bos_token": False}, "abc", ["abc"], marks=knows_gguf_tokenizers
+            BYTE_LEVEL, {"pre": "llama-bpe", "add_bos_token": False}, "abc", ["abc"], marks=KNOWS_GGUF_TOKENIZERS
         ),
         (BYTE_LEVEL, {}, "a<eos>a", ["a", "<eos>", "a"]),
         pytest.param(
@@ -443,7 +443,7 @@ def converted_tokenizer(tmp_path, settings, **more):
             {"token_type": [3, 3] + [1] * 8 + [1, 4]},
             "aabc",
             ["a", "abc"],
-            marks=knows_gguf_tokenizers,
+            marks=KNOWS_GGUF_TOKENIZERS,
         ),
         (SENTENCE_PIECE, {}, "ab", ["<s>", "▁a", "b"]),
         (SENTENCE_PIECE, {"add_space_prefix": False}, "ab", ["<s>", "ab"]),
@@ -457,7 +457,7 @@ def test_tokenizers_do_as_their_keys_say(tmp_path, settings, more, text, tokens)
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text.replace("<eos>", "")
 
 
-@knows_gguf_tokenizers
+@KNOWS_GGUF_TOKENIZERS
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("pre", ["qwen2", "default"])
 def test_a_qwen_tokenizer_composes_characters_as_the_models_do(tmp_path, model_type, pre):
@@ -490,7 +490,7 @@ def test_a_qwen_tokenizer_composes_characters_as_the_models_do(tmp_path, model_t
         pytest.param(
             {"tokens": ["<｜bos｜>", "<eos>", *ALPHABET]},
             "tokenizer.ggml.token_type says that '<｜bos｜>' is one token",
-            marks=knows_gguf_tokenizers,
+            marks=KNOWS_GGUF_TOKENIZERS,
         ),
     ],
 )

@@ -13,10 +13,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from several_processes.compute import conversation, of_batch, of_rows
-from several_processes.train import CASES, RESUMED_AT, run
-from tiny import EVERY_OPTION, relative_error, tiny_model
+from several_processes.train import CASES, EVEN_VOCABULARY, RESUMED_AT, case_model, run
+from tiny import EVERY_OPTION, VOCABULARY, relative_error, tiny_model
 from transformers import LlamaConfig
 from transformers.distributed.configuration_utils import DistributedConfig
+from versions import NEEDS_RESUMING_ON_CPUS, RESUMES_ON_CPUS, SHARES_OUT_ODD_VOCABULARIES
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "several_processes"
 CONFIGS = ROOT / "examples" / "launch"
 FSDP_CASES = ("whole", "stock", "chunks", "truncated", "streams", "resumed")
-DDP_CASES = tuple(name for name in CASES if name != "resumed")
+DDP_CASES = [name for name in CASES if name != "resumed" and (RESUMES_ON_CPUS or not CASES[name].resumes)]
 
 
 def launch(*command: str | Path, seconds: float = 900) -> None:
@@ -112,11 +113,13 @@ class TestDDP:
     def test_trains_as_one_process(self, ddp, one_process, name):
         assert_same_training(ddp / name, one_process(name))
 
+    @NEEDS_RESUMING_ON_CPUS
     def test_streams_go_on_from_a_checkpoint(self, ddp):
         assert_resumed(ddp / "streams")
         memories = (ddp / "streams" / f"checkpoint-{RESUMED_AT}").glob("memory-of-streams-*")
         assert sorted(path.name for path in memories) == ["memory-of-streams-0", "memory-of-streams-1"]
 
+    @NEEDS_RESUMING_ON_CPUS
     def test_evaluation_leaves_the_memory_of_training(self, ddp, one_process, tmp_path):
         case = CASES["streams"]
         never = {name: value for name, value in case.arguments.items() if name != "eval_steps"}
@@ -158,11 +161,12 @@ TENSOR_PARALLEL_CASES = ("chunks", "accumulated", "stock checkpointed")
 def computed(tmp_path_factory):
     """The folder in which two processes compute what one does: with all parallelisms, by one launch."""
     folder = tmp_path_factory.mktemp("computed")
+    vocab_size = VOCABULARY if SHARES_OUT_ODD_VOCABULARIES else EVEN_VOCABULARY
     for kind, models in (("heads", HEADS), ("rows", ROWS)):
         for name, fields in models.items():
-            tiny_model(torch.float64, **fields).save_pretrained(folder / kind / name)
+            tiny_model(torch.float64, vocab_size=vocab_size, **fields).save_pretrained(folder / kind / name)
     for name in TENSOR_PARALLEL_CASES:
-        tiny_model(torch.float64, **CASES[name].config).save_pretrained(folder / "training" / name)
+        case_model(CASES[name]).save_pretrained(folder / "training" / name)
     torchrun(SCRIPTS / "compute.py", folder)
     return folder
 

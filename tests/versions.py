@@ -1,13 +1,28 @@
-"""What older versions of transformers lack: the tests of it are skipped there, with the reason."""
+"""What older versions of transformers lack. Tests of it are skipped there, with the reason."""
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
 
+def is_at_least(version: str) -> bool:
+    return Version(transformers.__version__) >= Version(version)
+
+
 def needs_transformers(version: str, reason: str) -> pytest.MarkDecorator:
-    lacks = Version(transformers.__version__) < Version(version)
-    return pytest.mark.skipif(lacks, reason=f"needs transformers {version}: {reason}")
+    return pytest.mark.skipif(not is_at_least(version), reason=f"needs transformers {version}: {reason}")
 
 
-knows_gguf_tokenizers = needs_transformers("5.17", "GGUF tokenizers by the name of their split and the type of tokens")
+KNOWS_GGUF_TOKENIZERS = needs_transformers("5.17", "it reads the splits and the types of tokens of GGUF files")
+
+RESUMES_ON_CPUS = is_at_least("5.18")
+NEEDS_RESUMING_ON_CPUS = needs_transformers("5.18", "it resumes training by several processes on CPUs")
+
+# Tensor parallelism takes no other vocabularies before.
+SHARES_OUT_ODD_VOCABULARIES = is_at_least("5.21")
+
+
+def as_function(exported):
+    """What an exporter of transformers gives, which is a program of `torch.export` before 5.21."""
+    return exported.module() if isinstance(exported, torch.export.ExportedProgram) else exported

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from several_processes.cpu_as_accelerator import use_cpu_as_accelerator
-from tiny import EVERY_OPTION, random_ids, tiny_model
+from tiny import EVERY_OPTION, VOCABULARY, random_ids, tiny_model
 from transformers import PreTrainedModel, Trainer
 
 from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments, collate_documents
@@ -34,6 +34,8 @@ class Case:
     streams: bool = False
     resumes: bool = False
 
+
+EVEN_VOCABULARY = VOCABULARY + 1
 
 SINKS = {"local_attention": "sliding", "num_sink_tokens": 2, "use_mem_delta_rule": True}
 CASES = {
@@ -60,13 +62,18 @@ CASES = {
 }
 
 
+def case_model(case: Case) -> PreTrainedModel:
+    # The processes of tensor parallelism share out the vocabulary.
+    return tiny_model(torch.float64, vocab_size=EVEN_VOCABULARY, **case.config)
+
+
 def documents(lengths, seed: int) -> list[dict]:
     return [{"input_ids": random_ids(length, seed=seed + i).tolist()} for i, length in enumerate(lengths)]
 
 
 def trainer(case: Case, folder: Path, model: PreTrainedModel | None = None) -> Trainer:
     if model is None:
-        model = tiny_model(torch.float64, **case.config)
+        model = case_model(case)
     # Processes that share heads out read the same rows.
     per_device = BATCH_SIZE * (model.tp_size or 1) // int(os.environ.get("WORLD_SIZE", 1))
     defaults = {
