@@ -83,7 +83,7 @@ def test_errors_are_messages(tmp_path, converted):
     fail("exists already", "to-infini", tmp_path / "base", converted, "--segment-length", 9)
     fail("segment_length is needed", "to-infini", tmp_path / "base", tmp_path / "new")
     fail("no Infini-attention checkpoint", "inspect", tmp_path / "base")
-    fail("no folder with a checkpoint", "inspect", tmp_path / "nowhere")
+    fail("There is no folder or file", "inspect", tmp_path / "nowhere")
     fail("README.md exists already. Pass --overwrite", "card", converted)
     tiny_model().save_pretrained(tmp_path / "trained")
     fail("--drop-gates", "from-infini", tmp_path / "trained", tmp_path / "back")
