@@ -15,6 +15,7 @@ def needs_transformers(version: str, reason: str) -> pytest.MarkDecorator:
 
 
 KNOWS_GGUF_TOKENIZERS = needs_transformers("5.17", "it reads the splits and the types of tokens of GGUF files")
+SAVES_FIELDS_WITHOUT_USE = needs_transformers("5.23", "it saves loaded generation fields that have no use")
 
 RESUMES_ON_CPUS = is_at_least("5.18")
 NEEDS_RESUMING_ON_CPUS = needs_transformers("5.18", "it resumes training by several processes on CPUs")
