@@ -32,7 +32,7 @@ AUTO_MAP = {
 MODELING_FILE = "modeling_infini.py"
 
 # Styles of tensor parallelism, which `modeling_infini.py` registers.
-LOCAL_PARAMETERS = "infini_local_parameters"
+SHARED_OUT_BY_HEADS = "infini_shared_out_by_heads"
 SHARED_BY_HEADS = "infini_shared_by_heads"
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -218,10 +218,9 @@ class InfiniConfig(LlamaConfig):
         """How tensor parallelism shards the modules that there are: everything of a head goes with it."""
         of_attention: dict[str, str] = {}
         for name in self.float32_modules:
-            of_attention |= {f"{name}.weight": "colwise", name: LOCAL_PARAMETERS}
+            of_attention |= {name: SHARED_OUT_BY_HEADS, f"{name}.weight": SHARED_OUT_BY_HEADS}
             if name.endswith("_map"):
-                # By heads, the first dimension; "colwise" shards that before the last.
-                of_attention |= {f"{name}.weight": "embedding_rowwise", f"{name}.bias": "embedding_rowwise"}
+                of_attention[f"{name}.bias"] = SHARED_OUT_BY_HEADS
         if self.learned_delta_update:
             of_attention["memory.write_strength"] = "colwise"
         if self.memory_write_gate:

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -51,7 +51,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import CACHE_NAME, InfiniCache, Past, one_past
 from .cache_layer import LayerPast, TokenStates
-from .configuration_infini import LOCAL_PARAMETERS, SHARED_BY_HEADS, InfiniConfig
+from .configuration_infini import SHARED_BY_HEADS, SHARED_OUT_BY_HEADS, InfiniConfig
 from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
 from .local_attention import (
@@ -486,11 +486,16 @@ class InfiniDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class LocalParameters(TensorParallelLayer):
-    """Parameters of heads: each process computes with those of its own heads, as plain tensors."""
+class SharedOutByHeads(TensorParallelLayer):
+    """Parameters whose first dimension is heads: each process computes with those of its own, as plain tensors."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        whole = module._parameters[param]
+        own = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(own, requires_grad=whole.requires_grad)
 
 
 class SharedByHeads(TensorParallelLayer):
@@ -513,7 +518,7 @@ class SharedByHeads(TensorParallelLayer):
             module._parameters.update(parameters)
 
 
-ALL_PARALLEL_STYLES.register(LOCAL_PARAMETERS, LocalParameters())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(SHARED_OUT_BY_HEADS, SharedOutByHeads())  # type: ignore[arg-type]
 ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeads())  # type: ignore[arg-type]
 
 
