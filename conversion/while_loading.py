@@ -26,7 +26,7 @@ DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "token")
 
 # Arguments of `convert_to_infini` that are no fields of a configuration, and what takes their place here.
 OF_CONVERSIONS = {
-    "memory": "load_memory(model, ...) of the conversion package puts a memory into the model that is loaded",
+    "memory": "infini_transformers.conversion.load_memory(model, ...) puts a memory into the model that is loaded",
     "head_gates": "convert_to_infini writes a checkpoint with gates of its own",
     "transfer": "convert_to_infini writes a checkpoint whose memory is taught",
     "max_shard_size": "save_pretrained takes it",
@@ -61,7 +61,8 @@ def load_base(
         FileNotFoundError, ValueError: as `convert_to_infini`.
     """
     for name in OF_CONVERSIONS:
-        if kwargs.get(name):
+        given_value = kwargs.pop(name, None)
+        if given_value is not None and given_value is not False:
             raise TypeError(f"{name}= is not for a base that is converted while it is loaded: {OF_CONVERSIONS[name]}.")
     returns_info = kwargs.pop("output_loading_info", False)
     options = {name: kwargs.pop(name) for name in MEMORY_OPTIONS if name in kwargs}
@@ -113,9 +114,8 @@ def load_base(
     if checkpoint.gguf is not None:
         folder, kwargs["state_dict"] = None, {name: read() for name, read in conversion.weights.items()}
     model, info = load(folder, *model_args, config=made, output_loading_info=True, **kwargs)
-    if checkpoint.name is not None:
-        # Not the folder of the Hub's cache.
-        model.config.name_or_path = checkpoint.name
+    # By the base's name an adapter of this model, or a trainer's reference, would be loaded on the base itself.
+    model.name_or_path = model.config.name_or_path = ""
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "device_map leaves layers on the disk, where their memory has no weights yet. Convert the base by "
@@ -168,7 +168,7 @@ def _as_given(given: Any, expected: InfiniConfig, options: dict[str, Any]) -> In
     changed = deepcopy(given)
     for name, value in options.items():
         setattr(changed, name, value)
-    changed.converted_from = changed.converted_from or expected.converted_from
+    changed.converted_from = expected.converted_from
     return changed
 
 

@@ -24,7 +24,13 @@ from .resources import king_james_bible
 
 
 def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
-    """The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`."""
+    """
+    The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`.
+
+    Raises:
+        ValueError: if there is no such dtype or device.
+    """
+    _require_dtype_and_device(options.get("dtype"), options.get("device_map"))
     if not is_gguf(source):
         require_place(source)
         return AutoModelForCausalLM.from_pretrained(source, **options)
@@ -33,6 +39,16 @@ def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     weights = {name: file.read(name) for name in file.shapes}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(file.config)]
     return model_class.from_pretrained(None, config=file.config, state_dict=weights, **options)
+
+
+def _require_dtype_and_device(dtype: Any, device: Any) -> None:
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f'There is no dtype "{dtype}". It is float32, bfloat16 or float16, or "auto": as saved.')
+    if isinstance(device, str) and device not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f'There is no device "{device}" here. {error}') from error
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -57,7 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _convert(command, arguments[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+        from safetensors import SafetensorError
+
+        if not isinstance(error, (ImportError, OSError, SafetensorError, StrictDataclassError, ValueError)):
+            raise
         sys.exit(f"Error: {error}")
 
 
@@ -116,13 +121,16 @@ def read_parser() -> argparse.ArgumentParser:
 
 def _read(arguments: Sequence[str]) -> None:
     parser = read_parser()
-    options = parser.parse_args(arguments)
+    # Texts may stand before and after options.
+    options = parser.parse_intermixed_args(arguments)
     if not (options.texts or (options.memory and options.prompt)):
         parser.error("nothing to read: name a text file, or a --memory and a --prompt")
     if options.tokens is not None and options.tokens < 1:
         parser.error("--tokens must be at least 1")
     if options.max_new_tokens < 0:
         parser.error("--max-new-tokens must be at least 0")
+    if options.prompt and not options.max_new_tokens:
+        parser.error("a --prompt is for what is written: leave it out, or ask for --max-new-tokens")
     from .reading import read_and_write
 
     read_and_write(options)

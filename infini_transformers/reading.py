@@ -47,8 +47,15 @@ def write(
         cache: it is changed.
         input_ids: `(1, tokens)`, at least one; not yet read.
     """
+    input_ids = input_ids.to(model.device)
+    # More ids than a cache has read would count as the whole history.
+    most, last = input_ids[:, :-1], input_ids[:, -1:]
+    if most.shape[1]:
+        with torch.no_grad():
+            model(most, past_key_values=cache, logits_to_keep=1)
     model.generate(
-        input_ids.to(model.device),
+        last,
+        attention_mask=torch.ones_like(last),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -73,13 +80,16 @@ def read_and_write(options: argparse.Namespace) -> None:
 
     Raises:
         OSError: if there is no such model, text or memory.
-        ValueError: if the model has no Infini-attention, a text is none, or the memory is another model's.
+        ValueError: if the model has no Infini-attention, a text is none, there is nothing to read, or the memory is
+            another model's.
     """
+    if options.save_memory is not None and Path(options.save_memory).is_file():
+        raise FileExistsError(f"{options.save_memory} is a file. A memory is saved as a folder: choose another name.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     text = "\n\n".join(map(_read_text, options.texts))
     segment_length_of(options.model)
-    model: Any = load_model(options.model, dtype=options.dtype).to(options.device).eval()
+    model: Any = load_model(options.model, dtype=options.dtype, device_map=options.device).eval()
     tokenizer = load_tokenizer(options.model)
 
     if options.memory is None:
@@ -88,6 +98,9 @@ def read_and_write(options: argparse.Namespace) -> None:
         cache, opening = InfiniCache.from_pretrained(options.memory, model), torch.tensor([], dtype=torch.long)
     before = cache.get_seq_length()
     input_ids = torch.cat([opening, encode(tokenizer, text)])[None, : options.tokens]
+    prompt = encode(tokenizer, options.prompt)[None]
+    if not input_ids.shape[1] + prompt.shape[1]:
+        raise ValueError("There is nothing to read: text and prompt have no tokens.")
     # The last token is left: to read it gives the first one to write.
     most, last = input_ids[:, :-1], input_ids[:, -1:]
     begin = time.perf_counter()
@@ -110,15 +123,13 @@ def read_and_write(options: argparse.Namespace) -> None:
     if options.save_memory is not None:
         report += [f"It is saved in {options.save_memory}."]
     print(*report, file=sys.stderr)
-    following = torch.cat([last, encode(tokenizer, options.prompt)[None]], dim=1)
     if options.max_new_tokens:
-        write(model, tokenizer, cache, following, options.max_new_tokens)
+        write(model, tokenizer, cache, torch.cat([last, prompt], dim=1), options.max_new_tokens)
 
 
 def _read_text(name: str) -> str:
-    if name == "-":
-        return sys.stdin.read()
     try:
-        return Path(name).read_text(encoding="utf-8")
+        # Not by the encoding of the terminal.
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is no text in UTF-8. Convert it to a .txt file in UTF-8 first.") from error

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .cache_layer import CheckpointedLayer, InfiniCacheLayer, LayerPast, TokenStates
-from .configuration_infini import InfiniConfig
+from .configuration_infini import InfiniConfig, is_infini_config
 from .fingerprint import WeightsId
 from .local_attention import Angles
 from .streams import DecodeLayout, Layout, plan_call, plan_segments, streams_of_call
@@ -571,7 +571,7 @@ def one_past(past_key_values, cache) -> Any:
 
 
 def require_config(config) -> None:
-    if getattr(config, "model_type", None) != InfiniConfig.model_type:
+    if not is_infini_config(config):
         raise TypeError(
             f"A cache is for a model's configuration, model.config, got a {type(config).__name__}. "
             "InfiniCache.from_pretrained takes the model itself as well, but no path of one."

@@ -433,3 +433,8 @@ class InfiniConfig(LlamaConfig):
 
 
 __all__ = ["InfiniConfig"]
+
+
+def is_infini_config(config: Any) -> bool:
+    """Whether a configuration is an [`InfiniConfig`], also one of a copy of this code that came with a model."""
+    return isinstance(config, InfiniConfig) or getattr(config, "model_type", None) == InfiniConfig.model_type

@@ -51,7 +51,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import CACHE_NAME, InfiniCache, Past, one_past
 from .cache_layer import LayerPast, TokenStates
-from .configuration_infini import SHARED_BY_HEADS, SHARED_OUT_BY_HEADS, InfiniConfig
+from .configuration_infini import SHARED_BY_HEADS, SHARED_OUT_BY_HEADS, InfiniConfig, is_infini_config
 from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
 from .local_attention import (
@@ -539,7 +539,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
     def __init__(self, config: InfiniConfig, *args, **kwargs):
-        if getattr(config, "model_type", None) != InfiniConfig.model_type:
+        if not is_infini_config(config):
             raise ValueError(
                 f"{type(self).__name__} takes an InfiniConfig, not a {type(config).__name__}. Its method "
                 "from_pretrained(folder, segment_length=...) converts a checkpoint; for a new model, make an "
@@ -563,7 +563,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
             FileNotFoundError, ValueError: as `convert_to_infini`, if the checkpoint cannot be converted.
         """
         source = pretrained_model_name_or_path
-        if source is None or is_infini(source, config, kwargs):
+        if source is None or is_infini(source, config, kwargs, cls.config_class.model_type):
             return super().from_pretrained(source, *model_args, config=config, **kwargs)
         try:
             from infini_transformers.conversion.while_loading import load_base
@@ -661,21 +661,28 @@ def require_place(source: str | os.PathLike) -> None:
         raise FileNotFoundError(f"There is no folder or file {name} (seen from {os.getcwd()}).{home}")
 
 
-def is_infini(source: str | os.PathLike, config: PreTrainedConfig | str | os.PathLike | None, kwargs: dict) -> bool:
-    """Whether a source is for `from_pretrained` of transformers: another model's checkpoint is not."""
+def is_infini(
+    source: str | os.PathLike,
+    config: PreTrainedConfig | str | os.PathLike | None,
+    kwargs: dict,
+    model_type: str = InfiniConfig.model_type,
+) -> bool:
+    """Whether a source is for `from_pretrained` of transformers: a checkpoint of another model type is not."""
     if kwargs.get("gguf_file") is not None or os.path.isfile(source) or str(source).endswith(".gguf"):
         return False
     require_place(source)
     place = {name: kwargs[name] for name in ("subfolder", *DOWNLOAD_ARGUMENTS) if kwargs.get(name) is not None}
     fields, _ = PreTrainedConfig.get_config_dict(source, **place)
     if fields:
-        return fields.get("model_type") == InfiniConfig.model_type
+        return fields.get("model_type") in (model_type, InfiniConfig.model_type)
     if is_peft_available() and (adapter := find_adapter_config_file(str(source), **place)) is not None:
         with open(adapter, encoding="utf-8") as file:
             base = json.load(file).get("base_model_name_or_path")
-        return bool(base) and is_infini(base, None, {})
+        # The base's own place, by the same leave to get there.
+        of_base = {name: value for name, value in place.items() if name not in ("subfolder", "revision")}
+        return bool(base) and is_infini(base, None, of_base, model_type)
     # Weights alone are enough where a configuration is given.
-    return isinstance(config, PreTrainedConfig)
+    return config is not None
 
 
 def _plan_call(past: Past, *arguments) -> Layout:

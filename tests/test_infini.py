@@ -2,6 +2,7 @@
 
 import ast
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_usage_names_the_command(infini, folders):
         (["convert-back", "--help"], "Usage: infini convert-back"),
         (["read"], "usage: infini read"),
         (["read", folders / "infini"], "nothing to read"),
+        (["read", "m", "book.txt", "--prompt", "words", "--max-new-tokens", 0], "a --prompt is for what is written"),
         (["evaluate"], "usage: infini evaluate"),
         (["evaluate", "retrieval"], "usage: infini evaluate retrieval"),
         (["evaluate", "write_weights", "--help"], "usage: infini evaluate write_weights"),
@@ -100,12 +102,21 @@ def test_usage_names_the_command(infini, folders):
 
 def test_errors_are_messages(infini, folders):
     (folders / "latin.txt").write_bytes(b"caf\xe9")
+    shutil.copytree(folders / "infini", folders / "damaged")
+    (folders / "damaged" / "model.safetensors").write_bytes(b"no weights")
     for arguments, message in (
         (["read", folders / "infini", folders / "none.txt"], "none.txt"),
         (["read", folders / "infini", folders / "latin.txt"], "latin.txt is no text in UTF-8"),
         (["read", folders / "base", folders / "book.txt"], "not one with Infini-attention"),
         (["read", folders / "infini", "--memory", folders, "--prompt", "words"], "infini_cache.safetensors"),
         (["inspect", folders / "base"], "no Infini-attention checkpoint"),
+        (["read", folders / "infini", folders / "book.txt", "--dtype", "foo"], 'There is no dtype "foo"'),
+        (["read", folders / "infini", folders / "book.txt", "--device", "foo"], 'There is no device "foo" here'),
+        (
+            ["read", folders / "infini", "--save-memory", folders / "book.txt", folders / "none.txt"],
+            "book.txt is a file",
+        ),
+        (["read", folders / "damaged", folders / "book.txt"], "header"),
     ):
         status, _, err = infini(*arguments)
         assert status == 1
@@ -140,7 +151,7 @@ def test_read_goes_on_from_a_memory(infini, folders, monkeypatch):
     assert len(later[1].split()) == 7
     assert "had read 60 tokens before" in later[2]
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO(book.read_text()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(book.read_bytes())))
     assert infini("read", model, "-", "--prompt", question, "--max-new-tokens", 7)[:2] == at_once[:2]
     # What a memory holds and what comes then is one text.
     words = book.read_text().split()
@@ -150,3 +161,16 @@ def test_read_goes_on_from_a_memory(infini, folders, monkeypatch):
     options = ["--memory", memory, "--max-new-tokens", 7]
     in_two = infini("read", model, folders / "rest.txt", *options)
     assert in_two[1] == infini("read", model, book, "--max-new-tokens", 7)[1]
+
+
+@pytest.mark.parametrize("in_text", [1, 3, 20, 39])
+def test_a_prompt_of_any_length_is_read_whole(infini, folders, in_text):
+    words = random_text(40, seed=2).split()
+    (folders / "whole.txt").write_text(" ".join(words))
+    (folders / "start.txt").write_text(" ".join(words[:in_text]))
+    expected = infini("read", folders / "infini", folders / "whole.txt", "--max-new-tokens", 9)[1]
+    prompt = ["--prompt", " ".join(words[in_text:]), "--max-new-tokens", 9]
+    assert infini("read", folders / "infini", *prompt, folders / "start.txt")[1] == expected
+    memory = ["--save-memory", folders / "start", "--max-new-tokens", 0]
+    assert infini("read", folders / "infini", folders / "start.txt", *memory)[0] == 0
+    assert infini("read", folders / "infini", "--memory", folders / "start", *prompt)[1] == expected

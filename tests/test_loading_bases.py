@@ -102,7 +102,7 @@ def test_a_base_becomes_what_its_conversion_is(tmp_path_factory, variant, option
     require_equal(AutoModelForCausalLM.from_pretrained(folder / "saved"), expected)
     saved, written = (json.loads((folder / name / "config.json").read_text()) for name in ("saved", "ours"))
     assert saved == written
-    assert "converted while" not in saved
+    assert "_new_weights" not in saved
 
 
 def test_the_gates_are_nearly_closed_and_the_log_says_what_happens(tmp_path, caplog):
@@ -350,3 +350,32 @@ def test_a_configuration_of_another_model_is_none_of_ours(tmp_path):
     tiny_model().save_pretrained(tmp_path / "infini")
     with pytest.raises(ValueError, match=r"takes an InfiniConfig, not a LlamaConfig"):
         InfiniForCausalLM.from_pretrained(tmp_path / "infini", config=base_model().config)
+
+
+def test_an_adapter_of_it_is_saved_and_is_not_taken_for_one_of_the_base(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(InfiniForCausalLM.from_pretrained(tmp_path / "base", segment_length=N), lora)
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert not json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    again = InfiniForCausalLM.from_pretrained(tmp_path / "base", segment_length=N)
+    ids = random_ids(2, 3 * N)
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()(ids).logits
+        assert torch.equal(found, tuned.eval()(ids).logits)
+
+
+class OwnConfig(InfiniConfig):
+    model_type = "own-infini"
+
+
+class OwnModel(InfiniForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_configuration_of_another_name_is_still_ours(tmp_path):
+    model = OwnModel(OwnConfig(**{**tiny_model().config.to_dict(), "model_type": "own-infini"})).eval()
+    model.save_pretrained(tmp_path)
+    again, ids = OwnModel.from_pretrained(tmp_path), random_ids(1, 2 * N)
+    assert torch.equal(again.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+    assert type(again.config) is OwnConfig
