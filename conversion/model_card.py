@@ -62,7 +62,7 @@ or it takes the place of the memory in a conversion of the base that is there al
 
     infini apply-memory converted {name}
 
-In a running process, `load_memory(model, "{name}")` of `conversion` does it."""
+In a running process, `load_memory(model, "{name}")` of `infini_transformers.conversion` does it."""
 
 
 def model_card(

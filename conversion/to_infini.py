@@ -107,8 +107,8 @@ def convert_to_infini(
         max_shard_size: of an output file, in bytes or as in `"5GB"`.
         allow_bin: read PyTorch `.bin` files where there are no safetensors.
         revision: of a model on the Hub.
-        transfer: texts by which the memory is taught at once, see [`conversion.transfer`]; if that is interrupted, the
-            conversion stands, and `conversion.transfer` goes on. Texts that are too short leave no output.
+        transfer: texts by which the memory is taught at once, see [`transfer`]; if that is interrupted, the conversion
+            stands, and `transfer` goes on. Texts that are too short leave no output.
         options: other fields of the memory in [`InfiniConfig`], such as `memory_feature_map`, `token_gates` or
             `memory_layers`. What they add starts as in a new model.
 

@@ -1,5 +1,6 @@
 """What is published: an sdist, and a wheel that works where nothing of this repository is."""
 
+import ast
 import email
 import os
 import re
@@ -80,6 +81,25 @@ def test_the_sdist_holds_what_makes_the_wheel(sdist):
     assert {"pyproject.toml", "setup.py", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
     assert {"conversion/to_infini.py", "evaluation/lm_eval_tasks/documents.yaml"} <= names
     assert not {name.partition("/")[0] for name in names} & {"tests", "checkpoints", "docs"}
+
+
+def test_what_is_imported_is_declared():
+    """The environment of these tests has more than a user's: that all imports succeed here says nothing."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    modules = {"yaml": "pyyaml"}
+    # For the harness, which brings it.
+    of_the_harness = ROOT / "evaluation" / "lm_eval_tasks"
+    for package in ("infini_transformers", "conversion", "evaluation", "modeling_infini"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+                outside = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+                outside -= {"infini_transformers", "modeling_infini"}
+                if of_the_harness not in file.parents:
+                    assert {modules.get(name, name) for name in outside} <= declared, file
 
 
 def test_the_wheel_takes_two_names(wheel):
