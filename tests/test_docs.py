@@ -207,6 +207,12 @@ def test_commands_exist(command, monkeypatch):
     elif target == "conversion":
         if arguments[:1] not in ([], ["--help"]):
             check_conversion(arguments[0], arguments[1:], is_whole)
+    elif target == "infini" and arguments[0] == "read":
+        # Not through the command, which parses twice.
+        parser = cli.read_parser()
+        if is_whole:
+            parser.parse_intermixed_args(arguments[1:])
+        assert {word for word in arguments if word.startswith("--")} <= set(parser._option_string_actions)
     elif arguments[:1] == ["evaluate"] and len(arguments) == 1:
         assert "evaluate" in cli.COMMANDS
     else:
