@@ -17,7 +17,7 @@ from several_processes.train import CASES, EVEN_VOCABULARY, RESUMED_AT, case_mod
 from tiny import EVERY_OPTION, VOCABULARY, relative_error, tiny_model
 from transformers import LlamaConfig
 from transformers.distributed.configuration_utils import DistributedConfig
-from versions import NEEDS_RESUMING_ON_CPUS, RESUMES_ON_CPUS, SHARES_OUT_ODD_VOCABULARIES
+from versions import NEEDS_RESUMING_ON_CPUS, RESUMES_ON_CPUS, SHARES_OUT_UNEVENLY
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments
@@ -150,7 +150,7 @@ HEADS = {
         "tie_word_embeddings": True,
         "pad_token_id": 3,
         "num_key_value_heads": 4,
-        "intermediate_size": 33,
+        "intermediate_size": 33 if SHARES_OUT_UNEVENLY else 34,
     },
 }
 ROWS = {"segment": {}, "every option, one KV head": {**EVERY_OPTION, "num_key_value_heads": 1}}
@@ -161,7 +161,7 @@ TENSOR_PARALLEL_CASES = ("chunks", "accumulated", "stock checkpointed")
 def computed(tmp_path_factory):
     """The folder in which two processes compute what one does: with all parallelisms, by one launch."""
     folder = tmp_path_factory.mktemp("computed")
-    vocab_size = VOCABULARY if SHARES_OUT_ODD_VOCABULARIES else EVEN_VOCABULARY
+    vocab_size = VOCABULARY if SHARES_OUT_UNEVENLY else EVEN_VOCABULARY
     for kind, models in (("heads", HEADS), ("rows", ROWS)):
         for name, fields in models.items():
             tiny_model(torch.float64, vocab_size=vocab_size, **fields).save_pretrained(folder / kind / name)

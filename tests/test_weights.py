@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_several_processes import SCRIPTS, torchrun
 from tiny import EVERY_OPTION_BUT_SLOTS, MODES, random_ids, tiny_config, tiny_model
 from torch import nn
-from versions import SHARES_OUT_ODD_VOCABULARIES
+from versions import SHARES_OUT_UNEVENLY
 
 from modeling_infini import InfiniCache, InfiniForCausalLM, InfiniForSequenceClassification
 from modeling_infini.fingerprint import WHOLE, WeightsId
@@ -424,7 +424,7 @@ def test_a_resaved_weight_file_gives_the_same_fingerprint(tmp_path):
 
 def test_sharding_does_not_change_it(tmp_path):
     # Embeddings of which rows are sampled, layers of which parts are, and rows that do not divide by two.
-    vocab_size = 1001 if SHARES_OUT_ODD_VOCABULARIES else 1002
+    vocab_size = 1001 if SHARES_OUT_UNEVENLY else 1002
     fields = {"vocab_size": vocab_size, "intermediate_size": 1000, "num_hidden_layers": 2, **MODES[2]}
     model = tiny_model(memory_norm_init_scale=1.5, memory_write_gate=True, qk_norm=True, **fields)
     assert model.model.embed_tokens.weight.numel() > WHOLE < model.model.layers[0].mlp.up_proj.weight.numel()

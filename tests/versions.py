@@ -20,8 +20,8 @@ SAVES_FIELDS_WITHOUT_USE = needs_transformers("5.23", "it saves loaded generatio
 RESUMES_ON_CPUS = is_at_least("5.18")
 NEEDS_RESUMING_ON_CPUS = needs_transformers("5.18", "it resumes training by several processes on CPUs")
 
-# Tensor parallelism takes no other vocabularies before.
-SHARES_OUT_ODD_VOCABULARIES = is_at_least("5.21")
+# In tensor parallelism; vocabularies and the width of the MLP must divide before.
+SHARES_OUT_UNEVENLY = is_at_least("5.21")
 
 
 def as_function(exported):
