@@ -17,7 +17,13 @@ from several_processes.train import CASES, EVEN_VOCABULARY, RESUMED_AT, case_mod
 from tiny import EVERY_OPTION, VOCABULARY, relative_error, tiny_model
 from transformers import LlamaConfig
 from transformers.distributed.configuration_utils import DistributedConfig
-from versions import NEEDS_RESUMING_ON_CPUS, RESUMES_ON_CPUS, SHARES_OUT_UNEVENLY
+from versions import (
+    NEEDS_RESUMING_ON_CPUS,
+    NEEDS_TRAINING_BY_TENSOR_PARALLELISM,
+    RESUMES_ON_CPUS,
+    SHARES_OUT_UNEVENLY,
+    TRAINS_BY_TENSOR_PARALLELISM,
+)
 
 from modeling_infini import InfiniConfig, InfiniForCausalLM
 from modeling_infini.training import DocumentStreams, InfiniTrainer, InfiniTrainingArguments
@@ -165,7 +171,8 @@ def computed(tmp_path_factory):
     for kind, models in (("heads", HEADS), ("rows", ROWS)):
         for name, fields in models.items():
             tiny_model(torch.float64, vocab_size=vocab_size, **fields).save_pretrained(folder / kind / name)
-    for name in TENSOR_PARALLEL_CASES:
+    (folder / "training").mkdir()
+    for name in TENSOR_PARALLEL_CASES if TRAINS_BY_TENSOR_PARALLELISM else ():
         case_model(CASES[name]).save_pretrained(folder / "training" / name)
     torchrun(SCRIPTS / "compute.py", folder)
     return folder
@@ -199,6 +206,7 @@ class TestTensorParallel:
             assert_same(load_file(folder / f"results-{rank}.safetensors"), expected | here)
         assert_same_weights(folder)
 
+    @NEEDS_TRAINING_BY_TENSOR_PARALLELISM
     @pytest.mark.parametrize("name", TENSOR_PARALLEL_CASES)
     def test_trains_as_one_process(self, computed, one_process, name):
         for rank in range(2):

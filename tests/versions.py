@@ -20,6 +20,9 @@ SAVES_FIELDS_WITHOUT_USE = needs_transformers("5.23", "it saves loaded generatio
 RESUMES_ON_CPUS = is_at_least("5.18")
 NEEDS_RESUMING_ON_CPUS = needs_transformers("5.18", "it resumes training by several processes on CPUs")
 
+TRAINS_BY_TENSOR_PARALLELISM = is_at_least("5.19")
+NEEDS_TRAINING_BY_TENSOR_PARALLELISM = needs_transformers("5.19", "its Trainer shares heads out")
+
 # In tensor parallelism; vocabularies and the width of the MLP must divide before.
 SHARES_OUT_UNEVENLY = is_at_least("5.21")
 
