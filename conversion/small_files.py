@@ -173,7 +173,8 @@ def tokenizer_of(source: str | os.PathLike) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{source} has no tokenizer that can be loaded, by which texts are read. Save that of its base there: "
-            f"AutoTokenizer.from_pretrained(base).save_pretrained(folder). ({reason:.200})"
+            "AutoTokenizer.from_pretrained(base).save_pretrained(folder); of a .gguf file, a conversion writes one. "
+            f"({reason:.200})"
         ) from error
 
 

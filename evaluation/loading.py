@@ -35,7 +35,7 @@ def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
         require_place(source)
         return AutoModelForCausalLM.from_pretrained(source, **options)
     # As a conversion reads it: transformers' reader passes over scaled angles, windows and more.
-    file = GGUFFile(Path(source))
+    file = GGUFFile(_gguf_path(source))
     weights = {name: file.read(name) for name in file.shapes}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(file.config)]
     return model_class.from_pretrained(None, config=file.config, state_dict=weights, **options)
@@ -51,10 +51,16 @@ def _require_dtype_and_device(dtype: Any, device: Any) -> None:
             raise ValueError(f'There is no device "{device}" here. {error}') from error
 
 
+def _gguf_path(source: str | Path) -> Path:
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"There is no GGUF file {source}.")
+    return Path(source)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, a `.gguf` file or on the Hub."""
     if is_gguf(source):
-        return GGUFFile(Path(source)).tokenizer()
+        return GGUFFile(_gguf_path(source)).tokenizer()
     return tokenizer_of(source)
 
 
@@ -66,9 +72,11 @@ def segment_length_of(source: str | Path) -> int:
         ValueError: if it is another model.
     """
     require_place(source)
-    config = GGUFFile(Path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
+    config = GGUFFile(_gguf_path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
     if not hasattr(config, "segment_length"):
-        raise ValueError(f"{source} holds a {config.model_type} model, not one with Infini-attention.")
+        raise ValueError(
+            f"{source} holds a {config.model_type} model, not one with Infini-attention: `infini convert` makes one."
+        )
     return config.segment_length
 
 

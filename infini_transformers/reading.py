@@ -131,5 +131,7 @@ def _read_text(name: str) -> str:
     try:
         # Not by the encoding of the terminal.
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no text file {name}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is no text in UTF-8. Convert it to a .txt file in UTF-8 first.") from error

@@ -497,7 +497,7 @@ def read_cache(folder: Path, config: InfiniConfig) -> tuple[str | None, dict[str
             raise ValueError(f"The cache in {folder} has an earlier format, of several files. {REMEDY}")
         raise FileNotFoundError(
             f"{folder} holds no saved cache: there is no {CACHE_FILE}. Name a folder that "
-            "past_key_values.save_pretrained(folder) made."
+            "past_key_values.save_pretrained(folder) or infini read --save-memory made."
         )
     damage = f"The cache in {folder} is damaged:"
     with file.open("rb") as stream:
