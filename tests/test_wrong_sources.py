@@ -166,7 +166,7 @@ def test_gguf_files_are_known_by_their_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["./missing", "../missing", "~/missing", "/missing", "a/b/c"])
 def test_folders_that_are_not_there_are_no_ids(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"{name} is no folder with a checkpoint, no .gguf file and no id"):
+    with pytest.raises(FileNotFoundError, match=f"There is no folder or file {name}"):
         convert_to_infini(name, tmp_path / "out", segment_length=N)
 
 
