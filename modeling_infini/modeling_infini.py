@@ -770,7 +770,12 @@ class InfiniModel(InfiniPreTrainedModel):
 
         parts: list[torch.Tensor] = []
         for start, piece in zip(starts, split_call(inputs, lengths, past.tokens_read)):
-            inputs_embeds = self._embed(piece["input_ids"]) if "input_ids" in piece else piece["inputs_embeds"]
+            try:
+                inputs_embeds = (
+                    self.embed_tokens(piece["input_ids"]) if "input_ids" in piece else piece["inputs_embeds"]
+                )
+            except IndexError as error:
+                raise IndexError(self._foreign_ids(piece["input_ids"])) from error
             if isinstance(past, InfiniCache):
                 self._check_cache(past, inputs_embeds)
             mask, position_ids, shape = piece.get("attention_mask"), piece.get("position_ids"), inputs_embeds.shape[:2]
@@ -794,14 +799,11 @@ class InfiniModel(InfiniPreTrainedModel):
             **{CACHE_NAME: past_key_values if isinstance(past_key_values, InfiniCache) else None},  # type: ignore[arg-type]
         )
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:
-            raise IndexError(
-                f"input_ids has ids from {int(input_ids.min())} to {int(input_ids.max())}, and the model a vocabulary "
-                f"of {self.config.vocab_size} tokens: the tokenizer is another model's."
-            ) from error
+    def _foreign_ids(self, input_ids: torch.Tensor) -> str:
+        return (
+            f"input_ids has ids from {int(input_ids.min())} to {int(input_ids.max())}, and the model a vocabulary of "
+            f"{self.config.vocab_size} tokens: the tokenizer is another model's."
+        )
 
     def _returns(self, kwargs: dict, name: str) -> bool:
         """Whether a call asks for what transformers collects from each layer."""
