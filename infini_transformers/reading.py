@@ -59,7 +59,6 @@ def write(
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.1,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
     )
 

@@ -770,6 +770,7 @@ class InfiniModel(InfiniPreTrainedModel):
 
         parts: list[torch.Tensor] = []
         for start, piece in zip(starts, split_call(inputs, lengths, past.tokens_read)):
+            # Not in a function of its own, which would be one graph more where what follows breaks one.
             try:
                 inputs_embeds = (
                     self.embed_tokens(piece["input_ids"]) if "input_ids" in piece else piece["inputs_embeds"]
