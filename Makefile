@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_INSTALLED := $(VENV)/.demo-installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-core test-fast test-min test-newest lint format smollm2-memory docs notebooks notebooks-write benchmark
+.PHONY: demo test test-core test-fast test-min test-newest lint format smollm2-memory docs notebooks notebooks-write benchmark gpu-benchmark gpu-check
 
 demo: $(DEMO_INSTALLED)
 	@$(BIN)/python examples/read_a_book.py
@@ -75,9 +75,18 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.chunked_training
 
+gpu-benchmark: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --output docs/performance/gpu
+
+# The promises on a GPU. What has passed is not run again: after seven minutes, call it again.
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_check --output gpu-check.json
+
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo "Installing in $(VENV) what the tests and the notebooks need: some 220 distributions, a few minutes."
 	$(PIP) --editable ".[demo,notebooks,test]"
+	# Triton interprets the kernels of a GPU in a process of its own: beside a PyTorch for CPUs, no other test has it.
+	$(PIP) --no-deps --target $(VENV)/triton triton
 	touch $@
 
 # PyPI's torch for Linux brings CUDA, 3 GB. That of PyTorch's own index does not, and is taken where it can be reached.

@@ -4,6 +4,7 @@ Its size depends on the configuration and the batch alone, never on how many tok
 """
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -169,6 +170,8 @@ class InfiniCache(Past, Cache):
         self.memory_fields = config.memory_fields()
         self._recording: _Recording | None = None
         self._is_reading = False
+        # In a compiled step, the tensors that it goes on from.
+        self._before_step: list[dict[str, torch.Tensor]] | None = None
         self.weights: WeightsId | None = None
         self.allow_other_weights = False
         # Whether the last call was of one column.
@@ -249,11 +252,22 @@ class InfiniCache(Past, Cache):
     def begin_call(self, layout, is_checkpointed):
         # Half-read until all layers have.
         self._is_reading = True
+        self._before_step = None
+        if torch.compiler.is_compiling() and isinstance(layout, DecodeLayout) and not torch.is_grad_enabled():
+            self._before_step = [layer.states() for layer in self.layers]
         return [CheckpointedLayer(layer) for layer in self.layers] if is_checkpointed else self.layers
 
     def finish_call(self, layout, length, layers):
         self.layers = [layer.after if isinstance(layer, CheckpointedLayer) else layer for layer in layers]
         self.counters.advance(layout, length)
+        if self._before_step is not None:
+            for layer, states in zip(self.layers, self._before_step):
+                layer.write_into(states)
+            self._before_step = None
+        elif length > 1 and layout.tokens_read.is_cuda and not torch.compiler.is_compiling():
+            # A compiled step that writes into them can then be a CUDA graph.
+            for state in self.saved_tensors().values():
+                torch._dynamo.mark_static_address(state, guard=False)
         self._is_reading = False
         if self.recording is not None:
             self.recording.append(self, layout, length)
@@ -428,7 +442,8 @@ class InfiniCache(Past, Cache):
             save_directory: the folder.
             config: the model that will use the cache; or its configuration, in which case the first call finds whether
                 the weights are those that made the cache.
-            device: device of the model. Default: the model's, if it is given, or else the CPU.
+            device: device of the model. Default: where the model and each of its layers compute, if it is given, or
+                else the CPU.
             allow_other_weights: whether weights that did not make the cache may use it, or if it is not known which
                 did. To others than these, a memory means something else.
 
@@ -444,8 +459,6 @@ class InfiniCache(Past, Cache):
                 raise TypeError(f"{type(config).__name__} is no Infini-attention model, nor does it hold one.")
         own: InfiniConfig = config if model is None else model.config  # type: ignore[assignment]
         require_config(own)
-        if device is None:
-            device = "cpu" if model is None else model.device
         folder = Path(save_directory)
         fingerprint, tensors = read_cache(folder, own)
         weights, dtype = WeightsId(fingerprint, None), tensors["layers.0.keys"].dtype
@@ -458,7 +471,13 @@ class InfiniCache(Past, Cache):
                         f'that made it with dtype="{str(dtype).removeprefix("torch.")}", or read the text again.'
                     )
                 raise ValueError(weights.refusal(current, f"The cache in {folder}"))
+        follows_model = device is None and model is not None
+        if device is None:
+            device = device_of(model.get_input_embeddings()) if follows_model else "cpu"
         cache = cls._empty(own, len(tensors["tokens_read"]), dtype, device)
+        if follows_model:
+            for layer, module in zip(cache.layers, model.base_model.layers):
+                layer.map_states(functools.partial(torch.Tensor.to, device=device_of(module)))
         cache.weights, cache.allow_other_weights = weights, allow_other_weights
         for name, state in cache.saved_tensors().items():
             state.copy_(tensors[name])
@@ -472,6 +491,13 @@ class InfiniCache(Past, Cache):
         cache = cls(config)
         cache.early_initialization(rows, config.num_key_value_heads, config.head_dim, dtype, device)
         return cache
+
+
+def device_of(module: nn.Module) -> Any:
+    """Where a module computes: between its calls, accelerate may keep its weights elsewhere, and none in them."""
+    hook = getattr(module, "_hf_hook", None)
+    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    return next((place for place in places if place is not None), next(module.parameters()).device)
 
 
 def state_nbytes(config: InfiniConfig) -> int:

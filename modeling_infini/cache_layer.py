@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_infini import InfiniConfig
+from .gpu_kernels import fused_write, has_kernels
 from .memory import (
     FEATURE_MAPS,
     MemoryState,
@@ -102,6 +103,16 @@ def written_states(
     return features, values, strength
 
 
+def added_by_kernel(states: TokenStates, layout: DecodeLayout | SegmentLayout) -> MemoryState | None:
+    """What the linear rule adds for each segment, `(G, kv_heads, ...)`, by the kernel of a GPU; `None`: without it."""
+    if layout.config.use_mem_delta_rule or not has_kernels(states.values):
+        return None
+    keys = states.keys if states.memory_keys is None else states.memory_keys
+    values = states.values if states.write_strength is None else states.values * states.write_strength.unsqueeze(-1)
+    is_exponential = layout.config.memory_feature_map == "exp"
+    return fused_write(layout.to_segments(keys), layout.to_segments(values), layout.written, is_exponential)
+
+
 class MemoryScan(NamedTuple):
     """
     What the segments of a call make of the memories of their streams.
@@ -160,8 +171,10 @@ class LayerPast:
         Args:
             pending: what earlier calls have left for the first segment of each stream to write, `(R, kv_heads, ...)`.
         """
-        features, values, strength = written_states(states, layout)
-        added = linear_write(features, values if strength is None else values * strength)
+        added = added_by_kernel(states, layout)
+        if added is None:
+            features, values, strength = written_states(states, layout)
+            added = linear_write(features, values if strength is None else values * strength)
         added = MemoryState(*map(layout.by_stream, added))
         if pending is not None:
             with_pending = (
@@ -278,6 +291,12 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         if self.record is not None:
             self.record = [call.map(function) for call in self.record]
 
+    def write_into(self, states: dict[str, torch.Tensor]) -> None:
+        """Puts what this layer holds into tensors of the same names, which it holds from now on."""
+        for name, state in states.items():
+            if (new := getattr(self, name)) is not state:
+                setattr(self, name, state.copy_(new))
+
     def __deepcopy__(self, memo: dict) -> "InfiniCacheLayer":
         # Clones: states that carry a gradient cannot be deep-copied.
         layer = copy.copy(self)
@@ -383,10 +402,13 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
     def _write_token(self, states: TokenStates, layout: DecodeLayout) -> MemoryState:
         before = MemoryState(*map(layout.first_states, (self.memory, self.normaliser)))
         pending = MemoryState(*map(layout.first_states, (self.pending_memory, self.pending_normaliser)))
-        features, values, strength = written_states(states, layout)
-        if self.config.use_mem_delta_rule:
-            values = values - read_memory(features, before, self.config.memory_eps)
-        pending = write_token(features, values, pending, strength)
+        if (added := added_by_kernel(states, layout)) is not None:
+            pending = MemoryState(*(old + new for old, new in zip(pending, added)))
+        else:
+            features, values, strength = written_states(states, layout)
+            if self.config.use_mem_delta_rule:
+                values = values - read_memory(features, before, self.config.memory_eps)
+            pending = write_token(features, values, pending, strength)
         # Where the segment ends, it is written. New states: those that the token reads stay as they are.
         written = [added * layout.ends_segment.view(-1, *(1,) * (added.dim() - 1)) for added in pending]
         self.memory, self.normaliser = (old + new for old, new in zip(before, written))

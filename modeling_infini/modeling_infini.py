@@ -54,10 +54,13 @@ from .cache_layer import LayerPast, TokenStates
 from .configuration_infini import SHARED_BY_HEADS, SHARED_OUT_BY_HEADS, InfiniConfig, is_infini_config
 from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
+from .gpu_kernels import fused_norm, fused_read, has_kernels
 from .local_attention import (
+    FlashWindow,
     RotaryAngles,
     angle_table,
     angles_of_call,
+    attend_by_one,
     local_attention_mask,
     rotate,
 )
@@ -80,8 +83,10 @@ from .streams import (
 # Of `from_pretrained`: where files are.
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
-# A call without gradients is read in pieces of about this many tokens.
+# A call without gradients is read in pieces of about this many columns: what a CPU holds near.
 PIECE_TOKENS = 2048
+# On a GPU, pieces of so many tokens of all rows: less would leave it waiting for the next operation.
+GPU_PIECE_TOKENS = 16_384
 
 ARGUMENTS = r"""
 attention_mask (`torch.Tensor` of shape `(batch, columns)`, *optional*):
@@ -293,6 +298,10 @@ class InfiniMemory(nn.Module):
             memory: from before each segment, `(G, kv_heads, ...)`.
             local_share: g, `(G or 1, length or 1, heads)`; 1 in a stream's first segment.
         """
+        if has_kernels(queries):
+            is_exponential = self.config.memory_feature_map == "exp"
+            queries = self.query_states(queries)
+            return fused_read(local, queries, memory, local_share, self.config.memory_eps, is_exponential)
         read = self.read(queries, memory)
         memory_share = (1 - local_share.to(read.dtype)).unsqueeze(-1)
         # From `local`, whose strides the result takes: they are those that the output projection wants.
@@ -311,6 +320,15 @@ class InfiniMemory(nn.Module):
         if self.config.memory_norm_init_scale is not None:
             queries = self.query_norm(queries)
         return self.query_map(queries) if self.config.memory_feature_map == "exp" else queries
+
+
+class InfiniRMSNorm(LlamaRMSNorm):
+    """Llama's, in one pass on a GPU; in float32, where a sum in another order would show, as Llama has it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.itemsize == 2 and has_kernels(hidden_states):
+            return fused_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
 
 
 class InfiniAttention(nn.Module):
@@ -334,8 +352,8 @@ class InfiniAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_dim, bias=biases["qkv_bias"])
         self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=biases["attention_output_bias"])
         if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = InfiniRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = InfiniRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.has_memory = layer_idx in config.layers_with_memory
         if self.has_memory:
             self.head_gates = InfiniHeadGates(config)
@@ -348,7 +366,7 @@ class InfiniAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: RotaryAngles,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | FlashWindow | None,
         layout: Layout,
         past: LayerPast,
         window_columns: tuple[torch.Tensor, int] | None = None,
@@ -402,19 +420,26 @@ class InfiniAttention(nn.Module):
             window_keys = rotate(window_keys, position_embeddings.keys_with_slots)
         elif self.config.is_sliding:
             window_keys = rotate(window_keys, position_embeddings.keys)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            rotate(queries, position_embeddings.queries).transpose(1, 2),
-            window_keys.transpose(1, 2),
-            window.values.transpose(1, 2),
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        local_queries = rotate(queries, position_embeddings.queries)
+        if isinstance(attention_mask, FlashWindow):
+            output, weights = attention_mask.attend(local_queries, window_keys, window.values, self.scaling), None
+        elif self._has_one_query(local_queries, attention_mask):
+            output = attend_by_one(local_queries, window_keys, window.values, attention_mask, self.scaling)
+            weights = None
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attention_interface(
+                self,
+                local_queries.transpose(1, 2),
+                window_keys.transpose(1, 2),
+                window.values.transpose(1, 2),
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
         if memory is not None:
             local_share = self._local_share(hidden_states, layout)
             output = self.memory(output, queries, memory, local_share)
@@ -426,6 +451,11 @@ class InfiniAttention(nn.Module):
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
         return output, weights
+
+    def _has_one_query(self, queries: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether sdpa need not repeat keys and values."""
+        is_sdpa = self.config._attn_implementation == "sdpa" and attention_mask is not None
+        return is_sdpa and queries.shape[1] == 1 and not (self.training and self.attention_dropout)
 
     def _local_share(self, hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
         """g, `(G or 1, query_length or 1, heads)`; 1 in the first segments of streams."""
@@ -476,6 +506,8 @@ class InfiniDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: InfiniConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniAttention(config, layer_idx)  # type: ignore[assignment]
+        self.input_layernorm = InfiniRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = InfiniRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """`(B, T, hidden_size)` -> the same; unchanged where the layer only writes to the cache."""
@@ -700,7 +732,7 @@ class InfiniModel(InfiniPreTrainedModel):
         self.layers = nn.ModuleList(
             [InfiniDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = InfiniRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
 
@@ -736,7 +768,8 @@ class InfiniModel(InfiniPreTrainedModel):
             )
         if input_ids is not None:
             require_ids(input_ids)
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        states = input_ids if inputs_embeds is None else inputs_embeds
+        shape, length = states.shape[:2], states.shape[1]
         if length == 0:
             raise ValueError(
                 "The inputs have no columns: there is nothing to read. An empty prompt can be the BOS token alone."
@@ -756,12 +789,17 @@ class InfiniModel(InfiniPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         kept_from, starts, lengths = 0, [0], [length]
-        if (piece_length := self._piece_length(length, past_key_values, chunk_length, kwargs)) is not None:
+        if (
+            piece_length := self._piece_length(shape, states.device, past_key_values, chunk_length, kwargs)
+        ) is not None:
             # The last layer need not compute what nobody asks for.
             if columns_to_keep is not None:
                 kept_from, last = map(int, columns_to_keep.aminmax())
                 if not 0 <= kept_from <= last < length:
                     raise ValueError(f"columns_to_keep has columns from {kept_from} to {last}, the inputs {length}.")
+            if states.device.type != "cpu":
+                # There, a call of a few tokens takes longer than the last layer of a piece.
+                kept_from -= kept_from % piece_length
             starts = [*range(0, kept_from, piece_length), *range(kept_from, length, piece_length)]
             lengths = [end - start for start, end in zip(starts, [*starts[1:], length])]
         past = past_key_values
@@ -777,7 +815,7 @@ class InfiniModel(InfiniPreTrainedModel):
                 )
             except IndexError as error:
                 raise IndexError(self._foreign_ids(piece["input_ids"])) from error
-            if isinstance(past, InfiniCache):
+            if start == 0 and isinstance(past, InfiniCache):
                 self._check_cache(past, inputs_embeds)
             mask, position_ids, shape = piece.get("attention_mask"), piece.get("position_ids"), inputs_embeds.shape[:2]
             is_step = isinstance(past, InfiniCache) and shape[1] == 1
@@ -810,13 +848,21 @@ class InfiniModel(InfiniPreTrainedModel):
         """Whether a call asks for what transformers collects from each layer."""
         return bool(kwargs.get(name, getattr(self.config, name)))
 
-    def _piece_length(self, length: int, past: Past | None, chunk_length: int | None, kwargs: dict) -> int | None:
+    def _piece_length(
+        self,
+        shape: torch.Size,
+        device: torch.device,
+        past: Past | None,
+        chunk_length: int | None,
+        kwargs: dict,
+    ) -> int | None:
         """How many columns of a call are read at a time; `None` if they are few, or something asks for all at once."""
         # A graph is of one call: pieces would break it, each by a look at what was read before.
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
-        segment_length = self.config.segment_length
-        piece_length = chunk_length or segment_length * max(1, PIECE_TOKENS // segment_length)
+        (batch_size, length), segment_length = shape, self.config.segment_length
+        columns = PIECE_TOKENS if device.type == "cpu" else GPU_PIECE_TOKENS // batch_size
+        piece_length = chunk_length or segment_length * max(1, columns // segment_length)
         if length <= piece_length or not (past is None or isinstance(past, InfiniCache)):
             return None
         if any(self._returns(kwargs, name) for name in ("output_hidden_states", "output_attentions")):

@@ -1,0 +1,1 @@
+../../modeling_infini/gpu_kernels.py
