@@ -19,6 +19,29 @@ settings.register_profile("core", settings.get_profile("tests"), max_examples=10
 settings.load_profile("tests")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where tests that are marked core make their tensors, and tests/test_gpu.py its models",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    return request.config.getoption("device")
+
+
+@pytest.fixture(autouse=True)
+def core_tests_on_device(request, device):
+    if device == "cpu" or request.node.get_closest_marker("core") is None:
+        yield
+        return
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def small_passages(monkeypatch):
     """For segments of a few tokens, all of them neighbours. Other processes and remote code do not see it."""

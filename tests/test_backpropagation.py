@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import reference_stream
 from tiny import (
     EVERY_OPTION,
@@ -15,6 +14,7 @@ from tiny import (
     random_ids,
     randomize,
     relative_error,
+    seeded,
     tiny_config,
     tiny_model,
 )
@@ -58,7 +58,7 @@ def sequences(draw):
     length = draw(hurting_lengths(fields["segment_length"]).filter(lambda length: length > 1))
     ids = random_ids(2, length, seed=draw(st.integers(0, 99)))
     inputs = {"input_ids": ids}
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    generator = seeded(draw(st.integers(0, 99)))
     if draw(st.booleans()):
         inputs["attention_mask"] = (torch.rand(2, length, generator=generator) < 0.8).long()
     if draw(st.booleans()):
@@ -253,6 +253,9 @@ def states_at_boundaries(model, inputs, chunk_segments):
 
 
 def with_lora(model):
+    # Not above, so that the core tests run where PEFT is not installed.
+    from peft import LoraConfig, get_peft_model
+
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
     return get_peft_model(model, lora).train()
 
@@ -453,6 +456,8 @@ def test_bf16_autocast_gives_chunked_gradients_near_float32():
 
 
 def test_bad_arguments_are_refused():
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
     model = tiny_model()
     inputs = {"input_ids": random_ids(1, 8)}
     with pytest.raises(ValueError, match="needs labels"):

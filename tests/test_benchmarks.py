@@ -1,16 +1,20 @@
 """The benchmarks run, and count right; how fast anything is, is not tested."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import beside, recall_ablations, scale
+from benchmarks import beside, gpu, gpu_report, recall_ablations, scale
 from benchmarks.__main__ import SHORT
 from benchmarks.contenders import (
     infini,
@@ -115,6 +119,114 @@ def test_command_prints_its_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_gpu_benchmark_runs_every_part_and_measures_nothing_twice(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--short", "--device", "cpu", "--sizes", "1.2b"]
+    command += ["--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    (results,) = json.loads((tmp_path / "results.json").read_text()).values()
+    cells = results["cells"]
+    assert cells.keys() == {cell.key for cell in gpu.plan(list(gpu.PARTS), ["1.2b"])}
+    assert {cell["part"].split()[0] for cell in cells.values()} == set(gpu.PARTS)
+    assert not any(gpu.has_failed(cell) for cell in cells.values()), output
+    for cell in cells.values():
+        for outcome in cell.get("contenders", {}).values():
+            assert all(seconds > 0 for seconds in outcome["seconds"])
+        for profile in cell.get("profiles", {}).values():
+            groups = {group for group, _, _ in profile["groups"]}
+            assert {"linear layers", "attention", "RoPE", "norms", "residuals"} <= groups
+    assert (tmp_path / "table.md").read_text().strip() in output
+    gpu_report.draw_all(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.png")} >= {"prefill-1.2b.png", "decode-1.2b-batch-64.png"}
+
+    bench = gpu.Bench(tmp_path, "cpu", is_short=True, segment_length=N)
+    del bench.cells[key := "prefill, 1.2b, 2,048 tokens, batch 1"]
+    gpu.measure(bench, gpu.plan(["prefill"], ["1.2b"]), retry=False, limit_seconds=60, start=time.monotonic())
+    (again,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert again["cells"].pop(key) != cells.pop(key)
+    assert again["cells"] == cells
+
+
+def test_a_gpu_cell_that_fails_is_recorded_and_the_next_goes_on(tmp_path, monkeypatch):
+    def fails(bench, cell):
+        if cell.tokens == 2048:
+            raise ValueError("no such kernel")
+        raise torch.OutOfMemoryError("of 80 GiB")
+
+    monkeypatch.setitem(gpu.MEASURES, "prefill", fails)
+    bench = gpu.Bench(tmp_path, "cpu", is_short=True, segment_length=N)
+    cells = [gpu.Cell("prefill", "1.2b", tokens) for tokens in (2048, 8192)]
+    gpu.measure(bench, cells, retry=False, limit_seconds=60, start=time.monotonic())
+    (results,) = json.loads((tmp_path / "results.json").read_text()).values()
+    failed, too_large = (results["cells"][cell.key] for cell in cells)
+    assert failed["error"] == "ValueError: no such kernel"
+    assert too_large["left_out"] == "does not fit"
+    assert gpu.has_failed(failed)
+    assert not gpu.has_failed(too_large)
+    monkeypatch.setitem(gpu.MEASURES, "prefill", lambda bench, cell: {"contenders": {}})
+    for retry, errors in ((False, 1), (True, 0)):
+        gpu.measure(bench, cells, retry, limit_seconds=60, start=time.monotonic())
+        assert sum("error" in cell for cell in bench.cells.values()) == errors
+    assert "prefill" in gpu_report.render(tmp_path)
+
+
+def test_long_texts_are_extrapolated_from_shorter_ones():
+    full = {tokens: 3 * tokens + 5 * tokens**2 for tokens in (1, 2, 4, 8)}
+    assert gpu.extrapolated({tokens: full[tokens] for tokens in (1, 2, 4)}, 8, is_quadratic=True) == full[8]
+    assert gpu.extrapolated({2: 6.0}, 8, is_quadratic=True) == 96
+    assert gpu.extrapolated({1: 3.0, 2: 6.0}, 8, is_quadratic=False) == 24
+
+
+def test_figures_of_a_gpu_run_say_what_is_aimed_at():
+    ours, theirs = gpu_report.LINEAR, gpu_report.LLAMA
+    cell = {"size": "1.2b", "batch": 1, "tokens": 32_768}
+    times = {ours: {"seconds": [1.0, 2.0], "share_of_matmul": 0.5}, theirs: {"seconds": [4.0, 6.0]}}
+    step = {ours: {"seconds": [1.0]}, theirs: {"left_out": "does not fit"}}
+    step[theirs + gpu.PREALLOCATED] = {"seconds": [3.0]}
+    cells = [
+        {**cell, "part": "prefill", "contenders": times},
+        {**cell, "part": "decode", "batch": 64, "contenders": step, "ratio_by_bytes": 5.0},
+        {**cell, "part": "profile of prefill", "profiles": {ours: {"memory_share": 0.1}, theirs: {"error": "none"}}},
+    ]
+    found = [(figure.ratio.value, figure.aim, figure.is_reached) for figure in gpu_report.figures(cells)]
+    assert found == [(10 / 3, 2.0, True), (0.5, 0.55, False), (3.0, 4.0, False), (0.1, 0.12, True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_step_in_place_is_the_step(delta):
+    model = infini(SIZE, segment_length=N, use_mem_delta_rule=delta).build()
+    cache = model(random_ids(2 * N + 3), use_cache=True).past_key_values
+    plain, token = copy.deepcopy(cache), torch.zeros(1, 1, dtype=torch.long)
+    step = gpu.in_place(partial(model, token, past_key_values=cache), cache)
+    step()
+    model(token, past_key_values=plain)
+    places = [state.data_ptr() for layer in cache.layers for state in layer.states().values()]
+    for number in random_ids(2 * N)[0]:
+        token.fill_(number)
+        assert torch.equal(step().logits, model(token, past_key_values=plain).logits)
+    assert places == [state.data_ptr() for layer in cache.layers for state in layer.states().values()]
+
+
+@torch.no_grad()
+def test_a_preallocated_cache_gives_the_steps_of_a_growing_one():
+    model = llama(SIZE).build()
+    ids, more = random_ids(2 * N), random_ids(4)
+    growing = model(ids).past_key_values
+    preallocated = gpu.preallocated_cache(model, 2 * N, 1)
+    for layer, other in zip(preallocated.layers, growing.layers):
+        layer.keys[:, :, : 2 * N], layer.values[:, :, : 2 * N] = other.keys, other.values
+    for token in more.split(1, 1):
+        expected = model(token, past_key_values=growing).logits
+        torch.testing.assert_close(model(token, past_key_values=preallocated).logits, expected)
+    preallocated.crop(-4)
+    growing.crop(-4)
+    assert preallocated.get_seq_length() == growing.get_seq_length() == 2 * N
+    found = [model(more[:, :1], past_key_values=cache).logits for cache in (preallocated, growing)]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.slow
 def test_command_measures_cpu_kernels_of_a_model(tmp_path):
     infini(SIZE, segment_length=N).build().save_pretrained(tmp_path)
     command = [sys.executable, "-m", "benchmarks.cpu_kernels", "--model", str(tmp_path), "--repeats", "1"]
@@ -150,6 +262,18 @@ def test_state_of_a_cache_is_counted_whatever_its_layers_call_it(local_attention
     with torch.no_grad():
         cache = contender.prefill(contender.build(), random_ids(2 * N))
     assert beside.state_nbytes(cache) == state_nbytes(cache)
+
+
+def test_published_figures_of_a_gpu_are_those_of_the_run():
+    folder = Path(__file__).parent.parent / "docs" / "performance" / "gpu"
+    ((card, run),) = json.loads((folder / "results.json").read_text()).items()
+    table = gpu_report.tables(card, list(run["cells"].values()))
+    assert (folder / "table.md").read_text().strip() == table.strip()
+    page = (folder.parents[1] / "performance.md").read_text(encoding="utf-8")
+    assert table[table.index("| figure |") :].strip() in page
+    tests = json.loads((folder / "check.json").read_text())["tests"].values()
+    outcomes = Counter(test["outcome"] for test in tests)
+    assert f"{outcomes['passed']} passed and {outcomes['failed']} failed" in page
 
 
 def test_published_figures_are_those_of_the_run():

@@ -42,7 +42,8 @@ import torch
 from test_cache_files import continuation
 from modeling_infini import InfiniCache, InfiniForCausalLM
 torch.set_num_threads(1)
-for folder in map(Path, sys.argv[1:]):
+torch.set_default_device(sys.argv[1])
+for folder in map(Path, sys.argv[2:]):
     model = InfiniForCausalLM.from_pretrained(folder / "model", dtype=torch.load(folder / "dtype.pt"))
     cache = InfiniCache.from_pretrained(folder / "memory", model)
     torch.save(continuation(model, cache), folder / "logits.pt")
@@ -65,7 +66,7 @@ def test_another_process_continues_bit_for_bit(tmp_path):
     # One process for all: it takes seconds to start.
     tests = Path(__file__).parent
     path = os.pathsep.join((str(tests.parent), str(tests)))
-    command = [sys.executable, "-c", CONTINUE, *map(str, expected)]
+    command = [sys.executable, "-c", CONTINUE, str(torch.get_default_device()), *map(str, expected)]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
     for folder, logits in expected.items():
         assert torch.equal(torch.load(folder / "logits.pt"), logits), folder
@@ -76,7 +77,7 @@ def test_a_loaded_cache_can_be_forked_and_cropped(tmp_path):
     model = tiny_model(local_attention="sliding", num_sink_tokens=2)
     cache = read(model, 13)
     cache.save_pretrained(tmp_path)
-    loaded = InfiniCache.from_pretrained(tmp_path, model.config)
+    loaded = InfiniCache.from_pretrained(tmp_path, model.config, model.device)
     assert loaded.get_seq_length() == 13
     assert loaded.tokens_read.tolist() == [13, 7]
     assert loaded.state_dict().keys() == cache.state_dict().keys()

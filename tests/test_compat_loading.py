@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import MODES, random_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from modeling_infini import InfiniForCausalLM
+from modeling_infini import InfiniCache, InfiniForCausalLM
 
 
 IDS = random_ids(2, 17)
@@ -185,3 +186,22 @@ def test_renamed_weights_are_found_by_a_key_mapping(tmp_path, renamed, plain, tr
     # ... unless it is told otherwise.
     model.save_pretrained(tmp_path / "as-ours", save_original_format=False)
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "as-ours"), plain)
+
+
+def test_a_memory_is_loaded_to_where_each_layer_computes(tmp_path, folder, plain):
+    with torch.no_grad():
+        expected = plain(IDS).logits[:, -3:]
+        plain(IDS[:, :-3], use_cache=True).past_key_values.save_pretrained(tmp_path / "memory")
+    for places in ({"": "disk"}, {**dict.fromkeys(MODULES, "cpu"), "model.embed_tokens": "disk"}):
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "off")
+        assert model.device.type == "meta"
+        cache = InfiniCache.from_pretrained(tmp_path / "memory", model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS[:, -3:], past_key_values=cache).logits, expected)
+    plain.model.layers[1]._hf_hook = SimpleNamespace(execution_device="meta")
+    try:
+        cache = InfiniCache.from_pretrained(tmp_path / "memory", plain)
+    finally:
+        del plain.model.layers[1]._hf_hook
+    assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "meta"]
+    assert cache.tokens_read.tolist() == [14, 14]

@@ -2,12 +2,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import seeded
 
 from modeling_infini.memory import MemoryState, delta_correction, feature_map, linear_write, read_memory, scan
 
 
 def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=torch.float64, generator=seeded(seed))
 
 
 def test_feature_map_is_elu_plus_one_with_its_gradient():

@@ -32,7 +32,7 @@ def randomize(model, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
             scale = 0.5 if parameter.dim() > 1 else 0.2
             parameter.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
     return model
@@ -50,7 +50,7 @@ def compute_norm_and_rope_in_float64(monkeypatch) -> None:
 
     def rope(self, states, position_ids):
         dim, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
-        inv_freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        inv_freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=states.device) / dim)
         angles = position_ids[..., None].double() * inv_freq
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(states.dtype), angles.sin().to(states.dtype)
@@ -64,7 +64,14 @@ def float64_weights(model) -> dict[str, torch.Tensor]:
 
 
 def random_ids(*shape, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    """On the default device, the same on all of them."""
+    ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return ids.to(torch.get_default_device())
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 MODES = [
