@@ -10,7 +10,6 @@ from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
-from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 from torch import nn
 from transformers import (
     CompileConfig,
@@ -34,14 +33,15 @@ class Contender(NamedTuple):
     Attributes:
         build: a model in eval mode.
         prefill: reads ids `(1, tokens)` and returns the state.
-        state_after: a state as after so many tokens, without reading them: only its size matters, or not even that.
+        state_after: a state as after so many tokens, without reading them, of as many rows as the third argument says
+            (one if left out): only its size matters, or not even that.
         generate: samples so many tokens from a state, after ids `(1, tokens)` that it has read but for the last.
         train: forward, loss and backward over ids `(1, tokens)`.
     """
 
     build: Callable[[], Any]
     prefill: Callable[[Any, torch.Tensor], Any]
-    state_after: Callable[[Any, int], Any]
+    state_after: Callable[..., Any]
     generate: Callable[[Any, torch.Tensor, Any, int], None]
     train: Callable[[Any, torch.Tensor], None]
 
@@ -65,14 +65,17 @@ def infini(
     """
 
     def build() -> InfiniForCausalLM:
-        model = InfiniForCausalLM(InfiniConfig(**size, **fields)).to(dtype).eval()
+        # In this dtype from the start: what stays in float32 is then what stays so in a model that is loaded.
+        model = InfiniForCausalLM._from_config(InfiniConfig(**size, **fields), dtype=dtype).eval()
         return use_cpu_kernels(model) if has_cpu_kernels else model
 
     def prefill(model: InfiniForCausalLM, ids: torch.Tensor) -> InfiniCache:
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
-    def state_after(model: InfiniForCausalLM, tokens: int) -> InfiniCache:
-        cache = prefill(model, _random_ids(size, min(tokens, 4 * model.config.segment_length)))
+    def state_after(model: InfiniForCausalLM, tokens: int, batch: int = 1) -> InfiniCache:
+        ids = _random_ids(size, min(tokens, 4 * model.config.segment_length))
+        cache = prefill(model, ids.to(model.device))
+        cache.batch_repeat_interleave(batch)
         # All states are full; what is left of a longer text is a number.
         for count in (cache.counters.tokens_read, cache.counters.columns):
             count.fill_(tokens)
@@ -94,7 +97,7 @@ def infini(
 def llama(size: dict, dtype: torch.dtype = torch.float32) -> Contender:
     def build() -> LlamaForCausalLM:
         config = LlamaConfig(**size, max_position_embeddings=2**21, attn_implementation="sdpa")
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
     def prefill(model: LlamaForCausalLM, ids: torch.Tensor) -> DynamicCache:
         # In one call: the causal kernel of sdpa takes no mask then, and is fastest.
@@ -103,12 +106,12 @@ def llama(size: dict, dtype: torch.dtype = torch.float32) -> Contender:
     return Contender(build, prefill, _random_keys_and_values, _generate, _train)
 
 
-def mistral(size: dict, window: int) -> Contender:
+def mistral(size: dict, window: int, dtype: torch.dtype = torch.float32) -> Contender:
     def build() -> MistralForCausalLM:
         config = MistralConfig(
             **size, max_position_embeddings=2**21, sliding_window=window, attn_implementation="sdpa"
         )
-        return MistralForCausalLM(config).eval()
+        return MistralForCausalLM._from_config(config, dtype=dtype).eval()
 
     def prefill(model: MistralForCausalLM, ids: torch.Tensor) -> DynamicCache:
         cache = DynamicCache(config=model.config)
@@ -120,7 +123,13 @@ def mistral(size: dict, window: int) -> Contender:
     return Contender(build, prefill, _random_keys_and_values, _generate, _train)
 
 
-def lucidrains(size: dict, segment_length: int, has_cpu_kernels: bool = False, **fields) -> Contender:
+def lucidrains(
+    size: dict,
+    segment_length: int,
+    dtype: torch.dtype = torch.float32,
+    has_cpu_kernels: bool = False,
+    **fields,
+) -> Contender:
     """
     infini-transformer-pytorch, whose memory is detached every second segment; its generate() takes no state, so that
     none is made but by a prefill.
@@ -129,7 +138,10 @@ def lucidrains(size: dict, segment_length: int, has_cpu_kernels: bool = False, *
         has_cpu_kernels: after our `use_cpu_kernels`, which takes any model.
     """
 
-    def build() -> InfiniTransformerWrapper:
+    def build() -> Any:
+        # Here, since a machine for one run of the benchmarks may lack this package alone.
+        from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+
         model = InfiniTransformer(
             num_tokens=size["vocab_size"],
             dim=size["hidden_size"],
@@ -140,26 +152,26 @@ def lucidrains(size: dict, segment_length: int, has_cpu_kernels: bool = False, *
         )
         if has_cpu_kernels:
             use_cpu_kernels(model)
-        return InfiniTransformerWrapper(model, segment_length=segment_length).eval()
+        return InfiniTransformerWrapper(model, segment_length=segment_length).to(dtype).eval()
 
-    def prefill(wrapper: InfiniTransformerWrapper, ids: torch.Tensor):
+    def prefill(wrapper: Any, ids: torch.Tensor):
         memories = None
         for segment in ids.split(segment_length, 1):
             _, _, memories = wrapper.model(segment, past_memories=memories, return_new_memories=True)
         return memories
 
-    def generate(wrapper: InfiniTransformerWrapper, ids: torch.Tensor, state: None, tokens: int) -> None:
+    def generate(wrapper: Any, ids: torch.Tensor, state: None, tokens: int) -> None:
         # Of a prompt, it reads what its last segment has: one token here.
         prompt = ids[:, : (ids.shape[1] - 1) // segment_length * segment_length + 1]
         with redirect_stderr(StringIO()):
             wrapper.generate(prompt=prompt, seq_len=prompt.shape[1] + tokens)
 
-    def train(wrapper: InfiniTransformerWrapper, ids: torch.Tensor) -> None:
+    def train(wrapper: Any, ids: torch.Tensor) -> None:
         wrapper.zero_grad()
         # The wrapper keeps the last token for a target.
         wrapper(torch.cat([ids, ids[:, :1]], 1), backward=True)
 
-    return Contender(build, prefill, lambda wrapper, tokens: None, generate, train)
+    return Contender(build, prefill, lambda wrapper, tokens, batch=1: None, generate, train)
 
 
 def state_nbytes(state: Any) -> int:
@@ -191,12 +203,13 @@ def _random_ids(size: dict, tokens: int) -> torch.Tensor:
     return torch.randint(0, size["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def _random_keys_and_values(model: nn.Module, tokens: int) -> DynamicCache:
+def _random_keys_and_values(model: nn.Module, tokens: int, batch: int = 1) -> DynamicCache:
     config: Any = model.config
     cache = DynamicCache(config=config)
     for layer in range(config.num_hidden_layers):
-        shape = (1, config.num_key_value_heads, tokens, config.head_dim)
-        cache.update(*(torch.randn(shape, dtype=model.dtype) for _ in range(2)), layer)
+        shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+        states = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        cache.update(*states, layer)
     return cache
 
 

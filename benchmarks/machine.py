@@ -1,6 +1,5 @@
 """The machine's limits, measured as the models meet them: products of their shapes, and passes over memory."""
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
@@ -9,6 +8,8 @@ import torch
 from torch import nn
 
 from examples.cpu_kernels import onednn_product
+
+from .timing import clock_of
 
 
 class Limits(NamedTuple):
@@ -22,12 +23,12 @@ class Limits(NamedTuple):
     bandwidth: float
 
 
-def _median_seconds(run: Callable, repeats: int) -> float:
-    seconds = []
+def _median_seconds(run: Callable, repeats: int, device: str) -> float:
+    seconds, clock = [], clock_of(device)
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return median(seconds[1:])
 
 
@@ -46,24 +47,42 @@ def linear_shapes(size: dict) -> list[tuple[int, int]]:
 
 
 def matmul_flops(
-    size: dict, tokens: int, dtype: torch.dtype = torch.float32, repeats: int = 20, product=nn.functional.linear
+    size: dict,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 20,
+    product=nn.functional.linear,
+    device: str = "cpu",
 ) -> float:
     """Operations per second of the linear layers of one decoder layer on `tokens` tokens, and of nothing else."""
     shapes = linear_shapes(size)
-    inputs = {width: torch.randn(tokens, width).to(dtype) for width, _ in shapes}
-    weights = [torch.randn(after, before).to(dtype) for before, after in shapes]
+    inputs = {width: torch.randn(tokens, width, device=device).to(dtype) for width, _ in shapes}
+    weights = [torch.randn(after, before, device=device).to(dtype) for before, after in shapes]
 
     def run() -> None:
         for weight in weights:
             product(inputs[weight.shape[1]], weight)
 
-    return 2 * tokens * sum(before * after for before, after in shapes) / _median_seconds(run, repeats)
+    return 2 * tokens * sum(before * after for before, after in shapes) / _median_seconds(run, repeats, device)
 
 
-def read_bandwidth(nbytes: int = 2**29, repeats: int = 10) -> float:
+def read_bandwidth(nbytes: int = 2**29, repeats: int = 10, device: str = "cpu") -> float:
     """Bytes per second of a sum over an array that no cache holds."""
-    numbers = torch.ones(nbytes // 4)
-    return nbytes / _median_seconds(numbers.sum, repeats)
+    numbers = torch.ones(nbytes // 4, device=device)
+    return nbytes / _median_seconds(numbers.sum, repeats, device)
+
+
+def copy_bandwidth(nbytes: int, device: str, repeats: int = 10) -> float:
+    """Bytes per second, read and written, of a copy of an array."""
+    numbers = torch.ones(nbytes // 4, device=device)
+    copy = torch.empty_like(numbers)
+    return 2 * nbytes / _median_seconds(lambda: copy.copy_(numbers), repeats, device)
+
+
+def square_matmul_flops(width: int, dtype: torch.dtype, device: str, repeats: int = 20) -> float:
+    """Operations per second of the product of two square matrices."""
+    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    return 2 * width**3 / _median_seconds(lambda: left @ right, repeats, device)
 
 
 def measure(size: dict, tokens: int) -> Limits:

@@ -116,10 +116,15 @@ def extrapolated_seconds(quarter: float, half: float) -> float:
     return 6 * half - 8 * quarter
 
 
-def _flops(suite: Suite, length: int, local_attention: str) -> float:
+def needed_flops(size: dict, length: int, segment_length: int, local_attention: str) -> float:
+    """The operations that reading a text cannot do without, where the last logits alone are asked for."""
     # A longer prompt is read in calls, of which only the last asks for logits.
     written = length - 1 if length > PIECE_TOKENS else 0
-    return prefill_flops(suite.size, length, suite.segment_length, local_attention, written)
+    return prefill_flops(size, length, segment_length, local_attention, written)
+
+
+def _flops(suite: Suite, length: int, local_attention: str) -> float:
+    return needed_flops(suite.size, length, suite.segment_length, local_attention)
 
 
 def _shares(suite: Suite, name: str, length: int, seconds: list[float]) -> list[float]:

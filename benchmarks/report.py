@@ -67,10 +67,11 @@ class Report:
         (folder / "results.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
         (folder / "table.md").write_text(self.table() + "\n")
         for plot in dict.fromkeys(point.plot for point in self.points):
-            _draw(plot, [point for point in self.points if point.plot == plot], folder)
+            draw(plot, [point for point in self.points if point.plot == plot], folder)
 
 
-def _draw(title: str, points: Sequence[Point], folder: Path) -> None:
+def draw(title: str, points: Sequence[Point], folder: Path) -> None:
+    """A PNG named after the title, up to its first comma."""
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import LogLocator
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
+import torch
+
 
 class Ratio(NamedTuple):
     """A ratio of medians, with the least and the greatest ratio of a round."""
@@ -15,6 +17,18 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.least:.3g}-{self.greatest:.3g}]"
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """A clock that waits for what the device has to do."""
+    if device == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    return clock
 
 
 def interleaved_seconds(
