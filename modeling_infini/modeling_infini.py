@@ -391,6 +391,39 @@ class InfiniAttention(nn.Module):
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         keys = self.k_proj(hidden_states).view(hidden_shape)
         values = self.v_proj(hidden_states).view(hidden_shape)
+        queries = None if writes_only else self.q_proj(hidden_states).view(hidden_shape)
+        output, weights = self.attend(
+            hidden_states, queries, keys, values, position_embeddings, attention_mask, layout, past, **kwargs
+        )
+        if output is None:
+            return None, None
+        # Contiguous, since tensor parallelism takes it for that: the columns may be a slice of the segments' slots.
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
+        return output, weights
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position_embeddings: RotaryAngles,
+        attention_mask: torch.Tensor | None,
+        layout: Layout,
+        past: LayerPast,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        What lies between the projections; arguments as of `forward`, and:
+
+        Args:
+            queries, keys, values: as projected, `(B, T, heads, head_dim)`; without queries, the layer only writes.
+
+        Returns:
+            `(B, T, heads, head_dim)`, `None` without queries; and the weights of local attention over windows
+            `(G, heads, query_length, window)`, if the backend has them.
+        """
         if self.config.qk_norm:
             keys = self.k_norm(keys)
         states = TokenStates(keys, values)
@@ -407,10 +440,9 @@ class InfiniAttention(nn.Module):
             memory_keys = keys if self.has_memory and states.memory_keys is None else states.memory_keys
             kept = states._replace(keys=rotate(keys, position_embeddings.keys), memory_keys=memory_keys)
         window, memory = past.update(kept, layout)  # type: ignore[arg-type]
-        if writes_only:
+        if queries is None:
             return None, None
 
-        queries = self.q_proj(hidden_states).view(hidden_shape)
         if self.config.qk_norm:
             queries = self.q_norm(queries)
         queries = layout.to_segments(queries)
@@ -445,12 +477,7 @@ class InfiniAttention(nn.Module):
             output = self.memory(output, queries, memory, local_share)
         if (self.has_memory or self.has_slots) and torch.is_grad_enabled():
             output = output + self._zero(states, queries, hidden_states, layout, memory)
-        output = layout.to_columns(output)
-
-        # Contiguous, since tensor parallelism takes it for that: the columns may be a slice of the segments' slots.
-        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
-        weights = None if window_columns is None or weights is None else _by_column(weights, *window_columns, layout)
-        return output, weights
+        return layout.to_columns(output), weights
 
     def _has_one_query(self, queries: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether sdpa need not repeat keys and values."""
