@@ -67,7 +67,7 @@ class PagedInfiniAttention(MambaBase, InfiniAttention):
 
         self.prefix = prefix
         vllm_config = get_current_vllm_config()
-        self._states = states_of_page(self.config, vllm_config.model_config.dtype)
+        self.page = states_of_page(self.config, vllm_config.model_config.dtype)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     @property
@@ -75,10 +75,10 @@ class PagedInfiniAttention(MambaBase, InfiniAttention):
         return MambaAttentionBackendEnum[BACKEND]
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(state.shape) for state in self._states.values())
+        return tuple(tuple(state.shape) for state in self.page.values())
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return tuple(state.dtype for state in self._states.values())
+        return tuple(state.dtype for state in self.page.values())
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(tokens, hidden_size)` of all requests of a step -> the same."""
@@ -89,7 +89,7 @@ class PagedInfiniAttention(MambaBase, InfiniAttention):
 
     def read(self, step: Step, hidden_states: torch.Tensor, qkv: torch.Tensor, output: torch.Tensor) -> None:
         """Reads a step into the states; `output` `(tokens, heads * head_dim)` gets what its tokens attend to."""
-        pages = dict(zip(self._states, self.kv_cache))
+        pages = dict(zip(self.page, self.kv_cache))
         for page in pages.values():
             page[step.new_requests] = 0
         for call in step.calls:
