@@ -97,16 +97,22 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         calls = []
         if num_decodes:
             requests = pages[:num_decodes]
-            layout = PagedDecodeLayout(batch.seq_lens[:num_decodes].long() - 1, self.config, requests)
-            calls.append(self._call(slice(0, num_decodes), (num_decodes, 1), requests, layout))
+            step = PagedDecodeLayout(batch.seq_lens[:num_decodes].long() - 1, self.config, requests)
+            calls.append(self._call(slice(0, num_decodes), (num_decodes, 1), requests, step))
         if num_prefills:
             for request in range(num_decodes, batch.num_reqs):
                 start, end, page = int(starts[request]), int(starts[request + 1]), int(pages[request])
                 shape = (1, end - start)
-                layout = AlignedLayout(shape, int(tokens_read[request]), self.config, self.device)
-                calls.append(self._call(slice(start, end), shape, slice(page, page + 1), layout))
+                piece = AlignedLayout(shape, int(tokens_read[request]), self.config, self.device)
+                calls.append(self._call(slice(start, end), shape, slice(page, page + 1), piece))
         return Step(calls, pages[tokens_read == 0])
 
-    def _call(self, tokens: slice, shape: tuple[int, int], requests: slice | torch.Tensor, layout) -> Call:
+    def _call(
+        self,
+        tokens: slice,
+        shape: tuple[int, int],
+        requests: slice | torch.Tensor,
+        layout: DecodeLayout | AlignedLayout,
+    ) -> Call:
         mask = local_attention_mask(self.config, layout, self.states)
         return Call(tokens, shape, requests, layout, angles_of_call(self.angles, layout), mask)

@@ -80,7 +80,9 @@ class PagedInfiniAttention(MambaBase, InfiniAttention):
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return tuple(state.dtype for state in self.page.values())
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         """`(tokens, hidden_size)` of all requests of a step -> the same."""
         qkv, _ = self.qkv_proj(hidden_states)
         output = qkv.new_zeros(qkv.shape[0], self.config.num_attention_heads * self.head_dim)
