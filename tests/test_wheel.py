@@ -87,11 +87,15 @@ def test_what_is_imported_is_declared():
     """The environment of these tests has more than a user's: that all imports succeed here says nothing."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    declared, with_vllm = (
+        {re.split(r"[<>=\[]", line)[0] for line in lines}
+        for lines in (project["dependencies"], project["optional-dependencies"]["vllm"])
+    )
     modules = {"yaml": "pyyaml"}
     # For the harness, which brings it.
     of_the_harness = ROOT / "evaluation" / "lm_eval_tasks"
-    for package in ("infini_transformers", "conversion", "evaluation", "modeling_infini"):
+    for package in ("infini_transformers", "conversion", "evaluation", "modeling_infini", "vllm_infini"):
+        of_package = declared | with_vllm if package == "vllm_infini" else declared
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.parse(file.read_text(encoding="utf-8")).body:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -99,19 +103,17 @@ def test_what_is_imported_is_declared():
                 outside = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
                 outside -= {"infini_transformers", "modeling_infini"}
                 if of_the_harness not in file.parents:
-                    assert {modules.get(name, name) for name in outside} <= declared, file
+                    assert {modules.get(name, name) for name in outside} <= of_package, file
 
 
-def test_the_wheel_takes_two_names(wheel):
+def test_the_wheel_takes_three_names(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name) for name in names if name.endswith(".dist-info/METADATA"))
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
-        "infini_transformers",
-        "modeling_infini",
-    }
-    for package in ("infini_transformers", "conversion", "evaluation", "modeling_infini"):
-        place = package if package in ("infini_transformers", "modeling_infini") else f"infini_transformers/{package}"
+    taken = {"infini_transformers", "modeling_infini", "vllm_infini"}
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == taken
+    for package in (*taken, "conversion", "evaluation"):
+        place = package if package in taken else f"infini_transformers/{package}"
         assert {f"{place}/{file.relative_to(ROOT / package)}" for file in (ROOT / package).rglob("*.py")} <= set(names)
     assert "infini_transformers/evaluation/lm_eval_tasks/documents.yaml" in names
     Metadata.from_email(metadata, validate=True)
