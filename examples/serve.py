@@ -17,6 +17,7 @@ In a session, `messages` are the new ones alone; without one, they are the whole
 writes nothing. Fields of OpenAI's API that are not served may hold values that ask for nothing (`n=1`, `stop=null`);
 others are refused by name. A request that fails, or whose client goes away before it is answered, leaves its session
 as it was.
+Requests are answered one after the other. vLLM answers many at once (docs/vllm.md), and has no sessions.
 There is no authentication: listen to this machine alone.
 """
 

@@ -1,5 +1,6 @@
 """What a step of the engine reads: the tokens of its requests, as calls of the model."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Step(NamedTuple):
 
 def serving_config(config: InfiniConfig, tensor_parallel_size: int = 1) -> InfiniConfig:
     """A copy for what one process computes: with its own heads."""
-    own = InfiniConfig(**config.to_dict())
+    own = copy.deepcopy(config)
     own.num_attention_heads //= tensor_parallel_size
     own.num_key_value_heads //= tensor_parallel_size
     own._attn_implementation = "sdpa"
