@@ -42,7 +42,7 @@ SIZE = {
     "eos_token_id": None,
 }
 MEMORY = {"segment_length": 256, "local_attention": "sliding", "num_sink_tokens": 4}
-NEW_TOKENS = 32
+NEW_TOKENS = 128
 # Of four prompts, in parts of the longest.
 PARTS = (0.7, 0.8, 0.9, 1.0)
 
