@@ -16,7 +16,7 @@ settings.register_profile(
     "engines",
     deadline=None,
     derandomize=True,
-    max_examples=8,
+    max_examples=20,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("engines")

@@ -31,7 +31,7 @@ REQUESTS = st.builds(
 )
 
 
-@given(requests=st.lists(REQUESTS, min_size=2, max_size=7), preemption=st.integers(0, 30))
+@given(requests=st.lists(REQUESTS, min_size=2, max_size=7), preemption=st.integers(0, 15))
 def test_requests_that_come_and_go(served, requests, preemption):
     """More requests than pages, prompts cut anywhere, answers given up, all that run preempted once."""
     engine, outputs, step = served.llm.llm_engine, {}, 0
