@@ -72,11 +72,21 @@ def test_adapters(serve, tmp_path):
             served.answers(PROMPTS, LoRARequest("memory", 2, str(tmp_path / "memory")))
 
 
-def test_two_processes_share_the_heads(serve, monkeypatch):
-    """Tensor parallelism, and an engine in a process of its own."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tensor_parallel_size": 2},
+        # On a CPU, vLLM makes what it passes from layers to layers when it compiles.
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+    ids=["heads", "layers"],
+)
+def test_two_processes(serve, monkeypatch, tmp_path, settings):
+    """They share the heads or the layers; the engine is in a process of its own."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    with serve(EVERY_OPTION, tensor_parallel_size=2, max_num_batched_tokens=16) as served:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with serve(EVERY_OPTION, max_num_batched_tokens=16, **settings) as served:
         check(served, served.answers(PROMPTS))
 
 
