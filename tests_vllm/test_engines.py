@@ -117,14 +117,15 @@ def test_bfloat16(serve):
         assert sum(errors) < 1.5 * sum(errors_of_model)
 
 
-def test_four_long_texts_at_once():
-    """The published checkpoint, by the code that comes with it, finds its number in 131,072 tokens."""
-    checkpoint, length = ROOT / "checkpoints" / "passkey", 131_072
+@pytest.mark.parametrize(("length", "depths"), [(131_072, (0.1, 0.4, 0.6, 0.9)), (1_048_576, (0.3,))])
+def test_long_texts(length, depths):
+    """The published checkpoint finds its number in each of several texts at once, or in one of a million tokens."""
+    checkpoint = ROOT / "checkpoints" / "passkey"
     settings = {"trust_remote_code": True, "skip_tokenizer_init": False, "max_model_len": length, "max_num_seqs": 4}
     llm = LLM(str(checkpoint), **{**SETTINGS, **settings}, max_num_batched_tokens=8192)
     tokenizer, generator = llm.get_tokenizer(), np.random.default_rng(0)
     filler = find_filler(tokenizer, "sentence")
-    examples = [passkey_example(tokenizer, filler, length, depth, generator) for depth in (0.1, 0.4, 0.6, 0.9)]
+    examples = [passkey_example(tokenizer, filler, length, depth, generator) for depth in depths]
     starts = [int(example.answer_positions[0]) for example in examples]
     prompts = [{"prompt_token_ids": example.input_ids[:start].tolist()} for example, start in zip(examples, starts)]
     outputs = llm.generate(prompts, greedy(max_tokens=length - starts[0], detokenize=True), use_tqdm=False)

@@ -24,8 +24,8 @@ class InfiniSettings(MambaModelConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Raises ValueError for what the model cannot do; the message names it."""
-        for message in _refusals(vllm_config):
-            raise ValueError(f"{ARCHITECTURE} cannot be served so. {message}")
+        if (reason := next(_refusals(vllm_config), None)) is not None:
+            raise ValueError(f"{ARCHITECTURE} cannot be served so. {reason}")
         super().verify_and_update_config(vllm_config)
 
 
