@@ -409,7 +409,7 @@ class InfiniAttention(nn.Module):
         keys: torch.Tensor,
         values: torch.Tensor,
         position_embeddings: RotaryAngles,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | FlashWindow | None,
         layout: Layout,
         past: LayerPast,
         **kwargs: Unpack[TransformersKwargs],
