@@ -103,10 +103,12 @@ if triton is not None:
         KEY_BLOCK: tl.constexpr,
         VALUE_BLOCK: tl.constexpr,
     ):
-        segment = (tl.program_id(1) // heads).to(tl.int64)
-        head = tl.program_id(1) % heads
+        # One axis: CUDA takes 65,535 programs of any other, and segments times heads may be more.
+        blocks = tl.cdiv(length, LENGTH_BLOCK)
+        of_head = tl.program_id(0) // blocks
+        segment, head = (of_head // heads).to(tl.int64), of_head % heads
         memory = segment * (heads // groups) + head // groups
-        tokens = tl.program_id(0) * LENGTH_BLOCK + tl.arange(0, LENGTH_BLOCK)
+        tokens = tl.program_id(0) % blocks * LENGTH_BLOCK + tl.arange(0, LENGTH_BLOCK)
         values = tl.arange(0, VALUE_BLOCK)
         is_token, is_value = tokens < length, values < value_dim
         numerator = tl.zeros((LENGTH_BLOCK, VALUE_BLOCK), tl.float32)
@@ -278,7 +280,7 @@ def fused_read(
     blocks = READ if value_dim <= 64 and length > READ_LESS["LENGTH_BLOCK"] else READ_LESS
     mixed = torch.empty(local.shape, dtype=local.dtype, device=local.device)
     with _device_of(local):
-        _fused_read_kernel[triton.cdiv(length, blocks["LENGTH_BLOCK"]), segments * heads](
+        _fused_read_kernel[(triton.cdiv(length, blocks["LENGTH_BLOCK"]) * segments * heads,)](
             queries,
             matrix,
             normaliser,

@@ -95,6 +95,25 @@ def test_reads_and_writes_agree_with_float64(kernels, shape, is_exponential):
 
 @interpreted
 @torch.no_grad()
+def test_no_grid_is_larger_than_cuda_takes(kernels, monkeypatch):
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    for name in ("_fused_read_kernel", "_fused_write_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel())
+    states = torch.empty(2**15, 40, 4, 8, device="meta")
+    memory = kernels.fused_write(states, states, None, False)
+    kernels.fused_read(states, states, memory, torch.empty(1, 1, 4, device="meta"), 1e-6, False)
+    assert len(grids) == 2
+    assert all(max(grid[1:], default=1) <= 65_535 for grid in grids)
+
+
+@interpreted
+@torch.no_grad()
 def test_a_share_of_one_leaves_the_local_output_as_it_is(kernels):
     local, queries = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 4, 16)
     memory = MemoryState(torch.randn(2, 2, 16, 16), torch.rand(2, 2, 16))
