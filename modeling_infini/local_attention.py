@@ -108,16 +108,19 @@ class FlashWindow(NamedTuple):
         """
         Args:
             queries: `(G, length, heads, head_dim)`.
-            keys, values: of the windows, `(G, N + length, kv_heads, head_dim)`.
+            keys, values: of the windows, N slots of the segment before and then its own, which end with those of the
+                queries, `(G, window, kv_heads, head_dim)`.
 
         Returns:
             As `queries`.
         """
         if not self.is_start:
             return self._attend(queries, keys, values, scaling)
-        length = queries.shape[1]
         queries, keys, values = (states.unflatten(0, (-1, self.segments)) for states in (queries, keys, values))
-        first = self._attend(queries[:, 0], keys[:, 0, -length:], values[:, 0, -length:], scaling)
+        own_keys, own_values = (states[:, 0, self.segment_length :] for states in (keys, values))
+        first = self._attend(queries[:, 0], own_keys, own_values, scaling)
+        if self.segments == 1:
+            return first
         queries, keys, values = (states[:, 1:].flatten(0, 1) for states in (queries, keys, values))
         others = self._attend(queries, keys, values, scaling)
         return torch.cat([first.unsqueeze(1), others.unflatten(0, (-1, self.segments - 1))], 1).flatten(0, 1)

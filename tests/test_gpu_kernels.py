@@ -14,8 +14,9 @@ from tiny import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_infini import cache_layer, gpu_kernels, local_attention, modeling_infini
-from modeling_infini.local_attention import attend_by_one, rotate
+from modeling_infini.local_attention import FlashWindow, attend_by_one, rotate
 from modeling_infini.memory import FEATURE_MAPS, MemoryState, linear_write, read_memory
+from modeling_infini.streams import AlignedLayout
 
 
 # segments, length, heads, kv_heads, key_dim, value_dim
@@ -232,6 +233,33 @@ def test_flash_windows_are_the_masks(monkeypatch, cuts):
     monkeypatch.setattr(local_attention, "has_flash", lambda states, head_dim: True)
     assert torch.allclose(read(), expected, rtol=1e-10, atol=1e-12)
     assert calls
+
+
+def test_a_first_segment_that_sees_a_window_is_one_flash_window(monkeypatch):
+    """As on the first rank of a sequence that is split over several: nothing is before it, and nothing after it."""
+    config = tiny_model(segment_length=8, local_attention="sliding").config
+    config._attn_implementation = "sdpa"
+    monkeypatch.setattr(local_attention, "has_flash", lambda states, head_dim: True)
+    lengths = []
+
+    def flash(queries, *others, **options):
+        lengths.append(len(queries))
+        return window_by_a_mask(queries, *others, **options)
+
+    monkeypatch.setattr(local_attention, "varlen_attn", flash)
+    for start, length in ((0, 8), (0, 3), (2, 5)):
+        layout = AlignedLayout((2, length), start, config, torch.device("cpu"), reads_past=True)
+        queries, own = torch.randn(2, length, 4, 6), torch.randn(2, 2, start + length, 2, 6)
+        keys, values = torch.cat([torch.randn(2, 2, 8, 2, 6), own], 2)
+        window = FlashWindow.of(config, layout, queries)
+        found = window.attend(queries, keys, values, 0.3)
+        ends = [torch.arange(0, 3 * size, size) for size in (length, start + length)]
+        expected = window_by_a_mask(
+            queries.flatten(0, 1), *own.flatten(1, 2), *ends, length, start + length, scale=0.3, window_size=(7, 0)
+        )
+        assert torch.allclose(found.flatten(0, 1), expected)
+    # CUDA's refuses calls without queries.
+    assert min(lengths) > 0
 
 
 def test_a_single_query_needs_no_copies_of_keys():
