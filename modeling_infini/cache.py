@@ -254,7 +254,7 @@ class InfiniCache(Past, Cache):
         self._is_reading = True
         self._before_step = None
         if torch.compiler.is_compiling() and isinstance(layout, DecodeLayout) and not torch.is_grad_enabled():
-            self._before_step = [layer.states() for layer in self.layers]
+            self._before_step = [{} if layer.is_shared_with_graph else layer.states() for layer in self.layers]
         return [CheckpointedLayer(layer) for layer in self.layers] if is_checkpointed else self.layers
 
     def finish_call(self, layout, length, layers):

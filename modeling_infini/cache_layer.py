@@ -214,6 +214,7 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
             [`MemorySlots`]. In a layer with slots, as what follows.
         token_scores: `(batch, num_sink_tokens + N)`, the scores of the tokens of the ring.
         record: while recording, the last calls.
+        is_shared_with_graph: whether the next call must leave the tensors as they are.
     """
 
     is_croppable = True
@@ -238,7 +239,7 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         self.config = config
         self.has_slots = layer_idx in config.layers_with_slots
         self.record: list[TokenStates] | None = None
-        self._is_shared_with_graph = False
+        self.is_shared_with_graph = False
 
     @property
     def record_past(self) -> bool:
@@ -314,7 +315,7 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         if not self.config.is_sliding:
             self.keys, self.values = (state.new_zeros(()).expand(state.shape) for state in (self.keys, self.values))
             # What takes no memory is not written in place.
-            self._is_shared_with_graph = True
+            self.is_shared_with_graph = True
 
     def require_dtype(self, dtype: torch.dtype) -> None:
         if self.keys.dtype != dtype:
@@ -331,11 +332,11 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
             self.lazy_initialization(states.keys.transpose(1, 2), states.values.transpose(1, 2))
         self.require_dtype(states.keys.dtype)
         # What stands in the slots is overwritten in place, except where autograd may have saved it.
-        if torch.is_grad_enabled() or self._is_shared_with_graph:
+        if torch.is_grad_enabled() or self.is_shared_with_graph:
             self.keys, self.values = self.keys.clone(), self.values.clone()
             if self.has_slots:
                 self.token_scores = self.token_scores.clone()
-        self._is_shared_with_graph = torch.is_grad_enabled()
+        self.is_shared_with_graph = torch.is_grad_enabled()
         if self.record is not None:
             self.record.append(states)
         window = Window(*map(layout.update, states[:2], (self.keys.transpose(1, 2), self.values.transpose(1, 2))))

@@ -154,6 +154,27 @@ def test_a_compiled_step_starts_a_document_where_the_mask_numbers_one():
     assert cache.tokens_read.tolist() == [1, 2 * N + 3]
 
 
+@pytest.mark.parametrize("fields", [MODES[0], MODES[2]], ids=["segment", "sliding"])
+def test_a_compiled_step_leaves_what_gradients_need(fields):
+    model = tiny_model(**fields)
+    length = model.config.segment_length
+    texts, token = [random_ids(2, length, seed=seed) for seed in range(2)], random_ids(2, 1)
+
+    def gradients_and_logits(step):
+        model.zero_grad()
+        cache = InfiniCache(model.config)
+        loss = model(texts[0], past_key_values=cache).logits.square().sum()
+        with torch.no_grad():
+            logits = step(token, past_key_values=cache.detached()).logits
+            step(token, past_key_values=cache)
+        (loss + model(texts[1], past_key_values=cache).logits.square().sum()).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), logits
+
+    step = torch.compile(model.forward, backend="eager")
+    for found, expected in zip(gradients_and_logits(step), gradients_and_logits(model)):
+        assert relative_error(found, expected) < 1e-5
+
+
 def test_a_compiled_call_refuses_the_memory_of_other_weights():
     model, ids = compact_model(), random_ids(2, N + 2)
     with torch.no_grad():
