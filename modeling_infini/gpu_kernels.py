@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+from transformers.utils import logging
 
 from .memory import MemoryState
 
@@ -23,6 +24,8 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+logger = logging.get_logger(__name__)
 
 # Of a program at a time: tokens that read, dimensions of their features, and warps. The fastest of those tried on an
 # H100, where heads have up to 64 dimensions; and for longer heads, or few tokens.
@@ -48,10 +51,24 @@ def _is_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@lru_cache
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton makes kernels here: by one of them. Images for deployment often have no C compiler."""
+    try:
+        fused_norm(torch.zeros(1, 16, device=device), torch.ones(16, device=device), 1.0)
+    except Exception as error:
+        logger.warning(
+            f"Triton cannot compile kernels here ({error}): the model reads by plain operations, which are slower. "
+            "Triton needs a C compiler and the headers of Python: install them (Debian: gcc, python3-dev)."
+        )
+        return False
+    return True
+
+
 def has_kernels(states: torch.Tensor) -> bool:
     """Whether the kernels take what is computed of `states`."""
     is_taken = triton is not None and _is_plain_call(states) and states.dtype != torch.float64
-    return is_taken and _is_ampere(states.device)
+    return is_taken and _is_ampere(states.device) and _compiles(states.device)
 
 
 def has_flash(states: torch.Tensor, head_dim: int) -> bool:

@@ -147,6 +147,26 @@ def test_the_norm_is_llamas(kernels, dim):
     assert error(kernels.fused_norm(strided, norm.weight, norm.variance_epsilon), norm(strided)) < 1e-6
 
 
+@interpreted
+def test_without_a_compiler_everything_is_plain(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "_is_plain_call", lambda states: True)
+    monkeypatch.setattr(kernels, "_is_ampere", lambda device: True)
+    warnings = []
+    monkeypatch.setattr(kernels.logger, "warning", warnings.append)
+
+    def fail(*args):
+        raise RuntimeError("Failed to find C compiler.")
+
+    states = torch.randn(2, 3)
+    for norm, is_taken in ((kernels.fused_norm, True), (fail, False)):
+        monkeypatch.setattr(kernels, "fused_norm", norm)
+        kernels._compiles.cache_clear()
+        assert [kernels.has_kernels(states) for _ in range(2)] == [is_taken] * 2
+    kernels._compiles.cache_clear()
+    assert len(warnings) == 1
+    assert "Failed to find C compiler" in warnings[0]
+
+
 def by_kernels(patch) -> set[str]:
     """Lets float32 models take the kernels, and says which of them they took."""
     taken = set()
