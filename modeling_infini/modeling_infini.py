@@ -100,8 +100,8 @@ past_key_values ([`InfiniCache`], *optional*):
 cache ([`InfiniCache`], *optional*):
     `past_key_values`, by the name that transformers has for it from 5.24 on.
 chunk_length (`int`, *optional*):
-    The number of columns that are read at a time where no gradient is asked for; about 2,048 if left out. Not in a
-    compiled call, which is read at once.
+    The number of columns that are read at a time where no gradient is asked for; if left out, about 2,048, on a GPU
+    16,384 tokens of all rows together. Not in a compiled call, which is read at once.
 columns_to_keep (`torch.LongTensor` of shape `(batch or 1, columns)`, *optional*):
     The columns whose last hidden states are returned; all of them if left out.
 tokens_last (`bool`, *optional*, defaults to `False`):
