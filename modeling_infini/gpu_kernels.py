@@ -74,7 +74,9 @@ def has_kernels(states: torch.Tensor) -> bool:
 def has_flash(states: torch.Tensor, head_dim: int) -> bool:
     """Whether PyTorch's flash attention takes heads of the dtype and device of `states`."""
     is_taken = states.dtype in (torch.float16, torch.bfloat16) and head_dim in range(8, 257, 8)
-    return is_taken and _is_plain_call(states) and _is_ampere(states.device)
+    is_taken = is_taken and _is_plain_call(states) and _is_ampere(states.device)
+    # Not in each build of PyTorch, and not where `sdpa_kernel` asks for another.
+    return is_taken and torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
 
 
 def _device_of(states: torch.Tensor) -> AbstractContextManager:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from einops import rearrange
 from tiny import tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_infini import cache_layer, gpu_kernels, local_attention, modeling_infini
@@ -290,6 +291,17 @@ def test_a_single_query_needs_no_copies_of_keys():
         queries.transpose(1, 2), *repeated, attn_mask=mask, scale=0.3
     )
     assert torch.allclose(attend_by_one(queries, keys, values, mask, 0.3), expected.transpose(1, 2), atol=1e-6)
+
+
+def test_flash_windows_leave_the_choice_of_kernels_to_the_user(monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "_is_plain_call", lambda states: True)
+    monkeypatch.setattr(gpu_kernels, "_is_ampere", lambda device: True)
+    states = torch.randn(2, 3).bfloat16()
+    for is_built in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda is_built=is_built: is_built)
+        assert gpu_kernels.has_flash(states, 64) == is_built
+        with sdpa_kernel(SDPBackend.MATH):
+            assert not gpu_kernels.has_flash(states, 64)
 
 
 def test_on_a_cpu_everything_is_plain():
