@@ -105,7 +105,6 @@ ATTRIBUTES = {
         "seq_lens",
         "seq_lens_cpu_upper_bound",
         "query_start_loc_cpu",
-        "num_reqs",
     ],
     "vllm.model_executor.layers.mamba.abstract.MambaBase": [
         "kv_cache",

@@ -93,19 +93,18 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         pages = table[:, 0].long()
         starts = batch.query_start_loc_cpu
         tokens_read = batch.seq_lens_cpu_upper_bound - starts.diff()
-        num_decodes, num_prefills, *_ = split_decodes_and_prefills(batch, self.reorder_batch_threshold)
+        num_decodes, *_ = split_decodes_and_prefills(batch, self.reorder_batch_threshold)
 
         calls = []
         if num_decodes:
             requests = pages[:num_decodes]
             step = PagedDecodeLayout(batch.seq_lens[:num_decodes].long() - 1, self.config, requests)
             calls.append(self._call(slice(0, num_decodes), (num_decodes, 1), requests, step))
-        if num_prefills:
-            for request in range(num_decodes, batch.num_reqs):
-                start, end, page = int(starts[request]), int(starts[request + 1]), int(pages[request])
-                shape = (1, end - start)
-                piece = AlignedLayout(shape, int(tokens_read[request]), self.config, self.device)
-                calls.append(self._call(slice(start, end), shape, slice(page, page + 1), piece))
+        for request, page in enumerate(pages[num_decodes:].tolist(), num_decodes):
+            start, end = starts[request : request + 2].tolist()
+            shape = (1, end - start)
+            piece = AlignedLayout(shape, int(tokens_read[request]), self.config, self.device)
+            calls.append(self._call(slice(start, end), shape, slice(page, page + 1), piece))
         return Step(calls, pages[tokens_read == 0])
 
     def _call(
