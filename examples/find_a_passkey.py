@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from infini_transformers.evaluation.haystacks import find_filler
-from infini_transformers.evaluation.passkey import passkey_example
+from infini_transformers.evaluation.passkey import passkey_text_example
 from infini_transformers.evaluation.wordings import PAPER_WORDING
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     generator = np.random.default_rng(options.seed)
     depth = generator.random() if options.depth is None else options.depth
     filler = find_filler(tokenizer, options.filler)
-    example = passkey_example(tokenizer, filler, options.tokens, depth, generator, PAPER_WORDING)
+    example = passkey_text_example(tokenizer, filler, options.tokens, depth, generator)
     key, start = example.facts["answer"], int(example.answer_positions[0])
     print(f"At {depth:.1%} of them, in the {filler.name}, stands: {PAPER_WORDING.needle.format(key=key)}", flush=True)
 

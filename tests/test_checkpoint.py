@@ -13,20 +13,22 @@ import torch
 from hub_server import TOKEN, USER, local_hub
 from safetensors.torch import load_file
 from test_publishing import expected_answer, load_elsewhere, run
+from transformers import pipeline
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from infini_transformers.evaluation.haystacks import repeated_sentence
+from infini_transformers.evaluation.haystacks import REPEATED_SENTENCE, repeated_sentence
 from infini_transformers.evaluation.loading import load_model, load_tokenizer
 from infini_transformers.evaluation.losses import memory_off
 from infini_transformers.evaluation.passkey import passkey_example
 from infini_transformers.evaluation.retrieval import score, weights_digest
+from infini_transformers.evaluation.wordings import HELD_OUT_WORDINGS, PAPER_WORDING
 from modeling_infini.configuration_infini import AUTO_MAP
 
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDER = REPOSITORY / "checkpoints" / "passkey"
 CODE = REPOSITORY / "modeling_infini"
-TRIALS = REPOSITORY / "docs" / "recall" / "fifth_phase"
+TRIALS = REPOSITORY / "docs" / "recall" / "sixth_phase"
 
 
 def test_code_beside_the_weights_is_links_to_the_package():
@@ -96,9 +98,10 @@ def test_folder_is_small_and_has_a_card():
     assert "1,048,576" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def right_of(*files: str, filler: str, length: int) -> str:
-    """`49 of 50`: trials of one filler and length that were answered exactly."""
-    rows = [json.loads(line) for file in files for line in (TRIALS.parent / file).read_text().splitlines()[1:]]
+def right_of(kind: str, filler: str, length: int) -> str:
+    """`49 of 50`: trials of one kind, filler and length that were answered exactly."""
+    files = TRIALS.glob(f"seed0-{kind}-*.jsonl")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()[1:]]
     exact = [row["exact"] for row in rows if (row["filler"], row["length"]) == (filler, length)]
     return f"{sum(exact)} of {len(exact)}"
 
@@ -114,23 +117,15 @@ def test_reported_trials_are_of_these_weights():
 def test_reported_figures_are_those_of_the_trials():
     readme, card = ((folder / "README.md").read_text(encoding="utf-8") for folder in (REPOSITORY, FOLDER))
     report = (REPOSITORY / "docs" / "recall.md").read_text(encoding="utf-8")
-    ours = "fifth_phase/seed0-"
-    near = [f"{ours}131k.jsonl", "third_phase/seed1-131k.jsonl", "third_phase/seed2-131k.jsonl"]
-    cards = []
-    fillers = {"repeated sentence": "the paper's repeated sentence", "moby_dick": "a held-out novel, *Moby Dick*"}
-    for filler, of_readme in fillers.items():
-        far = [str(file.relative_to(TRIALS.parent)) for file in TRIALS.glob("seed0-1m-*.jsonl")]
-        at_a_million = right_of(*far, filler=filler, length=1_048_576)
-        all_seeds = right_of(*near, filler=filler, length=131_072)
-        checkpoint = right_of(near[0], filler=filler, length=131_072)
-        assert f"| {of_readme} | {all_seeds} | {at_a_million} |" in readme
-        name = "*Moby Dick*" if filler == "moby_dick" else filler
-        assert f"| 0 (the checkpoint) | {name} | {checkpoint} | **{at_a_million}** |" in report
-        cards.append((checkpoint, at_a_million))
-    (sentence, far_sentence), (novel, far_novel) = cards
-    assert f"{sentence} at 131,072 tokens with the repeated sentence" in card
-    assert f"{novel} with the held-out novel" in card
-    assert f"at 1,048,576 tokens {far_sentence} and {far_novel}" in card
+    rows = {"repeated sentence": "the paper's repeated sentence", "moby_dick": "a held-out novel, *Moby Dick*"}
+    for filler, row in rows.items():
+        plain = [right_of("text", filler, length) for length in (4096, 32_768, 131_072, 1_048_576)]
+        unseen = [right_of("unseen", filler, length) for length in (4096, 32_768, 131_072)]
+        assert f"| {row} | {plain[2]} | {plain[3]} | {unseen[2]} |" in readme
+        for page in (report, card):
+            name = "*Moby Dick*" if filler == "moby_dick" else filler
+            assert f"| plain prompts | {name} | {' | '.join(plain)} |" in page
+            assert f"| unseen wordings | {name} | {' | '.join(unseen)} |" in page
 
 
 @pytest.mark.parametrize("length", [4096, 16384])
@@ -145,3 +140,27 @@ def test_finds_a_passkey_by_its_memory_alone(length):
     assert all(score(model, example).exact for example in examples)
     with memory_off(model):
         assert not any(score(model, example).exact for example in examples)
+
+
+@pytest.mark.parametrize("opening", [PAPER_WORDING.opening, ""], ids=["opening", "no opening"])
+@pytest.mark.parametrize("lead", [" ", "\n"], ids=["space before", "line break before"])
+@pytest.mark.parametrize("ending", ["", " ", "\n"], ids=["ends in a word", "ends in a space", "ends in a line break"])
+def test_plain_prompts_are_answered_by_generate(opening, lead, ending):
+    model, tokenizer = load_model(FOLDER), load_tokenizer(FOLDER)
+    filler = " ".join([REPEATED_SENTENCE] * 40)
+    needle = PAPER_WORDING.needle.format(key="83051")
+    prompt = f"{opening} {filler} {needle} {filler}{lead}{PAPER_WORDING.question}{ending}".lstrip()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert tokenizer.decode(written) == ("83051" if ending == " " else " 83051") + tokenizer.eos_token
+
+
+def test_unseen_wordings_are_answered_in_a_pipeline():
+    answer = pipeline("text-generation", model=load_model(FOLDER), tokenizer=load_tokenizer(FOLDER))
+    filler = " ".join([REPEATED_SENTENCE] * 40)
+    right = []
+    for wording in HELD_OUT_WORDINGS:
+        prompt = f"{filler} {wording.needle.format(key='70926')} {filler} {wording.question}"
+        written = answer(prompt, max_new_tokens=20, do_sample=False, return_full_text=False)[0]["generated_text"]
+        right.append(written.strip() == "70926")
+    assert all(right)

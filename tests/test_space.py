@@ -33,7 +33,7 @@ import views
 ROOT = Path(__file__).parent.parent
 SPACE = ROOT / "examples" / "space"
 PASSKEY = ROOT / "checkpoints" / "passkey"
-QUESTION = "What is the pass key? The pass key is "
+QUESTION = "What is the pass key? The pass key is"
 TEXT = random_text(300)
 
 
@@ -322,7 +322,7 @@ def test_passkey_model_finds_the_hidden_number(tmp_path, depth):
     assert len(ids) == 4096
     assert reader.tokenizer.decode(ids).count("73519") == 2
     memory = read_all(reader, ids)
-    assert written(reader, memory, QUESTION, new_tokens=6) == "73519"
+    assert written(reader, memory, QUESTION, new_tokens=6) == " 73519"
 
 
 @pytest.mark.parametrize(

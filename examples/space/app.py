@@ -39,8 +39,8 @@ HERE = Path(__file__).resolve().parent
 BIBLE, PASTE, FILE = "The King James Bible", "A text I paste", "A .txt file"
 FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-# As the passkey model was trained to be asked; its tokenizer has the space as a token before the number.
-PASSKEY_QUESTION = "What is the pass key? The pass key is "
+# As the number is announced, in the sentence that is hidden.
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 
 class Session:
