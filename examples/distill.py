@@ -19,6 +19,11 @@ Called again, it goes on from the last checkpoint in the output folder: it may b
 With LoRA on upper layers, `--lora_rank 16 --lora_layers 20-29`, the base's weights change as well, and
 `distilled/merged` holds all of them.
 
+On an H100 that four other processes used as well, SmolLM2-135M read 2.4 million tokens in 6 minutes, by
+`--bf16 --dtype bfloat16 --sequence_length 4096 --tokens_per_step 16384 --chunk_segments 4 --recall_share 0
+--learning_rate 2e-3 --max_steps 147`. At the rate of a trial, one core of a CPU would need 6 hours.
+`launch/retrofit.sh` makes one command of the steps above.
+
 Each option of `transformers.TrainingArguments` and of `InfiniTrainingArguments` is one of this script.
 """
 
