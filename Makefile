@@ -61,12 +61,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The memory in checkpoints/smollm2-memory, whose card names the TEXTS.
+# The memory in checkpoints/smollm2-memory, whose card names TEXTS and DISTILL_TEXTS: smollm2/distilled/memory. For a GPU.
 smollm2-memory: $(INSTALLED)
-	$(BIN)/infini convert \
-	    "$$($(BIN)/python -c 'from infini_transformers.evaluation.resources import smollm2_file; print(smollm2_file())')" smollm2 --segment-length 256 --num-memory-slots 256
-	$(BIN)/infini transfer smollm2 $(foreach text,$(TEXTS),--texts $(text))
-	$(BIN)/infini save-memory smollm2 smollm2-memory
+	PYTHON=$(BIN)/python bash examples/launch/retrofit.sh \
+	    "$$($(BIN)/python -c 'from infini_transformers.evaluation.resources import smollm2_file; print(smollm2_file())')" \
+	    "$(TEXTS)" smollm2 --train_files $(DISTILL_TEXTS) --sequence_length 4096 --tokens_per_step 16384 --chunk_segments 4 \
+	    --recall_share 0 --learning_rate 2e-3 --max_steps 147 --seed 3 --bf16 --dtype bfloat16
 
 # A site in site/; links between pages and to files of the repository are checked.
 docs: $(INSTALLED)

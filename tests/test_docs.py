@@ -137,7 +137,7 @@ def commands_of(page: Path) -> Iterator[Command]:
             if code.type == "fence" and code.info not in ("", "bash", "sh", "text"):
                 continue
             for line in code.content.replace("\\\n", " ").splitlines():
-                if re.match(r"\s*(infini [a-z]|python (-m )?\S|accelerate launch |torchrun |make [a-z])", line):
+                if re.match(r"\s*(infini [a-z]|python (-m )?\S|(accelerate launch|torchrun|bash) |make [a-z])", line):
                     yield Command(page, line.strip(), code.type != "code_inline")
 
 
@@ -201,6 +201,11 @@ def test_commands_exist(command, monkeypatch):
         if script is None:
             return
         words = ["python", *words[script:]]
+    if words[0] == "bash":
+        launcher, base, texts, output, *options = words[1:]
+        assert (ROOT / launcher).is_file()
+        required = ["--model", base, "--train_files", texts, "--output_dir", output]
+        words = ["python", "examples/distill.py", *required, *options]
     target, *arguments = words if words[0] == "infini" else words[2:] if words[1] == "-m" else words[1:]
     if target == "pytest":
         files = [word for word in arguments if word.endswith(".py")]
