@@ -8,6 +8,7 @@
 # distillation others. The results, a few MB each, are llama-memory/transferred and llama-memory/distilled/memory.
 #
 # It may be ended anywhere, as by `timeout 9m bash ...`: called again, it leaves out what is done, and goes on.
+# What is kept is a layer of the transfer and 20 steps of distillation: in less time than one of them needs, nothing moves.
 # Nothing needs to be installed but the dependencies, in the Python that PYTHON names (python3).
 set -euo pipefail
 
