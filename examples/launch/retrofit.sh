@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A memory for a pretrained model, by one command: converts it, teaches the conversion by attention transfer, and then by
-# distillation from its own base.
+# A memory for a pretrained model, by one command: converts it, teaches the conversion by attention transfer, and then
+# by distillation from its own base.
 #
 #     bash examples/launch/retrofit.sh path/to/llama books/ llama-memory [options of examples/distill.py]
 #
@@ -8,7 +8,7 @@
 # distillation others. The results, a few MB each, are llama-memory/transferred and llama-memory/distilled/memory.
 #
 # It may be ended anywhere, as by `timeout 9m bash ...`: called again, it leaves out what is done, and goes on.
-# What is kept is a layer of the transfer and 20 steps of distillation: in less time than one of them needs, nothing moves.
+# Give it time for a layer of the transfer, or 20 steps of distillation: less is not kept.
 # Nothing needs to be installed but the dependencies, in the Python that PYTHON names (python3).
 set -euo pipefail
 
