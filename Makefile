@@ -97,11 +97,11 @@ gpu-benchmark: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_check --output gpu-check.json
 
+# Triton interprets the kernels of a GPU, in a process of its own: a PyTorch for CPUs has none, and no other test needs it.
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo "Installing in $(VENV) what the tests and the notebooks need: some 220 distributions, a few minutes."
 	$(PIP) --editable ".[demo,notebooks,test]"
-	# Triton interprets the kernels of a GPU in a process of its own: beside a PyTorch for CPUs, no other test has it.
-	$(PIP) --no-deps --target $(VENV)/triton triton
+	$(PIP) --no-deps --target $(VENV)/triton triton==3.6.0
 	touch $@
 
 # PyPI's torch for Linux brings CUDA, 3 GB. That of PyTorch's own index does not, and is taken where it can be reached.
