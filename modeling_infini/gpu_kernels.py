@@ -37,6 +37,8 @@ WRITE = {"LENGTH_BLOCK": 32, "KEY_BLOCK": 64, "num_warps": 4}
 LEAST_PART = 256
 # Programs that a write should have at least, for as many multiprocessors.
 PROGRAMS = 256
+# Of products: float32, by three products of TF32 parts.
+PRECISION = "tf32x3"
 
 
 def _is_plain_call(states: torch.Tensor) -> bool:
@@ -263,9 +265,6 @@ if triton is not None:
         tl.store(normed + row[:, None] * dim + of_dim[None, :], result.to(normed.dtype.element_ty), mask=is_here)
 
 
-PRECISION = "tf32x3"
-
-
 def _last_contiguous(states: torch.Tensor) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
@@ -414,8 +413,7 @@ def fused_rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 def fused_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps), of x `(..., dim)` and `weight` `(dim,)`; the quotient in the dtype of x."""
     dim = states.shape[-1]
-    rows = states.reshape(-1, dim)
-    rows = _last_contiguous(rows)
+    rows = _last_contiguous(states.reshape(-1, dim))
     normed = torch.empty(states.shape, dtype=torch.promote_types(states.dtype, weight.dtype), device=states.device)
     dim_block = triton.next_power_of_2(dim)
     row_block = max(1, 1024 // dim_block)

@@ -24,7 +24,6 @@ from .streams import AlignedLayout, Layout
 # cos, and sin with the signs of rotate_half: negative in the first half of the head; `(..., head_dim)` each.
 Angles = tuple[torch.Tensor, torch.Tensor]
 
-
 # From torch 2.12 on, query heads that share those of keys and values ask for it.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
