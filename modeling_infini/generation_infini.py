@@ -186,7 +186,7 @@ class InfiniGenerationMixin(GenerationMixin):
         )
         if has_mask:
             states = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            if not last_tokens(attention_mask, states.shape[1]).any(1).all():
+            if states.shape[1] and not last_tokens(attention_mask, states.shape[1]).any(1).all():
                 raise ValueError(
                     "A row of the prompt is all padding: there is no token to go on from. Leave it out of the batch, "
                     "or let it start with a BOS token."
