@@ -80,15 +80,17 @@ class InfiniGenerationMixin(GenerationMixin):
         if cache is not None and cache.weights is None:
             # Nothing changes them while it generates, be it in training mode or compiled.
             cache.weights = WeightsId.of(self.model)
-        # PEFT puts its own method in the place of this one, and its soft prompts keep the last id alone of a call on a
-        # cache that has read something.
-        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
-        has_soft_prompt = getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
-        if has_soft_prompt and (is_assisted or (cache is not None and cache.get_seq_length() > 0)):
+        # PEFT's soft prompts keep the last id alone of a call on a cache that has read something.
+        if self._has_soft_prompt() and (is_assisted or (cache is not None and cache.get_seq_length() > 0)):
             raise ValueError(
                 "PEFT's prompt learning reads one token per call once its prompt is read: neither a cache that has "
                 "read something nor assisted decoding goes with it. Give the whole text in one call of generate()."
             )
+
+    def _has_soft_prompt(self) -> bool:
+        """Whether it generates for PEFT's prompt learning, which puts its own method in the place of that below."""
+        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        return getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -192,6 +194,9 @@ class InfiniGenerationMixin(GenerationMixin):
                     "or let it start with a BOS token."
                 )
             inputs["tokens_last"] = True
+        if self._has_soft_prompt():
+            # PEFT looks for a cache by this name, at any version of transformers.
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs
 
     def _warn_of_missing_bos(self, input_ids, attention_mask, cache) -> None:
