@@ -16,8 +16,8 @@ Called again, it goes on from the last checkpoint in the output folder: it may b
 
     infini apply-memory converted distilled/memory
 
-With LoRA on upper layers, `--lora_rank 16 --lora_layers 20-29`, the base's weights change as well, and
-`distilled/merged` holds all of them.
+With LoRA, `--lora_rank 16 --lora_layers 20-29`, `distilled/adapter` is the adapter, which belongs to the base with
+this memory, and `distilled/merged` the whole model.
 
 On an H100 that four other processes used as well, SmolLM2-135M read 2.4 million tokens in 6 minutes, by
 `--bf16 --dtype bfloat16 --sequence_length 4096 --tokens_per_step 16384 --chunk_segments 4 --recall_share 0
@@ -311,14 +311,17 @@ def main() -> None:
 
 
 def save(model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """What was trained: the memory by itself, or with LoRA the whole model."""
-    if isinstance(model, PeftModel):
-        model.merge_and_unload().save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
-        return
+    """What was trained: the memory by itself; with LoRA also the adapter, and the whole model of both."""
     # Of a run that had ended and was called again.
     shutil.rmtree(folder / "memory", ignore_errors=True)
-    save_memory(model, folder / "memory")
+    if not isinstance(model, PeftModel):
+        save_memory(model, folder / "memory")
+        return
+    model.save_pretrained(folder / "adapter")
+    base = model.unload()
+    save_memory(base, folder / "memory")
+    PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from base_models import base_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import EVERY_OPTION, VOCABULARY, random_ids, tiny_model
 from torch import nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from training import cpu_arguments
 from words import random_text, save_word_tokenizer
 
-from infini_transformers.conversion import convert_to_infini
+from infini_transformers.conversion import convert_to_infini, load_memory
 from infini_transformers.conversion.checkpoints import is_memory_weight
 from infini_transformers.conversion.memory_weights import MemoryWeights
 from infini_transformers.conversion.shared_base import base_of
@@ -342,6 +343,12 @@ def test_lora_adapts_the_layers_that_are_named(folder, monkeypatch):
     projections = {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"}
     assert projections < changed
     assert all(".memory." in name or "head_gates" in name for name in changed - projections)
+
+    # Its parts, on a conversion of the source.
+    model = InfiniForCausalLM.from_pretrained(folder / "converted")
+    load_memory(model, output / "memory")
+    again = PeftModel.from_pretrained(model, output / "adapter").merge_and_unload().state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in after.items())
 
 
 def test_bfloat16_weights_are_trained_by_autocast(folder, monkeypatch):
