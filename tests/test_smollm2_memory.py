@@ -1,9 +1,11 @@
-"""checkpoints/smollm2-memory: on its base, it helps to read a book that it was not taught on, by what stands there."""
+"""The memories of SmolLM2 in checkpoints/: on their base, they help to read and find what stands in a book."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from infini_transformers.conversion import convert_from_infini, convert_to_infini
 from infini_transformers.conversion.base_fingerprint import base_fingerprint
@@ -12,9 +14,11 @@ from infini_transformers.conversion.memory_weights import MemoryWeights
 from infini_transformers.evaluation.loading import load_model, load_tokenizer
 from infini_transformers.evaluation.losses import foreign_losses, memory_off, token_losses
 from infini_transformers.evaluation.resources import king_james_bible, smollm2_file
+from modeling_infini import InfiniCache
 
 
-MEMORY = Path(__file__).parent.parent / "checkpoints" / "smollm2-memory"
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+MEMORY, RECALL = CHECKPOINTS / "smollm2-memory", CHECKPOINTS / "smollm2-recall"
 TOKENS = 1536
 
 
@@ -60,8 +64,38 @@ def test_what_is_stated_in_a_book_can_be_asked_for(tmp_path):
         assert "48213" not in answer()
 
 
-def test_the_memory_is_small_and_whole():
-    assert sum(file.stat().st_size for file in MEMORY.iterdir()) < 10e6
-    config = MemoryWeights.load(MEMORY).config
+@pytest.mark.parametrize("folder", [MEMORY, RECALL / "memory"])
+def test_the_memory_is_small_and_whole(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    config = MemoryWeights.load(folder).config
     assert config.layers_with_memory
     assert config.layers_with_slots
+
+
+@pytest.mark.slow
+def test_with_the_adapter_sentences_are_found(tmp_path):
+    convert_to_infini(smollm2_file(), tmp_path / "infini", memory=RECALL / "memory")
+    model, tokenizer = load_model(tmp_path / "infini"), load_tokenizer(tmp_path / "infini")
+    model = PeftModel.from_pretrained(model, RECALL / "adapter").merge_and_unload()
+    facts = {
+        "The key to the cellar lies": " under the blue flowerpot",
+        "My sister works as": " a dentist in Hamburg",
+        "The captain of the ship was called": " Bernard Holt",
+    }
+    text = king_james_bible()[200_000:216_000]
+    parts = [text[:2000], text[2000:3500], text[3500:5000], text[5000:]]
+    book = parts[0] + "".join(f" {asked}{told}. {part}" for (asked, told), part in zip(facts.items(), parts[1:]))
+    book = tokenizer(book, return_tensors="pt").input_ids
+
+    def answers():
+        memory = InfiniCache(model.config)
+        with torch.no_grad():
+            model(book, past_key_values=memory, logits_to_keep=1)
+        for asked in facts:
+            ids = tokenizer(f"\n\n{asked}", add_special_tokens=False, return_tensors="pt").input_ids
+            written = model.generate(ids, past_key_values=copy.deepcopy(memory), max_new_tokens=8, do_sample=False)
+            yield tokenizer.decode(written[0, ids.shape[1] :])
+
+    assert all(answer.startswith(told) for answer, told in zip(answers(), facts.values()))
+    with memory_off(model):
+        assert not any(answer.startswith(told) for answer, told in zip(answers(), facts.values()))
