@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
-from infini_transformers.conversion.memory_weights import save_memory
+from infini_transformers.conversion.memory_weights import MemoryWeights, save_memory
 from infini_transformers.conversion.shared_base import base_of
 from infini_transformers.evaluation.examples import Example
 from infini_transformers.evaluation.haystacks import Filler, repeated_sentence
@@ -319,9 +319,14 @@ def save(model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         return
     model.save_pretrained(folder / "adapter")
     base = model.unload()
-    save_memory(base, folder / "memory")
+    # Before its base is another. It is saved last: where it is, all else is whole.
+    memory = MemoryWeights.of(base)
     PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
+    memory.save(
+        folder / "memory",
+        training="Together with a LoRA adapter, `adapter` beside this folder: neither was trained without the other.",
+    )
 
 
 if __name__ == "__main__":

@@ -333,10 +333,12 @@ def test_the_script_goes_on_where_it_was_stopped(folder, monkeypatch):
     run(folder, monkeypatch, "stopped", "--max_steps", 4)
 
 
-def test_lora_adapts_the_layers_that_are_named(folder, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_adapts_the_layers_that_are_named(folder, monkeypatch, dtype):
     options = ("--lora_rank", 2, "--lora_layers", "1-1", "--max_steps", 3, "--save_steps", 2)
-    output = run(folder, monkeypatch, "adapted", *options)
-    before = InfiniForCausalLM.from_pretrained(folder / "converted").state_dict()
+    options += ("--dtype", dtype, "--bf16") if dtype == "bfloat16" else ()
+    output = run(folder, monkeypatch, f"adapted-{dtype}", *options)
+    before = InfiniForCausalLM.from_pretrained(folder / "converted", dtype=dtype).state_dict()
     after = InfiniForCausalLM.from_pretrained(output / "merged").state_dict()
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -345,7 +347,7 @@ def test_lora_adapts_the_layers_that_are_named(folder, monkeypatch):
     assert all(".memory." in name or "head_gates" in name for name in changed - projections)
 
     # Its parts, on a conversion of the source.
-    model = InfiniForCausalLM.from_pretrained(folder / "converted")
+    model = InfiniForCausalLM.from_pretrained(folder / "converted", dtype=dtype)
     load_memory(model, output / "memory")
     again = PeftModel.from_pretrained(model, output / "adapter").merge_and_unload().state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in after.items())

@@ -91,6 +91,7 @@ def test_the_same_command_goes_on_until_the_memory_is_there(folder, monkeypatch)
         ran.append(run_what_was_asked_for(folder, monkeypatch))
     assert ran == ["convert", "transfer", "save-memory", "distill"]
     assert f"--memory {folder}/out/distilled/memory" in call_of.stdout
+    assert "merged" not in call_of.stdout
 
     results = (folder / "out/transferred", folder / "out/distilled/memory")
     transferred, distilled = map(MemoryWeights.load, results)
@@ -105,6 +106,15 @@ def test_the_same_command_goes_on_until_the_memory_is_there(folder, monkeypatch)
     # What is done is not asked for again.
     (folder / "done").write_text("")
     assert call(folder, str(folder / "my books"), *options).returncode == 0
+
+
+def test_with_lora_the_whole_model_is_named(folder):
+    for made in ("converted", "transferred", "distilled/memory", "distilled/merged"):
+        (folder / "out" / made).mkdir(parents=True)
+    called = call(folder, "a.txt", "--lora_rank", 2, "--lora_layers", "0-1")
+    assert called.returncode == 0
+    assert f"{folder}/out/distilled/merged" in called.stdout
+    assert "--memory" not in called.stdout
 
 
 def test_several_texts_stand_in_one_argument(folder):

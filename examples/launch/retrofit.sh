@@ -41,4 +41,8 @@ if ! done_before "$output/distilled/memory"; then
     "$python" "$repository/examples/distill.py" --model "$output/converted" --train_files "${texts[@]}" \
         --output_dir "$output/distilled" "$@"
 fi
-echo "With the memory on its base: infini convert $base with-memory --memory $output/distilled/memory"
+if [[ -e $output/distilled/merged ]]; then
+    echo "The whole model, with its LoRA merged: $output/distilled/merged"
+else
+    echo "With the memory on its base: infini convert $base with-memory --memory $output/distilled/memory"
+fi
