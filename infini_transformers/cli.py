@@ -103,7 +103,7 @@ def read_parser() -> argparse.ArgumentParser:
         epilog="""examples:
   infini read converted book.txt
   infini read converted book.txt --save-memory book-memory --max-new-tokens 0
-  infini read converted --memory book-memory --prompt "The name of the captain was"
+  infini read converted --memory book-memory --prompt $'\\n\\nThe name of the captain was'
   pdftotext paper.pdf - | infini read converted -""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
