@@ -88,7 +88,7 @@ class InfiniGenerationMixin(GenerationMixin):
             )
 
     def _has_soft_prompt(self) -> bool:
-        """Whether it generates for PEFT's prompt learning, which puts its own method in the place of that below."""
+        """Whether PEFT's prompt learning generates: PEFT's `prepare_inputs_for_generation` is then in our place."""
         owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
         return getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
 
