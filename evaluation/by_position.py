@@ -12,6 +12,7 @@ prints a Markdown table, and writes docs/by_position.json and docs/by_position.p
 - foreign - off: what the memory of no matter which text does. Only what own memory does beyond that is of this text.
 - bound - off: what there is to win, by full attention of the base over the last 1,024 to 2,048 tokens; and how much of
   it the memory wins, (on - off) / (bound - off).
+- longer window - off (`--window`): what the bytes of the memory would win as a longer window.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from .loading import (
     read_texts,
     segment_length_of,
 )
-from .losses import foreign_losses, memory_off, window_losses
+from .losses import foreign_losses, longer_window, memory_off, window_losses
 from .retrieval import MEMORY_OFF, weights_digest
 
 
@@ -315,6 +316,7 @@ def measure(
     base_window: int | None = None,
     chunk_length: int = 1024,
     parts: bool = False,
+    window: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Conditions]]:
     """
@@ -330,6 +332,7 @@ def measure(
         base_window: number of tokens of its windows; by default 2,048, or as many as it has positions for.
         chunk_length: number of tokens in a call of the others, at most.
         parts: also read models that have slots with the matrix off, and with the slots off.
+        window: also read each model with the memory off and a window of as much state in its place.
         options: of `from_pretrained`.
 
     Returns:
@@ -395,6 +398,10 @@ def measure(
                 condition = found[name].setdefault(role, f"{name}: {role}")
                 with memory_off(model, **MEMORY_OFF[part]):
                     readings[condition], _ = read(condition, total, stream, scored, {})
+            if window:
+                with longer_window(model) as length:  # type: ignore[arg-type]
+                    condition = found[name]["longer window"] = f"{name}: memory off, window of {length:,}"
+                    readings[condition], _ = read(condition, total, stream, scored, {})
             if bound_of_all is not None:
                 found[name]["bound"] = bound_of_all
             elif "model_type" in (model.config.converted_from or {}):
@@ -431,6 +438,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--parts", action="store_true", help="also read models that have slots with the slots, or the matrix, off"
     )
     parser.add_argument(
+        "--window",
+        action="store_true",
+        help="also read each model with the memory off and a longer window: what the memory's bytes would win as keys "
+        "and values of more tokens",
+    )
+    parser.add_argument(
         "--chunk-length", type=int, default=1024, help="tokens read in a call, at most (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", help="where all models get theirs (default: from the first model)")
@@ -461,6 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base_window=options.base_window,
         chunk_length=options.chunk_length,
         parts=options.parts,
+        window=options.window,
         dtype=options.dtype,
         device_map=options.device,
     )

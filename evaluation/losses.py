@@ -1,5 +1,6 @@
 """Losses of the tokens of a long document: streamed, in windows, with the memory shut out, or with another's."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+
+from modeling_infini import InfiniConfig, InfiniPreTrainedModel, state_nbytes
 
 
 # Is told the number of tokens scored since the last call.
@@ -182,3 +185,31 @@ def memory_off(model: nn.Module, matrix: bool = True, slots: bool = True) -> Ite
                 changes.callback(setattr, config, "num_memory_slots", config.num_memory_slots)
                 config.num_memory_slots = 0
         yield
+
+
+def window_of_state(config: InfiniConfig) -> int:
+    """Number of tokens of a segment with which local attention alone has as much state as `config`, or just less."""
+    alone = copy.deepcopy(config)
+    alone.memory_layers, alone.num_memory_slots = [], 0
+    own = state_nbytes(alone)
+    alone.segment_length *= 2
+    per_token = (state_nbytes(alone) - own) / config.segment_length
+    return config.segment_length + int((state_nbytes(config) - own) / per_token)
+
+
+@contextmanager
+def longer_window(model: InfiniPreTrainedModel) -> Iterator[int]:
+    """
+    Inside, the memory is off, and what its state took is spent on longer segments.
+
+    Yields:
+        Number of tokens of a segment, as [`window_of_state`] has it.
+    """
+    config, segment_length = model.config, model.config.segment_length
+    length = window_of_state(config)
+    with memory_off(model):
+        config.segment_length = length
+        try:
+            yield length
+        finally:
+            config.segment_length = segment_length

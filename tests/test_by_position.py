@@ -25,8 +25,15 @@ from infini_transformers.evaluation.by_position import (
     report,
 )
 from infini_transformers.evaluation.loading import load_model, load_tokenizer
-from infini_transformers.evaluation.losses import foreign_losses, memory_off, token_losses, window_losses
-from modeling_infini import InfiniCache
+from infini_transformers.evaluation.losses import (
+    foreign_losses,
+    longer_window,
+    memory_off,
+    token_losses,
+    window_losses,
+    window_of_state,
+)
+from modeling_infini import InfiniCache, state_nbytes
 from modeling_infini.cache_layer import LayerPast, Window
 
 
@@ -272,6 +279,31 @@ class TestMemoryOff:
             pass
 
 
+class TestLongerWindow:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("mode", FOREIGN_MODES)
+    def test_is_local_attention_with_as_much_state(self, mode, dtype):
+        model, ids = tiny_model(dtype, **mode), random_ids(1, 60)
+        length = window_of_state(model.config)
+        local = tiny_model(dtype, **mode | {"memory_layers": [], "num_memory_slots": 0, "segment_length": length})
+        local.load_state_dict(model.state_dict(), strict=False)
+        with longer_window(model):
+            found = token_losses(model, ids, 4)
+        torch.testing.assert_close(found, token_losses(local, ids, 4), rtol=0, atol=0)
+        assert state_nbytes(local.config) <= state_nbytes(model.config)
+        local.config.segment_length += 1
+        assert state_nbytes(local.config) > state_nbytes(model.config)
+
+    def test_is_undone_after_an_error(self):
+        model = tiny_model(num_memory_slots=3, **MODES[1])
+        ids, segment_length = random_ids(1, 12), model.config.segment_length
+        expected = token_losses(model, ids, 4)
+        with pytest.raises(IndexError), longer_window(model):
+            token_losses(model, random_ids(1, 12) + VOCABULARY, 4)
+        assert model.config.segment_length == segment_length
+        torch.testing.assert_close(token_losses(model, ids, 4), expected, rtol=0, atol=0)
+
+
 class TestBuckets:
     def test_double(self):
         assert doubling_buckets(20, 5) == [(1, 5), (5, 10), (10, 20)]
@@ -459,6 +491,21 @@ class TestCommandLine:
         ]
         assert [line.split(" | ")[0] for line in table[-5:-2]] == ["| all from 5", "| book from 5", "| other from 5"]
         assert table[-1] == "Foreign memory: book with that of other; other with that of book."
+
+    def test_what_the_state_would_win_as_a_longer_window(self, folder, capsys):
+        model = tiny_model(**MODES[1], num_memory_slots=3)
+        model.save_pretrained(folder / "slots")
+        arguments = (folder / "slots", "--tokenizer", folder / "infini", "--window")
+        texts = ("--text", folder / "book.txt", "--foreign", folder / "other.txt", "--tokens", 100)
+        main([str(argument) for argument in (*arguments, *texts)])
+        table = capsys.readouterr().out.splitlines()
+        heads = table[0].split(" | ")
+        cells = dict(zip(heads, table[-3].split(" | ")))
+        with longer_window(model):
+            expected = token_losses(model, random_ids(600)[None, :100], 7)[4:].mean()
+        head = f"slots: memory off, window of {window_of_state(model.config)}"
+        assert cells[head].endswith(f"({expected:.4f})")
+        assert heads[-1] == "slots: longer window - off, nats |"
 
     def test_errors(self, folder, capsys):
         infini, text = str(folder / "infini"), ("--text", str(folder / "book.txt"))
