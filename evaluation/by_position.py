@@ -12,7 +12,7 @@ prints a Markdown table, and writes docs/by_position.json and docs/by_position.p
 - foreign - off: what the memory of no matter which text does. Only what own memory does beyond that is of this text.
 - bound - off: what there is to win, by full attention of the base over the last 1,024 to 2,048 tokens; and how much of
   it the memory wins, (on - off) / (bound - off).
-- longer window - off (`--window`): what the bytes of the memory would win as a longer window.
+- longer window - off (`--longer-window`): what the bytes of the memory would win as a longer window.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from .loading import (
     read_texts,
     segment_length_of,
 )
-from .losses import foreign_losses, longer_window, memory_off, window_losses
+from .losses import foreign_losses, longer_window, memory_off, window_losses, window_of_state
 from .retrieval import MEMORY_OFF, weights_digest
 
 
@@ -218,7 +218,7 @@ def plot(found: dict[str, Any], models: Mapping[str, Conditions], file: str | Pa
     places = [math.sqrt(bucket["start"] * (bucket["end"] - 1)) for bucket in buckets]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     perplexities, differences = figure.subplots(1, 2)
-    styles = {"on": "-", "off": "--", "foreign": ":", "bound": "-."}
+    styles = {"on": "-", "off": "--", "foreign": ":", "bound": "-.", "longer window": (0, (5, 1, 1, 1, 1, 1))}
     drawn = set()
     for index, (model, conditions) in enumerate(models.items()):
         for role, condition in conditions.items():
@@ -316,7 +316,7 @@ def measure(
     base_window: int | None = None,
     chunk_length: int = 1024,
     parts: bool = False,
-    window: bool = False,
+    with_longer_window: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Conditions]]:
     """
@@ -332,7 +332,7 @@ def measure(
         base_window: number of tokens of its windows; by default 2,048, or as many as it has positions for.
         chunk_length: number of tokens in a call of the others, at most.
         parts: also read models that have slots with the matrix off, and with the slots off.
-        window: also read each model with the memory off and a window of as much state in its place.
+        with_longer_window: also read each model as [`longer_window`] has it.
         options: of `from_pretrained`.
 
     Returns:
@@ -340,7 +340,7 @@ def measure(
 
     Raises:
         ValueError: if a model is no Infini-attention model, a document whose memory is taken has not a segment, or the
-            base cannot read such windows.
+            base cannot read such windows, or a longer window of the same state.
     """
     scored = {name: documents[name] for name in memory_of}
     total = sum(document.shape[1] - 1 for document in scored.values())
@@ -387,6 +387,9 @@ def measure(
         for name, source in models.items():
             model = load_model(source, **options)
             described[name] = describe(model, source)
+            if with_longer_window:
+                # Before hours of reading, since it fails where a base has too few positions.
+                window_of_state(model)
             stream = partial(foreign_losses, model, chunk_length=chunk_length, progress=progress.update)
             on, foreign = f"{name}: memory on", f"{name}: foreign memory"
             own, readings[foreign] = read(f"{on}, {foreign}", with_others, stream, documents, memory_of)
@@ -398,8 +401,8 @@ def measure(
                 condition = found[name].setdefault(role, f"{name}: {role}")
                 with memory_off(model, **MEMORY_OFF[part]):
                     readings[condition], _ = read(condition, total, stream, scored, {})
-            if window:
-                with longer_window(model) as length:  # type: ignore[arg-type]
+            if with_longer_window:
+                with longer_window(model) as length:
                     condition = found[name]["longer window"] = f"{name}: memory off, window of {length:,}"
                     readings[condition], _ = read(condition, total, stream, scored, {})
             if bound_of_all is not None:
@@ -438,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--parts", action="store_true", help="also read models that have slots with the slots, or the matrix, off"
     )
     parser.add_argument(
-        "--window",
+        "--longer-window",
         action="store_true",
         help="also read each model with the memory off and a longer window: what the memory's bytes would win as keys "
         "and values of more tokens",
@@ -474,7 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base_window=options.base_window,
         chunk_length=options.chunk_length,
         parts=options.parts,
-        window=options.window,
+        with_longer_window=options.longer_window,
         dtype=options.dtype,
         device_map=options.device,
     )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from modeling_infini import InfiniConfig, InfiniPreTrainedModel, state_nbytes
+from modeling_infini import state_nbytes
 
 
 # Is told the number of tokens scored since the last call.
@@ -187,26 +187,45 @@ def memory_off(model: nn.Module, matrix: bool = True, slots: bool = True) -> Ite
         yield
 
 
-def window_of_state(config: InfiniConfig) -> int:
-    """Number of tokens of a segment with which local attention alone has as much state as `config`, or just less."""
-    alone = copy.deepcopy(config)
-    alone.memory_layers, alone.num_memory_slots = [], 0
-    own = state_nbytes(alone)
-    alone.segment_length *= 2
-    per_token = (state_nbytes(alone) - own) / config.segment_length
-    return config.segment_length + int((state_nbytes(config) - own) / per_token)
+def window_of_state(model: PreTrainedModel) -> int:
+    """
+    Number of tokens of a segment with which the model without its memory would have as much state, or just less.
+
+    Raises:
+        ValueError: if the base has no positions for such segments.
+    """
+    config: Any = copy.deepcopy(model.config)
+    # The size of keys and values is that of the model, whatever its configuration was saved with.
+    config.dtype = model.dtype
+    nbytes, segment_length = state_nbytes(config), config.segment_length
+    config.memory_layers, config.num_memory_slots = [], 0
+    without_memory = state_nbytes(config)
+    config.segment_length *= 2
+    nbytes_per_token = (state_nbytes(config) - without_memory) / segment_length
+    config.segment_length = segment_length + int((nbytes - without_memory) / nbytes_per_token)
+    if config.longest_distance > config.max_position_embeddings:
+        raise ValueError(
+            f"There is no longer window of the same state to compare with: it would have {config.segment_length:,} "
+            f"tokens, and reach {config.longest_distance:,}, but max_position_embeddings="
+            f"{config.max_position_embeddings:,}."
+        )
+    return config.segment_length
 
 
 @contextmanager
-def longer_window(model: InfiniPreTrainedModel) -> Iterator[int]:
+def longer_window(model: PreTrainedModel) -> Iterator[int]:
     """
-    Inside, the memory is off, and what its state took is spent on longer segments.
+    Spends the memory's state on longer segments: inside, an Infini-attention model is one of local attention alone,
+    with as many more tokens as fit in the bytes of its memory. A cache from outside is then one of another model.
 
     Yields:
-        Number of tokens of a segment, as [`window_of_state`] has it.
+        Number of tokens of a segment.
+
+    Raises:
+        ValueError: if the base has no positions for such segments.
     """
-    config, segment_length = model.config, model.config.segment_length
-    length = window_of_state(config)
+    config: Any = model.config
+    length, segment_length = window_of_state(model), config.segment_length
     with memory_off(model):
         config.segment_length = length
         try:

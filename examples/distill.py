@@ -313,7 +313,8 @@ def main() -> None:
 def save(model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What was trained: the memory by itself; with LoRA also the adapter, and the whole model of both."""
     # Of a run that had ended and was called again.
-    shutil.rmtree(folder / "memory", ignore_errors=True)
+    for name in ("memory", "adapter", "merged"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     if not isinstance(model, PeftModel):
         save_memory(model, folder / "memory")
         return

@@ -33,7 +33,7 @@ from infini_transformers.evaluation.losses import (
     window_losses,
     window_of_state,
 )
-from modeling_infini import InfiniCache, state_nbytes
+from modeling_infini import InfiniCache
 from modeling_infini.cache_layer import LayerPast, Window
 
 
@@ -279,20 +279,33 @@ class TestMemoryOff:
             pass
 
 
+def filled_nbytes(model):
+    """Bytes of a cache of the model after a text."""
+    with torch.no_grad():
+        cache = model(random_ids(1, 60), use_cache=True).past_key_values
+    return sum(state.nbytes for layer in cache.layers for state in layer.states().values())
+
+
 class TestLongerWindow:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("mode", FOREIGN_MODES)
     def test_is_local_attention_with_as_much_state(self, mode, dtype):
         model, ids = tiny_model(dtype, **mode), random_ids(1, 60)
-        length = window_of_state(model.config)
+        length = window_of_state(model)
         local = tiny_model(dtype, **mode | {"memory_layers": [], "num_memory_slots": 0, "segment_length": length})
         local.load_state_dict(model.state_dict(), strict=False)
-        with longer_window(model):
-            found = token_losses(model, ids, 4)
-        torch.testing.assert_close(found, token_losses(local, ids, 4), rtol=0, atol=0)
-        assert state_nbytes(local.config) <= state_nbytes(model.config)
+        with longer_window(model) as found:
+            assert found == length
+            losses = token_losses(model, ids, 4)
+        torch.testing.assert_close(losses, token_losses(local, ids, 4), rtol=0, atol=0)
+        assert filled_nbytes(local) <= filled_nbytes(model)
         local.config.segment_length += 1
-        assert state_nbytes(local.config) > state_nbytes(model.config)
+        assert filled_nbytes(local) > filled_nbytes(model)
+
+    def test_refuses_what_the_base_has_no_positions_for(self):
+        model = tiny_model(num_memory_slots=40, max_position_embeddings=64, **MODES[1])
+        with pytest.raises(ValueError, match=r"no longer window of the same state.*max_position_embeddings=64"):
+            longer_window(model).__enter__()
 
     def test_is_undone_after_an_error(self):
         model = tiny_model(num_memory_slots=3, **MODES[1])
@@ -495,7 +508,7 @@ class TestCommandLine:
     def test_what_the_state_would_win_as_a_longer_window(self, folder, capsys):
         model = tiny_model(**MODES[1], num_memory_slots=3)
         model.save_pretrained(folder / "slots")
-        arguments = (folder / "slots", "--tokenizer", folder / "infini", "--window")
+        arguments = (folder / "slots", "--tokenizer", folder / "infini", "--longer-window")
         texts = ("--text", folder / "book.txt", "--foreign", folder / "other.txt", "--tokens", 100)
         main([str(argument) for argument in (*arguments, *texts)])
         table = capsys.readouterr().out.splitlines()
@@ -503,7 +516,7 @@ class TestCommandLine:
         cells = dict(zip(heads, table[-3].split(" | ")))
         with longer_window(model):
             expected = token_losses(model, random_ids(600)[None, :100], 7)[4:].mean()
-        head = f"slots: memory off, window of {window_of_state(model.config)}"
+        head = f"slots: memory off, window of {window_of_state(model)}"
         assert cells[head].endswith(f"({expected:.4f})")
         assert heads[-1] == "slots: longer window - off, nats |"
 

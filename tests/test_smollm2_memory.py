@@ -23,15 +23,15 @@ MEMORY, RECALL = CHECKPOINTS / "smollm2-memory", CHECKPOINTS / "smollm2-recall"
 PAGES = (RECALL / "README.md", CHECKPOINTS.parent / "docs" / "recall.md")
 # By the rows of the tables.
 TRIALS = {
-    "needle (a sentence), 8,192 tokens": ("needle-8k",),
-    "passkey, the six trained wordings, 8,192 tokens": ("trained-8k",),
-    "the six trained wordings, 32,768 tokens": ("trained-32k",),
-    "the six trained wordings, 131,072 tokens": ("trained-131k",),
-    "passkey, the eight held-out wordings, 8,192 tokens": ("unseen-8k",),
-    "the eight held-out wordings, 32,768 tokens": ("unseen-32k",),
-    "the eight held-out wordings, 131,072 tokens": ("unseen-131k",),
-    "the eight as plain text, by `generate()`, 8,192 tokens": ("plain-unseen-8k",),
-    "the paper's wording as plain text, 8,192 tokens": ("plain-8k",),
+    "needle (a sentence of the trained form), 8,192 tokens": "needle-8k",
+    "passkey, the six trained wordings, 8,192 tokens": "trained-8k",
+    "the six trained wordings, 32,768 tokens": "trained-32k",
+    "the six trained wordings, 131,072 tokens": "trained-131k",
+    "passkey, the eight held-out wordings, 8,192 tokens": "unseen-8k",
+    "the eight held-out wordings, 32,768 tokens": "unseen-32k",
+    "the eight held-out wordings, 131,072 tokens": "unseen-131k",
+    "the eight as plain text, by `generate()`, 8,192 tokens": "plain-unseen-8k",
+    "the paper's wording as plain text, 8,192 tokens": "plain-8k",
 }
 FILLERS = ("repeated sentence", "moby_dick")
 TOKENS = 1536
@@ -119,10 +119,11 @@ def test_with_the_adapter_sentences_are_found(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_the_figures_with_the_adapter_are_those_of_the_trials(page):
     rows = page.read_text(encoding="utf-8").splitlines()
-    for label, files in TRIALS.items():
+    for label, file in TRIALS.items():
         folder = CHECKPOINTS.parent / "docs" / "recall" / "distilled" / "lora"
-        lines = "".join((folder / f"{file}.jsonl").read_text() for file in files).splitlines()
-        trials = [json.loads(line) for line in lines if '"exact"' in line]
+        heading, *trials = map(json.loads, (folder / f"{file}.jsonl").read_text().splitlines())
+        # The longer ones are of the adapter before it was rounded, as both pages say.
+        assert (heading["weights"] == "e7b9e0fe21b60a60") == file.endswith("8k")
         found = {name: [trial["exact"] for trial in trials if trial["filler"] == name] for name in FILLERS}
         expected = ", ".join(f"{sum(exact)} of {len(exact)}" for exact in found.values())
         assert any(row.startswith(f"| {label} | {expected} |") for row in rows), (label, expected)

@@ -5,7 +5,8 @@
 #     bash examples/launch/retrofit.sh path/to/llama books/ llama-memory [options of examples/distill.py]
 #
 # The texts are a folder, a file, or several of them with spaces between; --train_files among the options gives the
-# distillation others. The results, a few MB each, are llama-memory/transferred and llama-memory/distilled/memory.
+# distillation others. The results, a few MB each, are llama-memory/transferred and llama-memory/distilled/memory; with
+# --lora_rank also distilled/adapter, which belongs to this memory, and distilled/merged, the whole model.
 #
 # It may be ended anywhere, as by `timeout 9m bash ...`: called again, it leaves out what is done, and goes on.
 # Give it time for a layer of the transfer, or 20 steps of distillation: less is not kept.
