@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import runpy
@@ -258,6 +259,18 @@ def test_figures_of_the_readme_have_a_home_in_the_docs():
     figures = [set(re.findall(r"\d+(?:[.,]\d+)+|\d{2,}", page.read_text(encoding="utf-8"))) for page in GUIDES]
     assert page_id(GUIDES[0]) == "README.md"
     assert figures[0] <= set().union(*figures[1:])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/recall/equal_state").glob("*.json")), ids=lambda file: file.stem)
+def test_longer_windows_of_the_same_state_are_as_in_the_files(file):
+    by_text = json.loads(file.read_text(encoding="utf-8"))["by_text"]
+    (condition,) = (name for name in by_text["moby_dick"]["conditions"] if "memory off, window of" in name)
+    cells = [f"as {condition.split()[-1]}"]
+    for name in ("moby_dick", "mansfieldpark"):
+        (found,) = by_text[name]["minus_off"].values()
+        cells += [f"{found[role]['nll']:.4f}" for role in ("on", "longer window")]
+    rows = (ROOT / "docs/conversion.md").read_text(encoding="utf-8").replace("**", "").splitlines()
+    assert any(row.startswith("|") and row.endswith(f"{' | '.join(cells)} |") for row in rows), cells
 
 
 def test_every_public_name_is_in_the_reference():
