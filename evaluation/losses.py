@@ -207,7 +207,7 @@ def window_of_state(model: PreTrainedModel) -> int:
         raise ValueError(
             f"There is no longer window of the same state to compare with: it would have {config.segment_length:,} "
             f"tokens, and reach {config.longest_distance:,}, but max_position_embeddings="
-            f"{config.max_position_embeddings:,}."
+            f"{config.max_position_embeddings:,}. Leave the comparison out, or convert with fewer slots."
         )
     return config.segment_length
 
