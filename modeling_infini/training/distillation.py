@@ -68,11 +68,13 @@ class _DivergenceInSlices(torch.autograd.Function):
             expected = _logits(teacher_head, of_teacher).log_softmax(-1)
             with torch.set_grad_enabled(needs_gradient):
                 part = part.detach().requires_grad_(needs_gradient)
-                found = _logits(head, part).log_softmax(-1)
-                divergence = F.kl_div(found, expected, reduction="sum", log_target=True)
+                logits = _logits(head, part)
+            found, probabilities = logits.detach().log_softmax(-1), expected.exp()
+            total += expected.sub_(found).mul_(probabilities).sum()
             if needs_gradient:
-                of_states.copy_(torch.autograd.grad(divergence, part)[0])
-            total += divergence.detach()
+                # The derivative of the divergence, in fewer passes over the vocabulary than autograd would take.
+                of_logits = found.exp_().sub_(probabilities)
+                of_states.copy_(torch.autograd.grad(logits, part, of_logits)[0])
         ctx.save_for_backward(gradient)
         return total
 
