@@ -263,7 +263,10 @@ def transfer(
     teacher: Annotated[
         Path | None, typer.Option(help="The base, if its weights are not to be read from the conversion.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Of the texts, at most.")] = 57_344,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Of the texts, at most. Default: 57,344, or nine windows of eight segments."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Of training, for each layer.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the choice of texts and the order of steps.")] = 0,
 ):

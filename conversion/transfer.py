@@ -48,12 +48,13 @@ from .small_files import tokenizer_of
 # What the memories become.
 FIELDS = {"memory_feature_map": "exp", "token_gates": True}
 
-# Of the texts, at most.
+# Of the texts, at most, where nothing else is asked for; long windows need more.
 TOKENS = 57_344
 # Segments in a calibration window: what full attention sees is at most this.
 WINDOW_SEGMENTS = 8
-# One of so many windows is not trained on: by these the layers are chosen.
+# One of so many windows is not trained on: by these the layers are chosen, which takes two of them.
 HELD_OUT = 7
+LEAST_WINDOWS = HELD_OUT + 2
 # Windows with facts, by which the scores of slots are fitted.
 FACT_WINDOWS = 40
 
@@ -155,7 +156,7 @@ def transfer(
     texts: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     teacher: str | os.PathLike | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     steps: int = 400,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -174,7 +175,8 @@ def transfer(
         folder: a conversion on this machine, with its tokenizer.
         texts: files of plain text, and folders with `.txt` files; one, or several.
         teacher: a folder or file with the base, if not its weights in the conversion are to be read.
-        tokens: of the texts, at most. With slots, they are read in 40 windows more.
+        tokens: of the texts, at most; by default 57,344, or nine windows of eight segments if these are more. With
+            slots, they are read in 40 windows more.
         steps: of Adam, per layer.
         seed: of the choice of texts and of the order of the steps.
         dtype: of the teacher. The memories are trained in float32.
@@ -250,11 +252,12 @@ def _calibration(
     folder: str | os.PathLike,
     config: InfiniConfig,
     texts: Sequence[str | os.PathLike],
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     seed: int = 0,
 ) -> tuple[PreTrainedTokenizerBase, tuple[torch.Tensor, list[int], list[str]]]:
     """The tokenizer, and what [`_calibration_windows`] makes of the texts."""
     length, tokenizer = _window_length(config), tokenizer_of(folder)
+    tokens = max(TOKENS, LEAST_WINDOWS * length) if tokens is None else tokens
     return tokenizer, _calibration_windows(tokenizer, _read_texts(texts, seed), length, tokens)
 
 
@@ -314,15 +317,19 @@ def _calibration_windows(
     Windows `(windows, length)` from as many texts as are needed, in turn, and spread over each; the number of each
     window's text; and these texts.
     """
-    count = tokens // length
+    count, too_short = tokens // length, 0
     found, used = [], []
     for text in texts:
         text_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         if len(text_ids) >= length:
             found.append(text_ids[: len(text_ids) // length * length].view(-1, length))
             used.append(text)
+        else:
+            too_short += 1
         if len(found) == count:
             break
+    if too_short:
+        logger.warning("%d texts are of no use: they have fewer than %d tokens, a window.", too_short, length)
     quota = [0] * len(found)
     while sum(quota) < min(count, sum(map(len, found))):
         for index, windows in enumerate(found):
@@ -330,9 +337,9 @@ def _calibration_windows(
     spread = [windows[torch.arange(n) * len(windows) // max(n, 1)] for windows, n in zip(found, quota)]
     turns = [(text, turn) for turn in range(max(quota, default=0)) for text, n in enumerate(quota) if turn < n]
     chosen = [spread[text][turn] for text, turn in turns]
-    if len(chosen) < HELD_OUT + 2:
+    if len(chosen) < LEAST_WINDOWS:
         raise ValueError(
-            f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {HELD_OUT + 2} "
+            f"The texts and tokens={tokens} give {len(chosen)} windows of {length} tokens; at least {LEAST_WINDOWS} "
             "are needed. Allow more tokens, or give longer texts: files shorter than a window are of no use."
         )
     return torch.stack(chosen), [text for text, _ in turns], used

@@ -24,6 +24,7 @@ from infini_transformers.conversion.transfer import (
     _Progress,
     _read_texts,
     _Run,
+    require_texts,
 )
 from infini_transformers.evaluation.losses import memory_off
 from modeling_infini import InfiniForSequenceClassification
@@ -310,6 +311,20 @@ def test_texts_that_are_too_short_leave_no_conversion(tmp_path, texts):
     with pytest.raises(ValueError, match="three segments are needed"):
         convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=30, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "books", "short.txt"]
+
+
+def test_the_default_is_enough_for_long_windows(tmp_path, texts, monkeypatch):
+    """With segments of 1024, 57,344 tokens are 7 windows."""
+    monkeypatch.setattr(module, "TOKENS", 7 * 8 * N)
+    folder = converted(tmp_path)
+    assert len(module._calibration(folder, Checkpoint(folder).infini_config, [texts])[1][0]) == 9
+
+
+def test_texts_of_no_use_are_counted(tmp_path, texts, caplog):
+    folder = converted(tmp_path)
+    (texts / "short.txt").write_text(random_text(8 * N - 1, 9))
+    require_texts(folder, [texts])
+    assert f"1 texts are of no use: they have fewer than {8 * N} tokens" in caplog.text
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, texts, keep_all, monkeypatch, caplog):
