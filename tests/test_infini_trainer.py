@@ -278,6 +278,24 @@ def test_the_best_checkpoint_is_known_and_kept(tmp_path, limit):
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == limit
 
 
+def test_the_best_checkpoint_is_kept_if_the_folder_is_spelled_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "learning_rate": 0.5}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    texts = documents(20, 20), documents(20, 20)
+    first = infini_trainer(tiny_model(), "out", *texts, max_steps=2, **options)
+    first.train()
+    # No evaluation to come is a better one.
+    state = Path(last_whole_checkpoint("out")) / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "best_metric": 1e9}))
+    best = Path(json.loads(state.read_text())["best_model_checkpoint"])
+    resumed = infini_trainer(tiny_model(), tmp_path / "out", *texts, max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert best.is_dir()
+    assert Path(resumed.state.best_model_checkpoint).resolve() == best.resolve()
+
+
 def test_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
     assert last_whole_checkpoint(tmp_path) is None
     for name, state in (

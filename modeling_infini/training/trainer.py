@@ -505,8 +505,9 @@ class InfiniTrainer(Trainer):
             return
         found = [Path(path) for path in sort_checkpoints(str(checkpoint.parent), use_mtime=True)]
         best = self.state.best_model_checkpoint
-        kept = {checkpoint, *([] if best is None else [Path(best)])}
-        removable = [path for path in found if path not in kept]
+        # The best one may be of a call that spelled the folder otherwise.
+        kept = {path.resolve() for path in (checkpoint, *([] if best is None else [Path(best)]))}
+        removable = [path for path in found if path.resolve() not in kept]
         for path in removable[: max(0, len(found) - max(limit, len(kept)))]:
             self._remove_checkpoint(path)
 
