@@ -7,9 +7,9 @@ Teaches a converted model to use its memory: distillation from its own base, whi
 
 Only the memory's own parameters are trained, so that the base's weights stay byte for byte, and texts of up to one
 segment are read as before. Long passages of the texts are read in chunks with exact gradients, and at each token
-beyond the first segment the distribution of the next one is to be that of the base, over the whole vocabulary. A share
-of the texts hides something and asks for it at the end, where the answer is trained on: `--recall_share`. They start
-short and grow.
+beyond the first segment the distribution of the next one is to be that of the base, over the whole vocabulary. With
+`--recall_share`, a share of the texts hides something and asks for it at the end, where the answer is trained on. They
+start short and grow.
 
 Called again, it goes on from the last checkpoint in the output folder: it may be stopped at any moment. In the end,
 `distilled/memory` holds what was trained, a few MB:
@@ -19,19 +19,19 @@ Called again, it goes on from the last checkpoint in the output folder: it may b
 With LoRA, `--lora_rank 16 --lora_layers 20-29`, `distilled/adapter` is the adapter, which belongs to the base with
 this memory, and `distilled/merged` the whole model.
 
-On an H100 that four other processes used as well, SmolLM2-135M read 2.4 million tokens in 6 minutes, by
-`--bf16 --dtype bfloat16 --sequence_length 4096 --tokens_per_step 16384 --chunk_segments 4 --recall_share 0
---learning_rate 2e-3 --max_steps 147`. At the rate of a trial, one core of a CPU would need 6 hours.
+The defaults are those of the memory of SmolLM2-135M in `checkpoints/smollm2-memory`: 2.4 million tokens, which took 6
+minutes of an H100 that four other processes used as well, with `--bf16 --dtype bfloat16`. TIMES_OF_CPU
 `launch/retrofit.sh` makes one command of the steps above.
 
 Each option of `transformers.TrainingArguments` and of `InfiniTrainingArguments` is one of this script.
 """
 
+import json
 import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from infini_transformers.conversion.memory_weights import MemoryWeights, save_memory
 from infini_transformers.conversion.shared_base import base_of
@@ -57,13 +58,17 @@ from modeling_infini.training import (
 )
 
 
+logger = logging.get_logger(__name__)
+
 TRAINING = {
-    "max_steps": 500,
-    "learning_rate": 1e-3,
+    # A machine that has nothing else: transformers refuses bfloat16 there, if it is not told.
+    "use_cpu": not torch.accelerator.is_available(),
+    "max_steps": 147,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "adam_beta2": 0.95,
-    "chunk_segments": 8,
+    "chunk_segments": 4,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "prediction_loss_only": True,
@@ -91,9 +96,9 @@ class RecipeArguments:
     teacher_window: int | None = field(
         default=None, metadata={"help": "Tokens that it sees. Default: its positions, at most 2048."}
     )
-    sequence_length: int = field(default=8192, metadata={"help": "Tokens of a passage."})
-    tokens_per_step: int = field(default=8192, metadata={"help": "Of all texts of a batch, at least one."})
-    recall_share: float = field(default=0.2, metadata={"help": "Of all batches, on texts that end in a question."})
+    sequence_length: int = field(default=4096, metadata={"help": "Tokens of a passage."})
+    tokens_per_step: int = field(default=16384, metadata={"help": "Of all texts of a batch, at least one."})
+    recall_share: float = field(default=0.0, metadata={"help": "Of all batches, on texts that end in a question."})
     recall_tasks: list[str] = field(
         default_factory=lambda: ["passkey_trained_wordings", "needle", "mqar", "variable_tracking"],
         metadata={"help": f"Of {', '.join(TASKS)}."},
@@ -107,6 +112,7 @@ class RecipeArguments:
     )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters beside the memory; 0: none."})
     lora_layers: str | None = field(default=None, metadata={"help": "Which layers they adapt: first-last, from 0 on."})
+    check: bool = field(default=False, metadata={"help": "Do not train: refuse what cannot be done, and end."})
 
     def __post_init__(self):
         if not 0 <= self.recall_share <= 1:
@@ -115,19 +121,38 @@ class RecipeArguments:
             raise ValueError(f"--recall_tasks are of {', '.join(TASKS)}; there is no {', '.join(sorted(unknown))}.")
         if bool(self.lora_rank) != (self.lora_layers is not None):
             raise ValueError("--lora_rank and --lora_layers go together, as in --lora_rank 16 --lora_layers 20-29.")
-        if self.lora_layers is not None and not re.fullmatch(r"\d+-\d+", self.lora_layers):
+        if self.lora_layers is not None and not self.adapted:
             raise ValueError(f"--lora_layers are first-last, as in 20-29; got {self.lora_layers}.")
+        if self.recall_lengths is not None and self.recall_lengths != sorted(self.recall_lengths):
+            raise ValueError(f"--recall_lengths grow from stage to stage; got {self.recall_lengths}.")
+
+    @property
+    def adapted(self) -> range:
+        """The layers that LoRA adapts."""
+        layers = re.fullmatch(r"(\d+)-(\d+)", self.lora_layers or "")
+        return range(int(layers[1]), int(layers[2]) + 1) if layers else range(0)
 
 
 class Passages:
     """Passages of documents: longer ones give more of them."""
 
-    def __init__(self, documents, shortest: int):
-        """`documents` have `input_ids` `(tokens,)`; those of fewer than `shortest` tokens are left out."""
+    def __init__(self, documents, shortest: int, files: Sequence[str] = ()):
+        """`documents` of `files` have `input_ids` `(tokens,)`; those of fewer than `shortest` tokens are left out."""
         lengths = np.array([len(document["input_ids"]) for document in documents])
-        lengths[lengths < shortest] = 0
-        if not lengths.any():
-            raise ValueError(f"No text has {shortest} tokens, two segments: there is nothing to remember.")
+        is_short = lengths < shortest
+        if is_short.all():
+            raise ValueError(
+                f"No text of {', '.join(files)} has {shortest} tokens, two segments: there is nothing to remember."
+            )
+        if is_short.any():
+            logger.warning(
+                "%d of %d texts of %s are left out: they have fewer than %d tokens, two segments.",
+                is_short.sum(),
+                len(lengths),
+                ", ".join(files),
+                shortest,
+            )
+        lengths[is_short] = 0
         self.documents, self.shares = documents, lengths / lengths.sum()
 
     def draw(self, length: int, generator: np.random.Generator) -> torch.Tensor:
@@ -175,6 +200,9 @@ class DistillationTexts(Dataset):
                 f"Texts of {shortest} tokens fit into one segment of {segment_length}, whose memory nobody reads: "
                 "ask for longer ones."
             )
+        # What a task needs is known when it is drawn.
+        for name in recipe.recall_tasks if recipe.recall_share else ():
+            self._draw_example(self.recall_lengths[0], np.random.default_rng(seed), name)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -210,8 +238,8 @@ class DistillationTexts(Dataset):
         row["answer_weights"][asked] = self.recipe.recall_weight * others / len(asked)
         return row
 
-    def _draw_example(self, length: int, generator: np.random.Generator) -> Example:
-        name = self.recipe.recall_tasks[int(generator.integers(len(self.recipe.recall_tasks)))]
+    def _draw_example(self, length: int, generator: np.random.Generator, name: str | None = None) -> Example:
+        name = name or self.recipe.recall_tasks[int(generator.integers(len(self.recipe.recall_tasks)))]
         # Of its keys and values, the filler has none: a sentence leaves enough of them.
         if name == "mqar" or generator.random() < 0.25:
             filler = repeated_sentence(self.tokenizer)
@@ -250,15 +278,18 @@ def load_student(recipe: RecipeArguments, arguments: InfiniTrainingArguments):
             "The base's weights are bfloat16, and those that are trained float32: add --bf16, by which they work "
             "together, or --dtype float32."
         )
+    # What could not be saved in the end is refused now.
+    MemoryWeights.of(model)
     # Before adapters wrap what it shares.
     teacher = base_of(model) if recipe.teacher is None else load_model(recipe.teacher, dtype=model.dtype)
     if recipe.lora_rank:
-        first, last = map(int, recipe.lora_layers.split("-"))
+        if recipe.adapted[-1] >= model.config.num_hidden_layers:
+            raise ValueError(f"--lora_layers {recipe.lora_layers}: the model has {model.config.num_hidden_layers}.")
         lora = LoraConfig(
             r=recipe.lora_rank,
             lora_alpha=2 * recipe.lora_rank,
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            layers_to_transform=list(range(first, last + 1)),
+            layers_to_transform=list(recipe.adapted),
             layers_pattern="layers",
             task_type="CAUSAL_LM",
         )
@@ -267,12 +298,37 @@ def load_student(recipe: RecipeArguments, arguments: InfiniTrainingArguments):
     return model, teacher
 
 
+def only_batch(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return batches[0]
+
+
+def record(recipe: RecipeArguments, arguments: InfiniTrainingArguments, goes_on: bool) -> None:
+    """Writes down what a run learns from and how; one that goes on must have been asked for the same."""
+    file = Path(arguments.output_dir) / "recipe.json"
+    asked = {**asdict(recipe), "seed": arguments.seed}
+    # Of the model, a checkpoint knows what has to be the same.
+    for name in ("model", "eval_files", "check"):
+        del asked[name]
+    asked["train_files"] = [str(Path(name).resolve()) if Path(name).exists() else name for name in recipe.train_files]
+    started = json.loads(file.read_text()) if goes_on and file.exists() else asked
+    if changed := [name for name, value in asked.items() if started.get(name) != value]:
+        raise ValueError(
+            f"The run in {arguments.output_dir} was started with other arguments ({', '.join(changed)}). Repeat that "
+            "command, or train into another folder."
+        )
+    file.write_text(json.dumps(asked, indent=2))
+
+
 def main() -> None:
     parser = HfArgumentParser((RecipeArguments, InfiniTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING)
     recipe, arguments = parser.parse_args_into_dataclasses()
     if (arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size) != (1, 1):
         raise ValueError("How many texts a batch has follows from --tokens_per_step: leave batch sizes out.")
+    if arguments.bf16_full_eval or arguments.fp16_full_eval:
+        raise ValueError("An evaluation in half precision rounds the weights that are saved: leave it out.")
+    if arguments.max_steps < 1:
+        raise ValueError("Passages are drawn without end: say by --max_steps how many steps to train.")
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(recipe.model)
     model, teacher = load_student(recipe, arguments)
@@ -281,7 +337,7 @@ def main() -> None:
     def passages(files: list[str]) -> Passages:
         with arguments.main_process_first(desc="tokenizing"):
             documents = tokenize_documents(load_documents(files), tokenizer, text_column=recipe.text_column)
-        return Passages(documents.with_format("torch"), 2 * segment_length)
+        return Passages(documents.with_format("torch"), 2 * segment_length, files)
 
     num_batches = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.world_size
     texts = DistillationTexts(
@@ -294,13 +350,18 @@ def main() -> None:
     trainer = DistillationTrainer(
         model,
         arguments,
-        data_collator=lambda batches: batches[0],
+        data_collator=only_batch,
         train_dataset=texts,
         eval_dataset=held_out,
         teacher=teacher,
         teacher_window=recipe.teacher_window,
     )
-    trainer.train(arguments.resume_from_checkpoint or last_whole_checkpoint(arguments.output_dir))
+    if recipe.check:
+        return
+    checkpoint = arguments.resume_from_checkpoint or last_whole_checkpoint(arguments.output_dir)
+    if arguments.should_save:
+        record(recipe, arguments, goes_on=checkpoint is not None)
+    trainer.train(checkpoint)
     trainer.save_state()
     if held_out is not None:
         metrics = trainer.evaluate()

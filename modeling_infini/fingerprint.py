@@ -141,6 +141,15 @@ def _fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
+def fingerprint_of_frozen(model: nn.Module) -> str:
+    """Of the parameters that are not trained, by their names."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            _look_at(parameter.detach(), name, False, digest)
+    return digest.hexdigest()
+
+
 def _weights(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """What `module` computes with: name, tensor, and whether each row counts."""
     if type(module).__module__.startswith(OPAQUE):

@@ -261,6 +261,8 @@ def test_what_cannot_teach_is_refused(tmp_path):
     with pytest.raises(ValueError, match="head must stand still"):
         trainer_of(model, tmp_path)
     train_memory_alone(model)
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        trainer_of(model, tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="a vocabulary of 40 tokens, the model of 31"):
         trainer_of(model, tmp_path, base_model(vocab_size=40))
     for window in (7, 0, 66):
@@ -333,6 +335,51 @@ def test_the_script_goes_on_where_it_was_stopped(folder, monkeypatch):
     run(folder, monkeypatch, "stopped", "--max_steps", 4)
 
 
+def test_a_checkpoint_of_another_base_is_not_continued(folder, monkeypatch):
+    """Its memory would be saved as this base's."""
+    run(folder, monkeypatch, "distilled", "--max_steps", 2, "--save_steps", 1)
+    other = base_model(max_position_embeddings=256)
+    other.model.layers[0].mlp.up_proj.weight.data *= 1.3
+    other.save_pretrained(folder / "base")
+    shutil.rmtree(folder / "converted")
+    options = {name: value for name, value in MEMORY.items() if name not in ("local_attention", "num_sink_tokens")}
+    convert_to_infini(folder / "base", folder / "converted", segment_length=16, **options)
+    with pytest.raises(ValueError, match="was trained with other weights than this model has"):
+        run(folder, monkeypatch, "distilled", "--max_steps", 3)
+
+
+def test_a_run_goes_on_with_what_it_was_started_with(folder, monkeypatch):
+    run(folder, monkeypatch, "distilled", "--max_steps", 1, "--save_steps", 1)
+    (folder / "more.txt").write_text(random_text(700, seed=5))
+    with pytest.raises(ValueError, match=r"was started with other arguments \(train_files, seed\)"):
+        run(folder, monkeypatch, "distilled", "--max_steps", 2, "--train_files", folder / "more.txt", "--seed", 4)
+    run(folder, monkeypatch, "distilled", "--max_steps", 2)
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora_rank", 2, "--lora_layers", "1-1")], ids=["memory", "lora"])
+def test_the_best_is_what_is_saved(folder, monkeypatch, lora):
+    options = ("--max_steps", 3, "--save_steps", 1, "--eval_steps", 1, "--eval_strategy", "steps", "--learning_rate", 3)
+    options += ("--eval_files", folder / "books/0.txt", "--load_best_model_at_end", "True", *lora)
+    output = run(folder, monkeypatch, "best", *options)
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert min(losses) < losses[2]
+    assert json.loads((output / "eval_results.json").read_text())["eval_loss"] == pytest.approx(min(losses))
+
+
+def test_what_could_not_be_saved_is_not_trained(folder, monkeypatch):
+    with pytest.raises(ValueError, match="are in another dtype"):
+        run(folder, monkeypatch, "half", "--dtype", "float16")
+    assert not list((folder / "half").glob("checkpoint-*"))
+
+
+def test_a_check_trains_nothing(folder, monkeypatch):
+    output = run(folder, monkeypatch, "checked", "--check", "True")
+    assert not list(output.iterdir())
+    with pytest.raises(ValueError, match="add --bf16"):
+        run(folder, monkeypatch, "checked", "--check", "True", "--dtype", "bfloat16")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora_adapts_the_layers_that_are_named(folder, monkeypatch, dtype):
     options = ("--lora_rank", 2, "--lora_layers", "1-1", "--max_steps", 3, "--save_steps", 2)
@@ -367,11 +414,19 @@ def test_bfloat16_weights_are_trained_by_autocast(folder, monkeypatch):
         (("--recall_tasks", "passkei"), "there is no passkei"),
         (("--lora_rank", 4), "go together"),
         (("--lora_rank", 4, "--lora_layers", "top"), "first-last"),
+        (("--lora_rank", 4, "--lora_layers", "1-0"), "first-last"),
+        (("--lora_rank", 4, "--lora_layers", "1-7"), "--lora_layers 1-7: the model has 2"),
         (("--recall_lengths", 16), "fit into one segment of 16"),
+        (("--recall_lengths", 192, 160), "grow from stage to stage"),
+        (("--recall_lengths", 48, 160), "48 are too few"),
+        (("--max_steps", -1), "say by --max_steps"),
+        (("--bf16_full_eval", True), "rounds the weights that are saved"),
+        (("--eval_files", "{folder}/books/2.txt"), "No text of .*2.txt has 32 tokens"),
         (("--per_device_train_batch_size", 2), "leave batch sizes out"),
     ],
 )
 def test_what_cannot_be_done_is_refused(folder, monkeypatch, options, message):
+    options = [str(option).format(folder=folder) for option in options]
     with pytest.raises(ValueError, match=message):
         run(folder, monkeypatch, "refused", *options)
 
@@ -419,8 +474,8 @@ def test_documents_that_are_shorter_than_a_passage_are_read_whole(folder):
     batch = distill.padded(rows)
     assert batch["attention_mask"].sum(1).tolist() == [40, 50]
     assert (batch["shift_labels"][0, 39:] == -100).all()
-    with pytest.raises(ValueError, match="No text has 200 tokens"):
-        distill.Passages([{"input_ids": random_ids(100)}], 200)
+    with pytest.raises(ValueError, match=r"No text of a\.txt has 200 tokens"):
+        distill.Passages([{"input_ids": random_ids(100)}], 200, ["a.txt"])
 
 
 def test_rows_that_the_teacher_would_misread_are_refused():

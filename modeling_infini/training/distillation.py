@@ -12,16 +12,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..fingerprint import fingerprint_of_frozen
 from ..streams import streams_of_call
 from .trainer import InfiniTrainer
 
+
+# In a checkpoint's metadata, the fingerprint of what was not trained.
+FROZEN = "frozen"
 
 # Of one kind, in memory at a time: 64 MB in float32.
 LOGITS_OF_SLICE = 2**24
@@ -155,7 +160,7 @@ class DistillationTrainer(InfiniTrainer):
     losses count so much. The weight of an answer stands, as in `shift_labels`, at the token that predicts it: one
     column to the left of the answer itself.
 
-    Checkpoints hold the parameters that are trained, and no others.
+    Checkpoints hold the parameters that are trained, and no others: the others must be the same when one is resumed.
 
     Args:
         teacher: a causal language model of the same vocabulary, e.g. [`~conversion.base_of`] the model itself.
@@ -163,7 +168,8 @@ class DistillationTrainer(InfiniTrainer):
             2,048 at most.
 
     Raises:
-        ValueError: if the teacher has another vocabulary, or cannot read such windows; if the model's head is trained.
+        ValueError: if the teacher has another vocabulary, or cannot read such windows; if the model's head is trained;
+            for options that this loss has not (`label_smoothing_factor`).
     """
 
     loss_inputs = ("teacher_states", "answer_weights")
@@ -189,6 +195,9 @@ class DistillationTrainer(InfiniTrainer):
             )
         if any(parameter.requires_grad for parameter in module.lm_head.parameters()):
             raise ValueError("The head must stand still: call train_memory_alone(model), or freeze lm_head.")
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: a teacher's distributions are not smoothed. Leave it out.")
+        self._frozen = fingerprint_of_frozen(module)
         self._sums: dict[str, list[torch.Tensor]] = {"divergence": [], "answer_loss": []}
 
     def _prepare_inputs(self, inputs):
@@ -210,7 +219,7 @@ class DistillationTrainer(InfiniTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        del inputs["labels"]
+        inputs.pop("labels", None)
         labels, teacher_states = inputs.pop("shift_labels"), inputs.pop("teacher_states")
         weights = inputs.pop("answer_weights", torch.zeros_like(labels))
         # All hidden states, for the last of them: logits of all tokens are too many, but where metrics ask for them.
@@ -248,8 +257,25 @@ class DistillationTrainer(InfiniTrainer):
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         weights = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
         # By this name the Trainer loads it into the model again when it resumes.
-        save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt", FROZEN: self._frozen})
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with safe_open(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME, "pt") as file:
+            made_with = (file.metadata() or {}).get(FROZEN, self._frozen)
+        if made_with != self._frozen:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained with other weights than this model has (another base or dtype, "
+                "or slots that were fitted anew): what it holds is worth nothing here. Train into another folder, or "
+                "go on with the model that it was trained with."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        # As it was saved; Trainer would look for the files of PEFT.
+        weights = load_file(Path(str(self.state.best_model_checkpoint)) / SAFE_WEIGHTS_NAME)
+        model = self.accelerator.unwrap_model(self.model)
+        self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))
 
     def _issue_warnings_after_load(self, load_result):
         # What is missing was not trained.
