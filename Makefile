@@ -65,8 +65,7 @@ format: $(INSTALLED)
 smollm2-memory: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/launch/retrofit.sh \
 	    "$$($(BIN)/python -c 'from infini_transformers.evaluation.resources import smollm2_file; print(smollm2_file())')" \
-	    "$(TEXTS)" smollm2 --train_files $(DISTILL_TEXTS) --sequence_length 4096 --tokens_per_step 16384 --chunk_segments 4 \
-	    --recall_share 0 --learning_rate 2e-3 --max_steps 147 --seed 3 --bf16 --dtype bfloat16
+	    "$(TEXTS)" smollm2 --train_files $(DISTILL_TEXTS) --seed 3 --bf16 --dtype bfloat16
 
 # A site in site/; links between pages and to files of the repository are checked.
 docs: $(INSTALLED)

@@ -75,7 +75,7 @@ def run_what_was_asked_for(folder: Path, monkeypatch) -> str:
         assert not ended.value.code
     else:
         assert Path(words[0]) == ROOT / "examples/distill.py"
-        name = "distill"
+        name = "check" if words[-1] == "--check" else "distill"
         monkeypatch.setattr(sys, "argv", words)
         distill.main()
     with (folder / "done").open("a") as done:
@@ -89,7 +89,7 @@ def test_the_same_command_goes_on_until_the_memory_is_there(folder, monkeypatch)
     while (call_of := call(folder, str(folder / "my books"), *options)).returncode:
         assert call_of.returncode == 1, call_of.stderr
         ran.append(run_what_was_asked_for(folder, monkeypatch))
-    assert ran == ["convert", "transfer", "save-memory", "distill"]
+    assert ran == ["convert", "check", "transfer", "save-memory", "distill"]
     assert f"--memory {folder}/out/distilled/memory" in call_of.stdout
     assert "merged" not in call_of.stdout
 
@@ -108,6 +108,22 @@ def test_the_same_command_goes_on_until_the_memory_is_there(folder, monkeypatch)
     assert call(folder, str(folder / "my books"), *options).returncode == 0
 
 
+@pytest.mark.parametrize(("slots", "code"), [(0, 1), (256, 0)])
+def test_where_the_transfer_leaves_nothing_to_distil_it_ends(folder, monkeypatch, slots, code):
+    """Without slots nothing was learned; with them, their memory is the result. No step is repeated."""
+    convert_to_infini(folder / "base", folder / "out/converted", segment_length=256, num_memory_slots=slots)
+    monkeypatch.setattr(sys.modules["infini_transformers.conversion.transfer"], "LEAST_MARGIN", 9.0)
+    expected = ["check", "transfer", *(["save-memory"] if slots else [])]
+    for name in expected:
+        assert call(folder, str(folder / "my books"), "--sequence_length", 768).returncode == 1
+        assert run_what_was_asked_for(folder, monkeypatch) == name
+    (folder / "asked_for").unlink()
+    ended = call(folder, str(folder / "my books"), "--sequence_length", 768)
+    assert ended.returncode == code
+    assert f"--memory {folder}/out/transferred" in ended.stdout if slots else "teach nothing" in ended.stderr
+    assert not (folder / "asked_for").exists()
+
+
 def test_with_lora_the_whole_model_is_named(folder):
     for made in ("converted", "transferred", "distilled/memory", "distilled/merged"):
         (folder / "out" / made).mkdir(parents=True)
@@ -119,6 +135,11 @@ def test_with_lora_the_whole_model_is_named(folder):
 
 def test_several_texts_stand_in_one_argument(folder):
     (folder / "out/converted").mkdir(parents=True)
+    assert call(folder, "a.txt b.txt").returncode == 1
+    command = (folder / "asked_for").read_text()
+    asked_for = command.rstrip("\n").split("\t")
+    assert asked_for[3:6] == ["--train_files", "a.txt", "b.txt"]
+    (folder / "done").write_text(command)
     assert call(folder, "a.txt b.txt").returncode == 1
     asked_for = (folder / "asked_for").read_text().rstrip("\n").split("\t")
     assert asked_for[2:-1] == ["transfer", str(folder / "out/converted"), "--texts=a.txt", "--texts=b.txt"]

@@ -9,8 +9,8 @@
 # --lora_rank also distilled/adapter, which belongs to this memory, and distilled/merged, the whole model.
 #
 # It may be ended anywhere, as by `timeout 9m bash ...`: called again, it leaves out what is done, and goes on.
-# Give it time for a layer of the transfer, or 20 steps of distillation: less is not kept.
-# Nothing needs to be installed but the dependencies, in the Python that PYTHON names (python3).
+# Give it time for a layer of the transfer, or for --save_steps steps of distillation (20): less is not kept.
+# The Python that PYTHON names (python3) needs the dependencies: pip install -e ".[train]", and gguf for a .gguf file.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -34,13 +34,28 @@ mkdir -p "$output"
 if ! done_before "$output/converted"; then
     "$python" -m infini_transformers convert "$base" "$output/converted" --segment-length 256 --num-memory-slots 256
 fi
-if ! done_before "$output/transferred"; then
+distill=("$repository/examples/distill.py" --model "$output/converted" --train_files "${texts[@]}"
+    --output_dir "$output/distilled" "$@")
+if [[ ! -e $output/.taught && ! -e $output/transferred ]]; then
+    # What it would refuse in the end, it refuses before the minutes or hours of the transfer.
+    "$python" "${distill[@]}" --check
     "$python" -m infini_transformers transfer "$output/converted" "${texts[@]/#/--texts=}"
+    touch "$output/.taught"
+fi
+has() { grep -qs "\"$1\": $2" "$output/converted/config.json"; }
+if has memory_layers '\[\]' && has num_memory_slots 0; then
+    echo "These texts teach nothing: in no layer does a memory help by what it holds of them. Try longer ones." >&2
+    exit 1
+fi
+if ! done_before "$output/transferred"; then
     "$python" -m infini_transformers save-memory "$output/converted" "$output/transferred"
 fi
+if has memory_layers '\[\]'; then
+    echo "Slots alone help, and there is nothing to distil: infini convert $base with-memory --memory $output/transferred"
+    exit
+fi
 if ! done_before "$output/distilled/memory"; then
-    "$python" "$repository/examples/distill.py" --model "$output/converted" --train_files "${texts[@]}" \
-        --output_dir "$output/distilled" "$@"
+    "$python" "${distill[@]}"
 fi
 if [[ -e $output/distilled/merged ]]; then
     echo "The whole model, with its LoRA merged: $output/distilled/merged"
