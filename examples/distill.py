@@ -26,7 +26,6 @@ minutes of an H100 that four other processes used as well, with `--bf16 --dtype 
 Each option of `transformers.TrainingArguments` and of `InfiniTrainingArguments` is one of this script.
 """
 
-import json
 import math
 import re
 import shutil
@@ -53,6 +52,7 @@ from modeling_infini.training import (
     InfiniTrainingArguments,
     last_whole_checkpoint,
     load_documents,
+    record_run,
     tokenize_documents,
     train_memory_alone,
 )
@@ -302,23 +302,6 @@ def only_batch(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Te
     return batches[0]
 
 
-def record(recipe: RecipeArguments, arguments: InfiniTrainingArguments, goes_on: bool) -> None:
-    """Writes down what a run learns from and how; one that goes on must have been asked for the same."""
-    file = Path(arguments.output_dir) / "recipe.json"
-    asked = {**asdict(recipe), "seed": arguments.seed}
-    # Of the model, a checkpoint knows what has to be the same.
-    for name in ("model", "eval_files", "check"):
-        del asked[name]
-    asked["train_files"] = [str(Path(name).resolve()) if Path(name).exists() else name for name in recipe.train_files]
-    started = json.loads(file.read_text()) if goes_on and file.exists() else asked
-    if changed := [name for name, value in asked.items() if started.get(name) != value]:
-        raise ValueError(
-            f"The run in {arguments.output_dir} was started with other arguments ({', '.join(changed)}). Repeat that "
-            "command, or train into another folder."
-        )
-    file.write_text(json.dumps(asked, indent=2))
-
-
 def main() -> None:
     parser = HfArgumentParser((RecipeArguments, InfiniTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING)
@@ -360,7 +343,10 @@ def main() -> None:
         return
     checkpoint = arguments.resume_from_checkpoint or last_whole_checkpoint(arguments.output_dir)
     if arguments.should_save:
-        record(recipe, arguments, goes_on=checkpoint is not None)
+        # Of the model, a checkpoint knows what has to be the same.
+        asked = {name: value for name, value in asdict(recipe).items() if name not in ("model", "eval_files", "check")}
+        asked["seed"] = arguments.seed
+        record_run(arguments.output_dir, asked, checkpoint, places=["train_files"])
     trainer.train(checkpoint)
     trainer.save_state()
     if held_out is not None:

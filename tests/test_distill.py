@@ -358,9 +358,9 @@ def test_a_run_goes_on_with_what_it_was_started_with(folder, monkeypatch):
 
 @pytest.mark.parametrize("lora", [(), ("--lora_rank", 2, "--lora_layers", "1-1")], ids=["memory", "lora"])
 def test_the_best_is_what_is_saved(folder, monkeypatch, lora):
-    options = ("--max_steps", 3, "--save_steps", 1, "--eval_steps", 1, "--eval_strategy", "steps", "--learning_rate", 3)
-    options += ("--eval_files", folder / "books/0.txt", "--load_best_model_at_end", "True", *lora)
-    output = run(folder, monkeypatch, "best", *options)
+    options = ("--max_steps", 3, "--save_steps", 1, "--learning_rate", 3, "--eval_steps", 1)
+    options += ("--eval_strategy", "steps", "--eval_files", folder / "books/0.txt", "--load_best_model_at_end", "True")
+    output = run(folder, monkeypatch, "best", *options, *lora)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert min(losses) < losses[2]

@@ -25,6 +25,7 @@ from modeling_infini.training import (
     InfiniTrainingArguments,
     collate_documents,
     last_whole_checkpoint,
+    record_run,
 )
 from modeling_infini.training.trainer import state_norms
 
@@ -314,6 +315,23 @@ def test_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").is_file()
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_with_what_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    asked = {"train_files": ["books", "an/id"], "model": None, "seed": 0}
+    record_run("out", asked, places=["train_files", "model"])
+    # Spelled otherwise, it is the same folder; from elsewhere, the checkpoint's own run counts.
+    again = {**asked, "train_files": [str(tmp_path / "books"), "an/id"]}
+    record_run("out", again, "out/checkpoint-1", places=["train_files", "model"])
+    record_run("further", again, tmp_path / "out/checkpoint-1", places=["train_files", "model"])
+    with pytest.raises(ValueError, match=r"The run of out/checkpoint-1 was .* other arguments \(train_files, seed\)"):
+        record_run("further", {**asked, "train_files": ["books"], "seed": 1}, "out/checkpoint-1")
+    # What nothing is known of is believed, and what starts anew is written down anew.
+    record_run("further", {"seed": 1}, "unknown/checkpoint-1")
+    record_run("out", {"seed": 1})
+    record_run("out", {"seed": 1}, "out/checkpoint-1")
 
 
 def test_truncation_is_passed_on(tmp_path):

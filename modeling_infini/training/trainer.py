@@ -5,11 +5,12 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -43,6 +44,9 @@ UNFINISHED = "_unfinished"
 
 # Beside the memory of streams: which streams it has read.
 STREAMS_NAME = "streams.json"
+
+# In the output folder, beside the checkpoints: what the run was asked for.
+RUN_NAME = "recipe.json"
 
 
 @dataclass
@@ -681,6 +685,43 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
     return None
 
 
+def record_run(
+    folder: str | os.PathLike,
+    asked: Mapping[str, Any],
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    places: Collection[str] = (),
+) -> None:
+    """
+    Writes down in `folder` what a run is asked for; one that goes on must be asked for the same.
+
+    Args:
+        asked: arguments by their names, of what JSON holds.
+        checkpoint: what the run goes on from, in the folder of the run that wrote it; `None`: it starts.
+        places: names of arguments that are files, folders or ids of the Hub, or lists of them: where one exists, its
+            whole path counts.
+
+    Raises:
+        ValueError: if the run that wrote `checkpoint` was asked for something else; the message names the arguments.
+    """
+    asked = {name: _whole_path(value) if name in places else value for name, value in asked.items()}
+    written = None if checkpoint is None else Path(checkpoint).absolute().parent / RUN_NAME
+    started = json.loads(written.read_text()) if written is not None and written.exists() else asked
+    if changed := [name for name, value in asked.items() if started.get(name) != value]:
+        raise ValueError(
+            f"The run of {checkpoint} was started with other arguments ({', '.join(changed)}). Repeat that command, "
+            "or train into another folder."
+        )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / RUN_NAME).write_text(json.dumps(asked, indent=2))
+
+
+def _whole_path(place: Any) -> Any:
+    if isinstance(place, list):
+        return [_whole_path(part) for part in place]
+    return str(Path(place).resolve()) if place is not None and Path(place).exists() else place
+
+
 def state_norms(memory: InfiniCache) -> dict[str, list[float]]:
     """
     The largest Frobenius norm of M and of z over the rows and heads, by layer; 0 in layers without memory.
@@ -725,4 +766,4 @@ def _count_tokens(inputs: dict) -> int:
     return int((mask != 0).sum())
 
 
-__all__ = ["InfiniTrainer", "InfiniTrainingArguments", "last_whole_checkpoint"]
+__all__ = ["InfiniTrainer", "InfiniTrainingArguments", "last_whole_checkpoint", "record_run"]
