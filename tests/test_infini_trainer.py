@@ -279,7 +279,9 @@ def test_the_best_checkpoint_is_known_and_kept(tmp_path, limit):
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == limit
 
 
-def test_the_best_checkpoint_is_kept_if_the_folder_is_spelled_otherwise(tmp_path, monkeypatch):
+@pytest.mark.parametrize("directory", [".", "elsewhere"])
+def test_the_best_checkpoint_is_kept_if_the_folder_is_spelled_otherwise(tmp_path, monkeypatch, directory):
+    (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "learning_rate": 0.5}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
@@ -290,11 +292,12 @@ def test_the_best_checkpoint_is_kept_if_the_folder_is_spelled_otherwise(tmp_path
     # No evaluation to come is a better one.
     state = Path(last_whole_checkpoint("out")) / "trainer_state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "best_metric": 1e9}))
-    best = Path(json.loads(state.read_text())["best_model_checkpoint"])
+    best = Path(json.loads(state.read_text())["best_model_checkpoint"]).resolve()
+    monkeypatch.chdir(directory)
     resumed = infini_trainer(tiny_model(), tmp_path / "out", *texts, max_steps=4, **options)
     resumed.train(resume_from_checkpoint=True)
     assert best.is_dir()
-    assert Path(resumed.state.best_model_checkpoint).resolve() == best.resolve()
+    assert Path(resumed.state.best_model_checkpoint).resolve() == best
 
 
 def test_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):

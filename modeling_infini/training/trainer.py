@@ -481,7 +481,8 @@ class InfiniTrainer(Trainer):
         finally:
             self._is_writing_checkpoint = False
         if self.state.best_model_checkpoint == str(unfinished):
-            self.state.best_model_checkpoint = str(checkpoint)
+            # Whole, since a run may go on in another working directory.
+            self.state.best_model_checkpoint = str(checkpoint.absolute())
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if self._memory_of_streams is not None and isinstance(self.train_dataset, DocumentStreams):
