@@ -1,5 +1,6 @@
 """Whole documents from files, and streams of them over steps."""
 
+import copy
 import json
 import random
 from itertools import chain
@@ -327,6 +328,20 @@ def test_what_tokenize_documents_cannot_do_is_refused(tokenizer, texts, options,
     documents = documents.to_iterable_dataset() if "num_proc" in options else documents
     with pytest.raises(ValueError, match=message):
         list(tokenize_documents(documents, tokenizer, **options))
+
+
+@pytest.mark.parametrize("window_length", [None, 2])
+@pytest.mark.parametrize("eos_token", ["<eos>", None])
+def test_texts_without_tokens_are_left_out(tmp_path, tokenizer, eos_token, window_length):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = eos_token
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["", *TEXTS, " ", ""]))
+    with pytest.warns(UserWarning, match="3 of 6 documents have no tokens"):
+        found = tokenize_documents(load_documents(tmp_path), tokenizer, window_length=window_length)
+    streamed = tokenize_documents(load_documents(tmp_path, streaming=True), tokenizer, window_length=window_length)
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    expected = tokenize_documents(load_documents(tmp_path), tokenizer, window_length=window_length)
+    assert list(found) == list(streamed) == list(expected)
 
 
 def test_streams_are_balanced():

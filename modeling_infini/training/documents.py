@@ -113,7 +113,8 @@ def tokenize_documents(
     num_proc: int | None = None,
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """
-    The token ids of each document, whole, ended by the tokenizer's EOS token if it has one.
+    The token ids of each document, whole, ended by the tokenizer's EOS token if it has one. Texts without a token are
+    left out.
 
     Args:
         window_length: chop documents into windows of this many tokens, for comparison with models that need it;
@@ -124,16 +125,15 @@ def tokenize_documents(
         KeyError: if there is no column `text_column`; the message names those that there are.
         ValueError: if a row has no text, or several; if `window_length` is less than 1; if `num_proc` is given for a
             stream.
+
+    Warns:
+        UserWarning: if documents that are not streamed have no tokens; the message counts them.
     """
     if window_length is not None and window_length < 1:
         raise ValueError(f"window_length={window_length} must be at least 1.")
     if num_proc is not None and not isinstance(documents, Sized):
         raise ValueError(f"num_proc={num_proc} is for documents that are not streamed: leave it out.")
-    columns = documents.column_names
-    if columns is None:
-        columns = list(next(iter(documents)))
-    if text_column not in columns:
-        raise KeyError(f'There is no column "{text_column}" in the documents; there are {", ".join(columns)}.')
+    columns = require_column(documents, text_column)
 
     def tokenize(batch: dict) -> dict:
         if None in batch[text_column]:
@@ -143,17 +143,43 @@ def tokenize_documents(
         # A text longer than the tokenizer's model_max_length is what this model is for.
         ids = tokenizer(batch[text_column], verbose=False)["input_ids"]
         eos = tokenizer.eos_token_id
-        ids = [[*document, eos] if eos is not None and document[-1:] != [eos] else document for document in ids]
-        if window_length is not None:
-            ids = [
-                document[start : start + window_length]
+        return {
+            "input_ids": [
+                [*document, eos] if eos is not None and document[-1:] != [eos] else document
                 for document in ids
+                if document
+            ]
+        }
+
+    def chop(batch: dict) -> dict:
+        return {
+            "input_ids": [
+                document[start : start + window_length]
+                for document in batch["input_ids"]
                 for start in range(0, len(document), window_length)
             ]
-        return {"input_ids": ids}
+        }
 
-    options = {} if num_proc is None else {"num_proc": num_proc}
-    return documents.map(tokenize, batched=True, batch_size=16, remove_columns=columns, **options)
+    options = {"batched": True, "batch_size": 16} | ({} if num_proc is None else {"num_proc": num_proc})
+    tokenized = documents.map(tokenize, remove_columns=columns, **options)
+    if isinstance(documents, Sized) and (empty := len(documents) - len(tokenized)):
+        warnings.warn(f"{empty} of {len(documents)} documents have no tokens, and are left out.", stacklevel=2)
+    return tokenized if window_length is None else tokenized.map(chop, **options)
+
+
+def require_column(documents: "datasets.Dataset | datasets.IterableDataset", name: str) -> list[str]:
+    """
+    The columns of `documents`, the one of that `name` among them.
+
+    Raises:
+        KeyError: if it is not; the message names those that there are.
+    """
+    columns = documents.column_names
+    if columns is None:
+        columns = list(next(iter(documents)))
+    if name not in columns:
+        raise KeyError(f'There is no column "{name}" in the documents; there are {", ".join(columns)}.')
+    return columns
 
 
 def refuse_unread(document: Mapping[str, Any], read: Collection[str], advice: str = "") -> None:
