@@ -52,6 +52,7 @@ from modeling_infini.training import (
     InfiniTrainingArguments,
     last_whole_checkpoint,
     load_documents,
+    load_held_out,
     record_run,
     tokenize_documents,
     train_memory_alone,
@@ -86,7 +87,11 @@ class RecipeArguments:
     model: str = field(metadata={"help": "A converted checkpoint: a folder or a Hub id."})
     train_files: list[str] = field(metadata={"help": "Texts to read: files or folders, or the id of a dataset."})
     eval_files: list[str] | None = field(
-        default=None, metadata={"help": "Others, on which the divergence is measured at --eval_strategy and the end."}
+        default=None,
+        metadata={
+            "help": "Others, on which the divergence is measured at --eval_strategy and the end; of a dataset of the "
+            "Hub, its split validation."
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds a document's text."})
     dtype: str = field(default="auto", metadata={"help": "Of the base's weights; bfloat16 needs --bf16 as well."})
@@ -317,9 +322,9 @@ def main() -> None:
     model, teacher = load_student(recipe, arguments)
     segment_length = model.config.segment_length
 
-    def passages(files: list[str]) -> Passages:
+    def passages(files: list[str], load=load_documents) -> Passages:
         with arguments.main_process_first(desc="tokenizing"):
-            documents = tokenize_documents(load_documents(files), tokenizer, text_column=recipe.text_column)
+            documents = tokenize_documents(load(files), tokenizer, text_column=recipe.text_column)
         return Passages(documents.with_format("torch"), 2 * segment_length, files)
 
     num_batches = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.world_size
@@ -328,7 +333,7 @@ def main() -> None:
     )
     held_out = None
     if recipe.eval_files is not None:
-        starts = passages(recipe.eval_files).starts(recipe.sequence_length)
+        starts = passages(recipe.eval_files, load_held_out).starts(recipe.sequence_length)
         held_out = [padded([texts.distilled(ids)]) for ids in starts]
     trainer = DistillationTrainer(
         model,

@@ -14,7 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from modeling_infini.training import DocumentStreams, collate_documents, load_documents, tokenize_documents
+from modeling_infini.training import (
+    DocumentStreams,
+    collate_documents,
+    load_documents,
+    load_held_out,
+    tokenize_documents,
+)
 
 
 TEXTS = ["one two\n\nthree four", "five", "six seven eight"]
@@ -342,6 +348,19 @@ def test_texts_without_tokens_are_left_out(tmp_path, tokenizer, eos_token, windo
     (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     expected = tokenize_documents(load_documents(tmp_path), tokenizer, window_length=window_length)
     assert list(found) == list(streamed) == list(expected)
+
+
+def test_what_is_evaluated_on_is_no_split_that_is_trained_on(tmp_path, monkeypatch):
+    write_text(tmp_path)
+    assert [row["text"] for row in load_held_out([tmp_path / "2.txt"])] == [TEXTS[2]]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: asked.append((name, split)))
+    load_documents("some/dataset")
+    load_held_out("some/dataset")
+    load_held_out(["some/dataset"])
+    assert asked == [("some/dataset", "train"), *[("some/dataset", "validation")] * 2]
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        load_held_out("missing.txt")
 
 
 def test_streams_are_balanced():

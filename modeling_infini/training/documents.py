@@ -100,6 +100,15 @@ def load_documents(
     return datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
 
 
+def load_held_out(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """As [`load_documents`], to evaluate on: of a dataset of the Hub, its split "validation"."""
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    is_local = any(Path(path).exists() for path in sources)
+    return load_documents(sources, split="train" if is_local else "validation")
+
+
 def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
@@ -482,4 +491,4 @@ class _Stream:
         return row
 
 
-__all__ = ["DocumentStreams", "collate_documents", "load_documents", "tokenize_documents"]
+__all__ = ["DocumentStreams", "collate_documents", "load_documents", "load_held_out", "tokenize_documents"]
