@@ -17,7 +17,7 @@ Each option of `transformers.TrainingArguments` and of `InfiniTrainingArguments`
 processes, run it by `accelerate launch --config_file examples/launch/ddp.yaml examples/train_clm.py ...`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,12 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from infini_transformers.conversion.checkpoints import is_memory_weight
 from infini_transformers.evaluation.loading import config_fields
 from modeling_infini import InfiniConfig, InfiniForCausalLM
+from modeling_infini.fingerprint import fingerprint_of_frozen
 from modeling_infini.training import (
     DocumentStreams,
     InfiniTrainer,
     InfiniTrainingArguments,
     last_whole_checkpoint,
     load_documents,
+    load_held_out,
+    record_run,
     tokenize_documents,
 )
 
@@ -82,7 +85,9 @@ class DataArguments:
     train_files: list[str] = field(
         metadata={"help": "Text, JSON-lines or Parquet files, a folder of them, or the id of a dataset of the Hub."}
     )
-    eval_files: list[str] | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    eval_files: list[str] | None = field(
+        default=None, metadata={"help": "The same, for evaluation; of a dataset of the Hub, its split validation."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds a document's text."})
     streaming: bool = field(default=False, metadata={"help": "Read and tokenize as training goes; set max_steps."})
     streams: bool = field(
@@ -114,9 +119,14 @@ def train_tokenizer(documents, text_column: str, vocab_size: int) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
-def load_model(arguments: ModelArguments, documents, text_column: str):
+def load_model(arguments: ModelArguments, documents, text_column: str, checkpoint: str | None = None):
+    """The model and its tokenizer: of a run from scratch that goes on, that of its `checkpoint`."""
     if arguments.model is None:
-        tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size or 8192)
+        if checkpoint is None:
+            tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size or 8192)
+        else:
+            # Trained anew on texts that have changed since, its ids would mean other words to the weights.
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
         config = InfiniConfig(**{**special, **config_fields(arguments.config_overrides)})
         return InfiniForCausalLM(config), tokenizer
@@ -125,23 +135,42 @@ def load_model(arguments: ModelArguments, documents, text_column: str):
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype="auto" if arguments.lora_rank else torch.float32
     )
-    if arguments.lora_rank:
-        # The choice of slots has no gradient, and their scores would only decay.
-        of_memory = {name.split(".")[-2] for name, _ in model.named_parameters() if is_memory_weight(name)}
-        of_memory.discard("slot_score")
-        lora = LoraConfig(
-            r=arguments.lora_rank,
-            lora_alpha=2 * arguments.lora_rank,
-            target_modules=(arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(","),
-            modules_to_save=sorted(of_memory),
-            task_type="CAUSAL_LM",
+    return with_lora(model, arguments) if arguments.lora_rank else model, tokenizer
+
+
+def with_lora(model, arguments: ModelArguments) -> PeftModel:
+    # The choice of slots has no gradient, and their scores would only decay.
+    of_memory = {name.split(".")[-2] for name, _ in model.named_parameters() if is_memory_weight(name)}
+    of_memory.discard("slot_score")
+    lora = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=2 * arguments.lora_rank,
+        target_modules=(arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(","),
+        modules_to_save=sorted(of_memory),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    # The memory's own weights among them.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def checkpoint_to_resume(arguments: InfiniTrainingArguments) -> str | None:
+    """The checkpoint that training goes on from. A run that starts needs a folder without another one's."""
+    checkpoint, last = arguments.resume_from_checkpoint, last_whole_checkpoint(arguments.output_dir)
+    if checkpoint == "last":
+        if last is None:
+            raise ValueError(f"There is no checkpoint in {arguments.output_dir} to resume from.")
+        return last
+    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == Path(arguments.output_dir).resolve()
+    if last is not None and not is_own:
+        raise ValueError(
+            f"{arguments.output_dir} has checkpoints of a run: add --resume_from_checkpoint last to go on with it, or "
+            "take another folder."
         )
-        model = get_peft_model(model, lora)
-        # The memory's own weights among them.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return model, tokenizer
+    return checkpoint
 
 
 def main() -> None:
@@ -151,15 +180,15 @@ def main() -> None:
         raise ValueError("Evaluation needs --eval_files.")
     if arguments.do_predict:
         raise ValueError("--do_predict has no effect: this script trains and evaluates.")
-    checkpoint = arguments.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = last_whole_checkpoint(arguments.output_dir)
-        if checkpoint is None:
-            raise ValueError(f"There is no checkpoint in {arguments.output_dir} to resume from.")
+    # To evaluate while it trains sets do_eval as well.
+    only_evaluates = arguments.do_eval and not arguments.do_train and arguments.eval_strategy == "no"
+    if only_evaluates and arguments.resume_from_checkpoint is not None:
+        raise ValueError("--do_eval alone evaluates --model: name the checkpoint there, and resume none.")
+    checkpoint = None if only_evaluates else checkpoint_to_resume(arguments)
     set_seed(arguments.seed)
 
     texts = load_documents(data_arguments.train_files, streaming=data_arguments.streaming)
-    model, tokenizer = load_model(model_arguments, texts, data_arguments.text_column)
+    model, tokenizer = load_model(model_arguments, texts, data_arguments.text_column, checkpoint)
     window = None if data_arguments.streams else data_arguments.sequence_length
 
     def prepare(documents, batch_size: int, seed: int | None):
@@ -175,7 +204,7 @@ def main() -> None:
     train_dataset = prepare(texts, arguments.train_batch_size, None if data_arguments.streaming else arguments.seed)
     eval_dataset = None
     if data_arguments.eval_files is not None:
-        eval_dataset = prepare(load_documents(data_arguments.eval_files), arguments.eval_batch_size, None)
+        eval_dataset = prepare(load_held_out(data_arguments.eval_files), arguments.eval_batch_size, None)
 
     trainer = InfiniTrainer(
         model,
@@ -184,10 +213,15 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
-    # To evaluate while it trains sets do_eval as well.
-    if arguments.do_eval and not arguments.do_train and arguments.eval_strategy == "no":
+    if only_evaluates:
         trainer.log_metrics("eval", trainer.evaluate())
         return
+    if arguments.should_save:
+        asked = {**asdict(model_arguments), **asdict(data_arguments), "seed": arguments.seed}
+        # What is evaluated on may change.
+        del asked["eval_files"]
+        asked["weights that stand still"] = fingerprint_of_frozen(model)
+        record_run(arguments.output_dir, asked, checkpoint, places=["model", "train_files"])
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:  # Checkpoints may be sharded, the model that comes out is whole.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -1,17 +1,19 @@
 """What `examples/train_clm.py` refuses, and that it trains; on several processes it is tested elsewhere."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_clm
 from tiny import EVERY_OPTION, random_ids, tiny_model
-from words import save_word_tokenizer
+from words import random_text, save_word_tokenizer
 
 from infini_transformers.conversion.checkpoints import is_memory_weight
 from modeling_infini import InfiniConfig, InfiniForCausalLM
@@ -46,6 +48,7 @@ def run(monkeypatch, *options):
         (["--eval_strategy", "steps"], "Evaluation needs --eval_files"),
         (["--do_predict"], "--do_predict has no effect"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),
+        (["--do_eval", "--eval_files", "a", "--resume_from_checkpoint", "last"], "--do_eval alone evaluates --model"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, monkeypatch, options, message):
@@ -84,6 +87,51 @@ def test_evaluation_while_it_trains_does_not_stand_in_for_training(tmp_path, mon
     assert len(trained) == 1
     run(monkeypatch, *options, *files, "--output_dir", tmp_path / "evaluated", "--do_eval")
     assert len(trained) == 1
+
+
+SCRATCH = "hidden_size=16,intermediate_size=16,num_hidden_layers=1,num_attention_heads=1,segment_length=8"
+FEW_STEPS = ("--per_device_train_batch_size", 1, "--report_to", "none", "--save_steps", 1, "--max_steps")
+
+
+def test_a_model_from_scratch_goes_on_with_its_own_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/1.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    options = ["--train_files", tmp_path / "books", "--vocab_size", 280, "--config_overrides", SCRATCH]
+    run(monkeypatch, *options, *FEW_STEPS, 1, "--output_dir", tmp_path / "out")
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    (tmp_path / "books/2.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 60)
+    run(monkeypatch, *options, *FEW_STEPS, 2, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "last")
+    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
+
+
+def save_converted(folder: Path, seed: int = 0) -> None:
+    tiny_model(seed=seed, eos_token_id=1).save_pretrained(folder)
+    save_word_tokenizer(folder, eos_token="w1")
+
+
+def test_a_run_goes_on_as_it_was_started(tmp_path, monkeypatch):
+    save_converted(tmp_path / "converted")
+    (tmp_path / "book.txt").write_text(random_text(60))
+    options = ["--train_files", tmp_path / "book.txt", "--model", tmp_path / "converted", "--lora_rank", 2]
+    options += ["--output_dir", tmp_path / "out", *FEW_STEPS]
+    run(monkeypatch, *options, 1)
+    with pytest.raises(ValueError, match="has checkpoints of a run: add --resume_from_checkpoint last"):
+        run(monkeypatch, *options, 2)
+    last = ["--resume_from_checkpoint", "last"]
+    (tmp_path / "book.jsonl").write_text(json.dumps({"body": random_text(60)}))
+    others = ["--train_files", tmp_path / "book.jsonl", "--text_column", "body", "--seed", 7]
+    with pytest.raises(ValueError, match=r"other arguments \(train_files, text_column, seed\)"):
+        run(monkeypatch, *options, 2, *last, *others)
+    run(monkeypatch, *options, 2, *last)
+    # One of elsewhere goes on in a folder of its own.
+    elsewhere = ["--output_dir", tmp_path / "further", "--resume_from_checkpoint", tmp_path / "out/checkpoint-2"]
+    run(monkeypatch, *options, 3, *elsewhere)
+    with pytest.raises(ValueError, match="further has checkpoints of a run"):
+        run(monkeypatch, *options, 3, *elsewhere)
+    save_converted(tmp_path / "converted", seed=7)
+    with pytest.raises(ValueError, match=r"other arguments \(weights that stand still\)"):
+        run(monkeypatch, *options, 3, *last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -485,6 +485,9 @@ class InfiniTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint.absolute())
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        if self.args.should_save and self.is_fsdp_enabled and self.processing_class is not None:
+            # The stock Trainer writes none beside shards.
+            self.processing_class.save_pretrained(unfinished)
         if self._memory_of_streams is not None and isinstance(self.train_dataset, DocumentStreams):
             memory_folder = self._memory_folder(str(unfinished))
             # Made by all the weights that there were on the way here.
