@@ -17,6 +17,7 @@ Each option of `transformers.TrainingArguments` and of `InfiniTrainingArguments`
 processes, run it by `accelerate launch --config_file examples/launch/ddp.yaml examples/train_clm.py ...`.
 """
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from modeling_infini.training import (
     record_run,
     tokenize_documents,
 )
+from modeling_infini.training.documents import require_column
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -139,13 +141,18 @@ def load_model(arguments: ModelArguments, documents, text_column: str, checkpoin
 
 
 def with_lora(model, arguments: ModelArguments) -> PeftModel:
+    targets = [target.strip() for target in (arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(",")]
+    names = [f".{name}" for name, _ in model.named_modules() if name]
+    # PEFT passes over those that no module has, if others are some.
+    if unknown := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
+        raise ValueError(f"--lora_targets: the model has no module {', '.join(map(repr, unknown))}.")
     # The choice of slots has no gradient, and their scores would only decay.
     of_memory = {name.split(".")[-2] for name, _ in model.named_parameters() if is_memory_weight(name)}
     of_memory.discard("slot_score")
     lora = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=2 * arguments.lora_rank,
-        target_modules=(arguments.lora_targets or "q_proj,k_proj,v_proj,o_proj").split(","),
+        target_modules=targets,
         modules_to_save=sorted(of_memory),
         task_type="CAUSAL_LM",
     )
@@ -180,6 +187,8 @@ def main() -> None:
         raise ValueError("Evaluation needs --eval_files.")
     if arguments.do_predict:
         raise ValueError("--do_predict has no effect: this script trains and evaluates.")
+    if model_arguments.lora_rank and (arguments.bf16_full_eval or arguments.fp16_full_eval):
+        raise ValueError("An evaluation in half precision rounds the weights that are merged: leave it out.")
     # To evaluate while it trains sets do_eval as well.
     only_evaluates = arguments.do_eval and not arguments.do_train and arguments.eval_strategy == "no"
     if only_evaluates and arguments.resume_from_checkpoint is not None:
@@ -188,8 +197,15 @@ def main() -> None:
     set_seed(arguments.seed)
 
     texts = load_documents(data_arguments.train_files, streaming=data_arguments.streaming)
+    require_column(texts, data_arguments.text_column)
     model, tokenizer = load_model(model_arguments, texts, data_arguments.text_column, checkpoint)
     window = None if data_arguments.streams else data_arguments.sequence_length
+    if window is not None and window <= model.config.segment_length:
+        warnings.warn(
+            f"--sequence_length {window} is no more than a segment of {model.config.segment_length} tokens, so that "
+            "nothing is read from the memory, nor learned of it: make it longer, or add --streams.",
+            stacklevel=1,
+        )
 
     def prepare(documents, batch_size: int, seed: int | None):
         with arguments.main_process_first(desc="tokenizing"):
@@ -200,12 +216,14 @@ def main() -> None:
             return documents
         return DocumentStreams(documents, batch_size * arguments.world_size, data_arguments.sequence_length, seed)
 
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     # What is read as training goes is read in its own order.
-    train_dataset = prepare(texts, arguments.train_batch_size, None if data_arguments.streaming else arguments.seed)
+    train_dataset = prepare(texts, arguments.train_batch_size, None if data_arguments.streaming else seed)
     eval_dataset = None
     if data_arguments.eval_files is not None:
         eval_dataset = prepare(load_held_out(data_arguments.eval_files), arguments.eval_batch_size, None)
 
+    use_cache = model.config.use_cache
     trainer = InfiniTrainer(
         model,
         arguments,
@@ -217,7 +235,7 @@ def main() -> None:
         trainer.log_metrics("eval", trainer.evaluate())
         return
     if arguments.should_save:
-        asked = {**asdict(model_arguments), **asdict(data_arguments), "seed": arguments.seed}
+        asked = {**asdict(model_arguments), **asdict(data_arguments), "seed": arguments.seed, "data_seed": seed}
         # What is evaluated on may change.
         del asked["eval_files"]
         asked["weights that stand still"] = fingerprint_of_frozen(model)
@@ -225,6 +243,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:  # Checkpoints may be sharded, the model that comes out is whole.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    # The Trainer has turned it off.
+    model.config.use_cache = use_cache
     trainer.save_model()
     trainer.save_state()
     if eval_dataset is not None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def run(monkeypatch, *options):
         (["--do_predict"], "--do_predict has no effect"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),
         (["--do_eval", "--eval_files", "a", "--resume_from_checkpoint", "last"], "--do_eval alone evaluates --model"),
+        (["--model", "a", "--lora_rank", 2, "--bf16_full_eval"], "rounds the weights that are merged"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, monkeypatch, options, message):
@@ -121,7 +123,7 @@ def test_a_run_goes_on_as_it_was_started(tmp_path, monkeypatch):
     last = ["--resume_from_checkpoint", "last"]
     (tmp_path / "book.jsonl").write_text(json.dumps({"body": random_text(60)}))
     others = ["--train_files", tmp_path / "book.jsonl", "--text_column", "body", "--seed", 7]
-    with pytest.raises(ValueError, match=r"other arguments \(train_files, text_column, seed\)"):
+    with pytest.raises(ValueError, match=r"other arguments \(train_files, text_column, seed, data_seed\)"):
         run(monkeypatch, *options, 2, *last, *others)
     run(monkeypatch, *options, 2, *last)
     # One of elsewhere goes on in a folder of its own.
@@ -132,6 +134,62 @@ def test_a_run_goes_on_as_it_was_started(tmp_path, monkeypatch):
     save_converted(tmp_path / "converted", seed=7)
     with pytest.raises(ValueError, match=r"other arguments \(weights that stand still\)"):
         run(monkeypatch, *options, 3, *last)
+
+
+def test_what_is_saved_reads_with_a_cache_as_before(tmp_path, monkeypatch):
+    save_converted(tmp_path / "converted")
+    (tmp_path / "book.txt").write_text(random_text(60))
+    files = ["--train_files", tmp_path / "book.txt", "--model", tmp_path / "converted", "--save_strategy", "no"]
+    run(monkeypatch, *files, *FEW_STEPS, 1, "--output_dir", tmp_path / "out")
+    assert InfiniConfig.from_pretrained(tmp_path / "out").use_cache
+    run(monkeypatch, *files, *FEW_STEPS, 1, "--output_dir", tmp_path / "lora", "--lora_rank", 2)
+    assert InfiniConfig.from_pretrained(tmp_path / "lora/merged").use_cache
+
+
+def test_windows_of_a_segment_are_warned_of(tmp_path, monkeypatch):
+    save_converted(tmp_path / "converted")
+    (tmp_path / "book.txt").write_text(random_text(60))
+    files = ["--train_files", tmp_path / "book.txt", "--model", tmp_path / "converted", "--save_strategy", "no"]
+    options = [*files, *FEW_STEPS, 1, "--output_dir", tmp_path / "out", "--sequence_length"]
+    segment_length = InfiniConfig.from_pretrained(tmp_path / "converted").segment_length
+    with pytest.warns(UserWarning, match="nothing is read from the memory"):
+        run(monkeypatch, *options, segment_length)
+    for more in ([segment_length + 1], [segment_length, "--streams"]):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*nothing is read from the memory")
+            run(monkeypatch, *options, *more)
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_column_that_is_not_there_is_named_to_a_model_from_scratch(tmp_path, monkeypatch, streaming):
+    (tmp_path / "book.jsonl").write_text(json.dumps({"body": "one two"}))
+    with pytest.raises(KeyError, match='no column "text" in the documents; there are body'):
+        run(monkeypatch, "--train_files", tmp_path / "book.jsonl", "--output_dir", tmp_path / "out", *streaming)
+
+
+def test_the_order_of_streams_is_that_of_the_seed_of_data(tmp_path, monkeypatch):
+    save_converted(tmp_path / "converted")
+    (tmp_path / "book.txt").write_text(random_text(60))
+    seeds = []
+    monkeypatch.setattr(
+        InfiniTrainer, "train", lambda self, **kwargs: seeds.append((self.args.seed, self.train_dataset.seed))
+    )
+    options = ["--train_files", tmp_path / "book.txt", "--model", tmp_path / "converted", *FEW_STEPS, 1]
+    options += ["--streams", "--sequence_length", 16, "--output_dir", tmp_path / "out", "--seed", 3]
+    run(monkeypatch, *options)
+    run(monkeypatch, *options, "--data_seed", 5)
+    assert seeds == [(3, 3), (3, 5)]
+
+
+def test_targets_of_lora_are_found_or_refused_by_name(tmp_path):
+    save_converted(tmp_path)
+    arguments = train_clm.ModelArguments(str(tmp_path), lora_rank=2, lora_targets="q_proj, self_attn.v_proj")
+    model, _ = train_clm.load_model(arguments, [], "text")
+    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "v_proj"}
+    arguments = train_clm.ModelArguments(str(tmp_path), lora_rank=2, lora_targets="q_proj,v_prj,proj,")
+    with pytest.raises(ValueError, match="has no module 'v_prj', 'proj', ''"):
+        train_clm.load_model(arguments, [], "text")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
