@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from infini_transformers.cli import prepare_process
 
 from .architectures import MEMORY_OPTIONS
-from .checkpoints import new_folder, require_free
+from .checkpoints import Checkpoint, new_folder, require_free
 from .config_overrides import config_fields
 from .from_infini import convert_from_infini
 from .from_lucidrains import load_lucidrains
 from .in_place import apply_memory as apply_memory_to
 from .inspection import inspect_checkpoint
+from .memory_weights import is_taught
 from .memory_weights import save_memory as save_memory_of
 from .model_card import model_card
 from .to_infini import convert_to_infini
@@ -322,6 +323,8 @@ def card(
         file = folder / "README.md"
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists already. Pass --overwrite to replace it.")
+        if training is None and is_taught(Checkpoint(folder)):
+            training = "Its memory was taught since. How is not recorded here."
         model_card(
             inspection.config,
             inspection.local_shares,

@@ -357,6 +357,13 @@ def first_change(names: Iterable[str], read: Callable[[str], torch.Tensor], conf
     return None
 
 
+def is_taught(checkpoint: Checkpoint) -> bool:
+    """Whether the memory of a conversion is another than it started with."""
+    config = checkpoint.infini_config
+    names = [name for name in checkpoint.shapes if is_memory_weight(name)]
+    return "model_type" in (config.converted_from or {}) and first_change(names, checkpoint.read, config) is not None
+
+
 def base_fields(config: InfiniConfig) -> dict[str, Any]:
     """The fields of the base that a memory depends on, as JSON returns them."""
     fields = config.memory_fields() | {"max_position_embeddings": config.max_position_embeddings}

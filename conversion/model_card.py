@@ -238,13 +238,17 @@ def _in_layers(config: InfiniConfig, what: str, layers: list[int]) -> str:
 
 def _memory_table(config: InfiniConfig, local_shares: torch.Tensor) -> str:
     local = f"sliding window of {config.segment_length:,} tokens and {config.num_sink_tokens} attention sinks"
+    # Where there is no memory, there are no gates.
+    shares = local_shares[config.layers_with_memory]
     rows = {
         "segment length": f"{config.segment_length:,} tokens",
         "local attention": local if config.is_sliding else "within each segment",
         "memory": _in_layers(config, memory_rule(config), config.layers_with_memory),
         "slots": _in_layers(config, f"{config.num_memory_slots:,} tokens kept exactly", config.layers_with_slots),
-        "share of local attention in the gates": f"{local_shares.mean():.1%} on average, "
-        f"{local_shares.min():.1%} to {local_shares.max():.1%}",
+        "share of local attention in the gates": f"{shares.mean():.1%} on average, {shares.min():.1%} to "
+        f"{shares.max():.1%}"
+        if len(shares)
+        else "no gates",
         "state per sequence": f"{state_nbytes(config) / 1e6:,.1f} MB, whatever the length",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -39,7 +39,7 @@ from .architectures import MEMORY_OPTIONS, base_config
 from .base_fingerprint import EMBEDDINGS, base_fingerprint
 from .checkpoints import Checkpoint, is_memory_weight, named_full_disk, read_json, write_json
 from .in_place import replace_memory
-from .memory_weights import first_change, initial_memory_weights
+from .memory_weights import initial_memory_weights, is_taught
 from .slot_facts import fact_windows
 from .slot_scores import fit_slot_score
 from .small_files import tokenizer_of
@@ -263,10 +263,8 @@ def _calibration(
 
 def _warn_of_loss(checkpoint: Checkpoint) -> None:
     """A memory that was taught is replaced when the transfer ends."""
-    config = checkpoint.infini_config
-    applied = ((config.converted_from or {}).get("memory") or {}).get("name")
-    names = [name for name in checkpoint.shapes if is_memory_weight(name)]
-    if applied or first_change(names, checkpoint.read, config) is not None:
+    applied = ((checkpoint.infini_config.converted_from or {}).get("memory") or {}).get("name")
+    if applied or is_taught(checkpoint):
         logger.warning(
             "%s has a memory that was taught or applied already%s: it is learned anew, and replaced when this has "
             "ended. To keep it, interrupt this, and save it first: infini save-memory.",

@@ -48,6 +48,20 @@ def set_gates(model: InfiniForCausalLM, logit: float) -> None:
             weight.data.fill_(logit / model.config.head_gate_scale)
 
 
+def _require_tokens(ids: dict[str, torch.Tensor], start: int, longest: int) -> None:
+    """What is scored is there, and within what the source was trained on."""
+    if start < 1:
+        raise ValueError(f"--start {start}: nothing predicts the first token, so that scoring starts at 1 at least.")
+    for name, text_ids in ids.items():
+        if text_ids.shape[1] <= start:
+            raise ValueError(f"{name}: {text_ids.shape[1]:,} tokens are read, and scoring starts at {start:,}.")
+        if text_ids.shape[1] > longest:
+            raise ValueError(
+                f"Full attention cannot read {text_ids.shape[1]:,} tokens: the source was trained on {longest:,}. "
+                "Take fewer --tokens."
+            )
+
+
 def measure(source: str, texts: dict[str, str], tokens: int, start: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         infini, base = Path(folder) / "infini", Path(folder) / "base"
@@ -55,8 +69,11 @@ def measure(source: str, texts: dict[str, str], tokens: int, start: int) -> None
         convert_from_infini(infini, base)
         ids = first_tokens(load_tokenizer(infini), texts, tokens)
         model = load_model(base)
+        _require_tokens(ids, start, model.config.max_position_embeddings)
         full = {name: perplexity(model, text_ids, start) for name, text_ids in ids.items()}
-        rows = [(n, local) for n in SEGMENT_LENGTHS for local in LOCAL_ATTENTION]
+        # A conversion refuses longer ones.
+        lengths = [n for n in SEGMENT_LENGTHS if 2 * n + 4 <= model.config.max_position_embeddings]
+        rows = [(n, local) for n in lengths for local in LOCAL_ATTENTION]
         found = {}
         with tqdm(total=len(rows) * len(GATES) * len(ids), desc="perplexity", file=sys.stderr) as progress:
             for segment_length, local in rows:

@@ -38,13 +38,14 @@ from infini_transformers.conversion.shared_base import base_of
 from .examples import opening_ids
 from .loading import (
     add_text_arguments,
+    config_of,
     first_tokens,
     load_model,
     load_tokenizer,
     read_texts,
     segment_length_of,
 )
-from .losses import foreign_losses, longer_window, memory_off, window_losses, window_of_state
+from .losses import foreign_losses, longer_window, memory_off, require_window, window_losses, window_of_state
 from .retrieval import MEMORY_OFF, weights_digest
 
 
@@ -353,6 +354,8 @@ def measure(
                 f"{name} has {documents[name].shape[1]:,} tokens, not a segment of {max(lengths):,}: it leaves no "
                 "memory to put in another's place. Name a longer text by --foreign."
             )
+    dtype = options.get("dtype", "auto") if with_longer_window else None
+    _require_windows(list(models.values()), base, base_window, dtype)
     readings: dict[str, Losses] = {}
     found: dict[str, Conditions] = {}
     described: dict[str, Any] = {}
@@ -387,9 +390,6 @@ def measure(
         for name, source in models.items():
             model = load_model(source, **options)
             described[name] = describe(model, source)
-            if with_longer_window:
-                # Before hours of reading, since it fails where a base has too few positions.
-                window_of_state(model)
             stream = partial(foreign_losses, model, chunk_length=chunk_length, progress=progress.update)
             on, foreign = f"{name}: memory on", f"{name}: foreign memory"
             own, readings[foreign] = read(f"{on}, {foreign}", with_others, stream, documents, memory_of)
@@ -410,6 +410,22 @@ def measure(
             elif "model_type" in (model.config.converted_from or {}):
                 found[name]["bound"] = read_bound(name, base_of(model))  # type: ignore[arg-type]
     return report(readings, found, min(lengths)) | {"models": described, "tokens_per_second": speeds}, found
+
+
+def _require_windows(models: Sequence[str], base: str | None, base_window: int | None, dtype: Any) -> None:
+    """
+    Raises ValueError for windows that a model has no positions for.
+
+    Args:
+        dtype: in which the bytes of a longer window are counted; `None`: there is none.
+    """
+    configs = [config_of(source) for source in models]
+    converted = [config for config in configs if "model_type" in (config.converted_from or {})]
+    for config in converted if base is None else [config_of(name_and_source(base)[1])]:
+        if base_window is not None:
+            require_window(config, base_window)
+    for config in configs if dtype is not None else ():
+        window_of_state(config, config.dtype if dtype == "auto" else dtype)
 
 
 def _losses_of_each(losses_of: Callable, model: PreTrainedModel, documents: Losses, **options: Any) -> Losses:

@@ -24,5 +24,7 @@ class Example(NamedTuple):
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """What a tokenizer puts before every text, its BOS token or nothing: `(tokens,)`."""
-    return torch.tensor(tokenizer("", verbose=False).input_ids, dtype=torch.long)
+    """What a tokenizer puts before every text, its BOS token or nothing: `(tokens,)`. What it puts after it is not."""
+    whole, content = (tokenizer("a", add_special_tokens=added, verbose=False).input_ids for added in (True, False))
+    places = [place for place in range(len(whole)) if content and whole[place : place + len(content)] == content]
+    return torch.tensor(whole[: places[0]] if places else tokenizer("", verbose=False).input_ids, dtype=torch.long)

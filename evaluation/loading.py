@@ -28,12 +28,17 @@ def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     The causal language model in a folder, a `.gguf` file or on the Hub; `options` as of `from_pretrained`.
 
     Raises:
-        ValueError: if there is no such dtype or device.
+        ValueError: if there is no such dtype or device, or weights are missing, which would be random ones.
     """
     _require_dtype_and_device(options.get("dtype"), options.get("device_map"))
     if not is_gguf(source):
         require_place(source)
-        return AutoModelForCausalLM.from_pretrained(source, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{source} lacks {missing[0]} ({len(missing)} weights in all): it is no whole causal language model."
+            )
+        return model
     # As a conversion reads it: transformers' reader passes over scaled angles, windows and more.
     file = GGUFFile(_gguf_path(source))
     weights = {name: file.read(name) for name in file.shapes}
@@ -64,6 +69,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer_of(source)
 
 
+def config_of(source: str | Path) -> Any:
+    """The configuration of the model in a folder, a `.gguf` file or on the Hub."""
+    require_place(source)
+    return GGUFFile(_gguf_path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
+
+
 def segment_length_of(source: str | Path) -> int:
     """
     Segment length of the Infini-attention model in a folder or on the Hub.
@@ -71,8 +82,7 @@ def segment_length_of(source: str | Path) -> int:
     Raises:
         ValueError: if it is another model.
     """
-    require_place(source)
-    config = GGUFFile(_gguf_path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
+    config = config_of(source)
     if not hasattr(config, "segment_length"):
         raise ValueError(
             f"{source} holds a {config.model_type} model, not one with Infini-attention: `infini convert` makes one."

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_infini import state_nbytes
+from modeling_infini import InfiniConfig, state_nbytes
 
 
 # Is told the number of tokens scored since the last call.
@@ -114,6 +114,13 @@ def foreign_losses(
     )
 
 
+def require_window(config: PreTrainedConfig, window: int) -> None:
+    """Raises ValueError if a model cannot read windows of so many tokens, that overlap by a half."""
+    longest = config.max_position_embeddings
+    if not 2 <= window <= longest:
+        raise ValueError(f"window={window} must be at least 2 and at most max_position_embeddings={longest}.")
+
+
 @torch.no_grad()
 def window_losses(
     model: PreTrainedModel, input_ids: torch.Tensor, window: int, progress: Progress | None = None
@@ -133,9 +140,7 @@ def window_losses(
     Raises:
         ValueError: if a window is longer than the model's `max_position_embeddings`, or too short to be halved.
     """
-    longest = model.config.max_position_embeddings
-    if not 2 <= window <= longest:
-        raise ValueError(f"window={window} must be at least 2 and at most max_position_embeddings={longest}.")
+    require_window(model.config, window)
     losses: list[torch.Tensor] = []
     scored = 1
     for start in range(0, input_ids.shape[1], window // 2):
@@ -187,16 +192,18 @@ def memory_off(model: nn.Module, matrix: bool = True, slots: bool = True) -> Ite
         yield
 
 
-def window_of_state(model: PreTrainedModel) -> int:
+def window_of_state(config: InfiniConfig, dtype: Any) -> int:
     """
-    Number of tokens of a segment with which the model without its memory would have as much state, or just less.
+    Number of tokens of a segment with which a model without its memory would have as much state, or just less.
+
+    Args:
+        dtype: of the model, whose keys and values have it, whatever its configuration was saved with.
 
     Raises:
         ValueError: if the base has no positions for such segments.
     """
-    config: Any = copy.deepcopy(model.config)
-    # The size of keys and values is that of the model, whatever its configuration was saved with.
-    config.dtype = model.dtype
+    config = copy.deepcopy(config)
+    config.dtype = dtype
     nbytes, segment_length = state_nbytes(config), config.segment_length
     config.memory_layers, config.num_memory_slots = [], 0
     without_memory = state_nbytes(config)
@@ -225,7 +232,7 @@ def longer_window(model: PreTrainedModel) -> Iterator[int]:
         ValueError: if the base has no positions for such segments.
     """
     config: Any = model.config
-    length, segment_length = window_of_state(model), config.segment_length
+    length, segment_length = window_of_state(config, model.dtype), config.segment_length
     with memory_off(model):
         config.segment_length = length
         try:

@@ -29,7 +29,7 @@ from modeling_infini.cache_layer import InfiniCacheLayer
 from modeling_infini.memory import FEATURE_MAPS, MemoryState, apply_correction, delta_correction, linear_write
 
 from .by_position import describe
-from .loading import first_tokens, load_model, load_tokenizer, read_texts
+from .loading import first_tokens, load_model, load_tokenizer, read_texts, segment_length_of
 from .losses import Progress
 
 
@@ -378,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
+    segment_length_of(options.model)
     model = load_model(options.model, dtype=options.dtype, device_map=options.device)
     texts = read_texts(None if options.text is None else [options.text])
     ((name, ids),) = first_tokens(load_tokenizer(options.model), texts, options.tokens).items()

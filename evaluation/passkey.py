@@ -95,6 +95,6 @@ def passkey_text_example(
     example = passkey_example(tokenizer, filler, length, depth, generator, wording)
     answer = encode(tokenizer, wording.answer(example.facts["answer"]))
     text = str(tokenizer.decode(example.input_ids[: -len(answer)], skip_special_tokens=True)).removeprefix(" ")
-    prompt = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    prompt = torch.cat([opening_ids(tokenizer), encode(tokenizer, text)])
     positions = torch.arange(len(prompt), len(prompt) + len(answer))
     return Example(torch.cat([prompt, answer]), positions, example.facts)

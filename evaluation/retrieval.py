@@ -13,9 +13,10 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,9 @@ from .needle import NUM_DECOYS, needle_example, number_example
 from .passkey import passkey_example, passkey_text_example
 from .variable_tracking import variable_tracking_example
 from .wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Wording, draw_plain_wording, draw_wording
+
+
+logger = logging.get_logger(__name__)
 
 
 class Task(NamedTuple):
@@ -320,20 +324,40 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _start_or_continue(file: Path, made_by: dict[str, str]) -> list[Row]:
+def config_digest(model: PreTrainedModel) -> str:
+    """By which files of trials know what else a model computes with: conversions of one base have the same weights."""
+    config: Any = model.config
+    fields = config.memory_fields() if hasattr(config, "memory_fields") else config.to_diff_dict()
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _start_or_continue(file: Path, made_by: dict[str, str], fillers: Mapping[str, str]) -> list[Row]:
     """
-    The trials that a file holds; a new file, of `made_by` alone, if there is none.
+    The trials that a file holds; a new file, of `made_by` alone, if there is none. A last line that a full disk or a
+    kill has cut is dropped. Files of earlier versions do not say everything.
+
+    Args:
+        fillers: the digest of each, by name.
 
     Raises:
-        ValueError: if another model made them, or the same with another part of its memory off.
+        ValueError: if another model made them, or the same with another part of its memory off, or a filler of the
+            same name was another text.
     """
-    if not file.is_file():
+    *lines, rest = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+    if rest:
+        logger.warning("The last line of %s was not whole: that trial is run again.", file)
+    if rest or not lines:
+        lines = lines or [json.dumps(made_by)]
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(made_by) + "\n", encoding="utf-8")
-        return []
-    first, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    if first != made_by:
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    first, *rows = map(json.loads, lines)
+    if first != {name: made_by.get(name) for name in first}:
         raise ValueError(f"{file} holds trials of {first}, not of {made_by}: name another --output.")
+    for row in rows:
+        if row.get("filler_digest", fillers.get(row["filler"])) != fillers.get(
+            row["filler"], row.get("filler_digest")
+        ):
+            raise ValueError(f"{file} holds trials of another text {row['filler']}: name another --output.")
     return rows
 
 
@@ -371,14 +395,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
 
     tokenizer = load_tokenizer(options.model)
-    fillers = {filler.name: filler for filler in (find_filler(tokenizer, name) for name in options.fillers)}
+    found = [find_filler(tokenizer, name) for name in options.fillers]
+    fillers = {filler.name: filler for filler in found}
+    if len(fillers) < len(found):
+        parser.error(f"fillers go by the names of their files, which must differ: {', '.join(options.fillers)}")
+    digests = {name: hashlib.sha256(filler.ids.numpy().tobytes()).hexdigest()[:16] for name, filler in fillers.items()}
+    # What a trial cannot be made of is known before hours of the others.
+    for filler, length in product(fillers.values(), options.lengths):
+        draw_example(tokenizer, filler, Setting(options.task, filler.name, length, 0, 1), 0, options.seed)
     model = load_model(options.model, dtype=options.dtype, device_map=options.device)
+    if options.memory_off and not hasattr(model.config, "segment_length"):
+        parser.error(f"--memory-off: {options.model} has no memory, it is no Infini-attention model")
+    if options.memory_off == "slots" and not model.config.layers_with_slots:
+        parser.error(f"--memory-off slots: {options.model} has no slots")
     file = Path(f"{options.output}.jsonl") if options.output else None
     state = (
         "on" if options.memory_off is None else "off" if options.memory_off == "all" else f"{options.memory_off} off"
     )
-    made_by = {"weights": weights_digest(model), "memory": state}
-    rows = [] if file is None else _start_or_continue(file, made_by)
+    made_by = {"weights": weights_digest(model), "memory": state, "config": config_digest(model)}
+    rows = [] if file is None else _start_or_continue(file, made_by, digests)
     done = {(Setting(*(row[name] for name in Setting._fields)), row["trial"], row["seed"]) for row in rows}
     wanted = [
         (Setting(options.task, filler, length, depth, options.depths), trial)
@@ -395,6 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         run = run_trials(model, tokenizer, fillers, wanted, options.seed, options.chunk_length, progress.update)
         for row in run:
+            row["filler_digest"] = digests[row["filler"]]
             rows.append(row)
             progress.set_postfix(exact=f"{_mean(rows, 'exact'):.0%}")
             if file is not None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from modeling_infini.memory import feature_map
 from modeling_infini.modeling_infini import log_write_gates
 
+from .examples import opening_ids
 from .haystacks import encode, find_filler
 from .loading import load_model, load_tokenizer
 from .passkey import passkey_example
@@ -121,7 +122,7 @@ def main() -> None:
         rest[needle] = False
         rest[-model.config.segment_length :] = False
     else:
-        ids = filler.ids[: options.tokens]
+        ids = torch.cat([opening_ids(tokenizer), filler.ids])[: options.tokens]
         rest = torch.ones(len(ids), dtype=torch.bool)
     weights = write_weights(model, ids.unsqueeze(0)).double()
     columns = ["layer", "head", "median", "99.9 %", "all filler"] + ["passkey, most", "passkey, all"] * options.passkey

@@ -102,6 +102,9 @@ def read_and_write(options: argparse.Namespace) -> None:
         raise ValueError("There is nothing to read: text and prompt have no tokens.")
     # The last token is left: to read it gives the first one to write.
     most, last = input_ids[:, :-1], input_ids[:, -1:]
+    if options.save_memory is not None:
+        # Where it cannot be, nothing needs to be read.
+        Path(options.save_memory).mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     if most.shape[1]:
         read(model, most, cache)

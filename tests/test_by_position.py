@@ -291,7 +291,7 @@ class TestLongerWindow:
     @pytest.mark.parametrize("mode", FOREIGN_MODES)
     def test_is_local_attention_with_as_much_state(self, mode, dtype):
         model, ids = tiny_model(dtype, **mode), random_ids(1, 60)
-        length = window_of_state(model)
+        length = window_of_state(model.config, model.dtype)
         local = tiny_model(dtype, **mode | {"memory_layers": [], "num_memory_slots": 0, "segment_length": length})
         local.load_state_dict(model.state_dict(), strict=False)
         with longer_window(model) as found:
@@ -516,9 +516,23 @@ class TestCommandLine:
         cells = dict(zip(heads, table[-3].split(" | ")))
         with longer_window(model):
             expected = token_losses(model, random_ids(600)[None, :100], 7)[4:].mean()
-        head = f"slots: memory off, window of {window_of_state(model)}"
+        head = f"slots: memory off, window of {window_of_state(model.config, model.dtype)}"
         assert cells[head].endswith(f"({expected:.4f})")
         assert heads[-1] == "slots: longer window - off, nats |"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [(("--base-window", "4000"), "window=4000 must be"), (("--longer-window",), "no longer window of the same")],
+    )
+    def test_windows_are_checked_before_any_reading(self, folder, monkeypatch, options, message):
+        monkeypatch.setattr("infini_transformers.evaluation.by_position.foreign_losses", None)
+        tiny_model(**MODES[1], num_memory_slots=3).save_pretrained(folder / "first")
+        fields = {**MODES[1], "num_memory_slots": 3, "max_position_embeddings": 16}
+        tiny_model(**fields).save_pretrained(folder / "second")
+        texts = ("--text", folder / "book.txt", "--foreign", folder / "other.txt", "--tokens", 100)
+        arguments = (folder / "first", folder / "second", "--base", folder / "base", *texts, *options)
+        with pytest.raises(ValueError, match=message):
+            main([str(argument) for argument in (*arguments, "--tokenizer", folder / "infini")])
 
     def test_errors(self, folder, capsys):
         infini, text = str(folder / "infini"), ("--text", str(folder / "book.txt"))

@@ -11,7 +11,7 @@ import torch
 from base_models import base_model
 from huggingface_hub import ModelCard
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -109,6 +109,19 @@ def test_card(tmp_path, converted):
     assert (card.data.base_model, card.data.license) == ("base/model", "mit")
     succeed("card", converted, "--overwrite", "--training", "Trained on sonnets.")
     assert "Trained on sonnets." in (converted / "README.md").read_text()
+
+
+def test_a_card_says_whether_the_memory_was_taught(converted):
+    untaught = "it *uses* its memory has to be taught"
+    assert untaught in (converted / "README.md").read_text()
+    succeed("card", converted, "--overwrite")
+    assert untaught in (converted / "README.md").read_text()
+    weights = load_file(converted / "model.safetensors")
+    weights["model.layers.0.self_attn.head_gates.weight"] += 1
+    save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
+    succeed("card", converted, "--overwrite")
+    assert untaught not in (converted / "README.md").read_text()
+    assert "Its memory was taught since." in (converted / "README.md").read_text()
 
 
 def edit_config(folder, **fields):

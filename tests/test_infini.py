@@ -116,12 +116,17 @@ def test_errors_are_messages(infini, folders):
             ["read", folders / "infini", "--save-memory", folders / "book.txt", folders / "none.txt"],
             "book.txt is a file",
         ),
+        (
+            ["read", folders / "infini", "--save-memory", folders / "book.txt" / "memory", folders / "book.txt"],
+            "Not a",
+        ),
         (["read", folders / "damaged", folders / "book.txt"], "header"),
     ):
         status, _, err = infini(*arguments)
         assert status == 1
         assert "Error: " in err
         assert message in err
+        assert "Reading" not in err
 
 
 def test_an_interruption_is_no_error_to_report(infini, folders, monkeypatch):

@@ -1,6 +1,7 @@
 """Fields of a configuration on the command line: their types are those of InfiniConfig's annotations."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from infini_transformers.evaluation.loading import config_fields, load_model, load_tokenizer, segment_length_of
@@ -64,6 +65,19 @@ def test_every_field_can_be_set_to_its_default():
     for name in ("segment_length", "memory_norm_init_scale", "head_gate_scale", "converted_from", "head_dim", "dtype"):
         value = getattr(config, name)
         assert config_fields(f"{name}={value}") == {name: value}
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    load_model(tmp_path / "tied")
+    tiny_model().save_pretrained(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    del weights["model.layers.1.self_attn.head_gates.weight"]
+    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks model\.layers\.1\.self_attn\.head_gates\.weight \(1 weights in all\)"
+    ):
+        load_model(tmp_path / "whole")
 
 
 def test_what_is_not_there_is_named(tmp_path):

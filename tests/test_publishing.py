@@ -182,6 +182,13 @@ def test_a_card_says_what_the_model_is():
     assert f"{state_nbytes(config) / 1e6:.1f} MB" in card.text
 
 
+def test_layers_without_a_memory_have_no_gates_on_the_card():
+    config = tiny_config(num_hidden_layers=2, memory_layers=[1])
+    shares = torch.tensor([[1.0] * 4, [0.25, 0.75, 0.5, 0.5]])
+    assert "50.0% on average, 25.0% to 75.0%" in model_card(config, shares).text
+    assert "no gates" in model_card(tiny_config(num_hidden_layers=2, memory_layers=[]), shares).text
+
+
 @pytest.mark.parametrize("name", MODEL_CLASSES)
 def test_every_class_has_a_task_of_the_hub_and_an_auto_class_on_its_card(name):
     model = getattr(modeling_infini, name)(tiny_config())
