@@ -180,10 +180,9 @@ class Curriculum(TrainerCallback):
         # Not before: an optimizer made now would leave out what is held still.
         self._enter(0)
 
-    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
-        lr_scheduler.base_lrs = [args.learning_rate * self.arguments.rate_decay**self.stage] * len(
-            lr_scheduler.base_lrs
-        )
+    def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        decay = self.arguments.rate_decay**self.stage
+        lr_scheduler.base_lrs = [group["initial_lr"] * decay for group in optimizer.param_groups]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "question_loss" not in (logs or {}):
@@ -322,7 +321,8 @@ def with_stray_numbers(text: str, share: float, generator: np.random.Generator) 
 def make_model(tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> InfiniForCausalLM:
     overrides = config_fields(recipe.config_overrides)
     if recipe.model is not None:
-        return InfiniForCausalLM.from_pretrained(recipe.model, **overrides)
+        # Float32, whatever it is saved in: small steps would round away in bfloat16.
+        return InfiniForCausalLM.from_pretrained(recipe.model, dtype=torch.float32, **overrides)
     # No pad token: it is the EOS token, whose embedding is to be learned.
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return InfiniForCausalLM(InfiniConfig(**{**MODEL, **special, "vocab_size": len(tokenizer), **overrides}))

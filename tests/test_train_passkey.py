@@ -11,6 +11,7 @@ from words import random_text
 
 from infini_transformers.evaluation.haystacks import repeated_sentence
 from infini_transformers.evaluation.loading import load_model, load_tokenizer
+from modeling_infini import InfiniForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -144,6 +145,30 @@ def test_passages_are_learned_between_questions_in_segments_of_the_model(train, 
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = [entry["question_loss"] for entry in log if "question_loss" in entry]
     assert logged == [2.0 + index for index, step in enumerate(steps) if not step[0]]
+
+
+def test_gates_keep_their_own_rate_from_stage_to_stage(train, monkeypatch):
+    rates = []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        gates = [group["lr"] for group in optimizer.param_groups if len(group["params"]) == 1]
+        rates.append((optimizer.param_groups[0]["lr"], gates[-1]))
+
+    monkeypatch.setattr(train_passkey.Curriculum, "on_step_begin", on_step_begin)
+    options = ("--learning_rate", 1e-3, "--gate_learning_rate", 5e-2, "--lr_scheduler_type", "constant")
+    options += ("--release_stage", 0, "--mastery", 1000, "--rate_decay", 0.5, "--max_steps", 6)
+    train("rates", "--config_overrides", SMALL, *options)
+    assert rates[0] == (1e-3, 5e-2)
+    assert rates[-1] == (5e-4, 2.5e-2)
+    assert {gate / rate for rate, gate in rates} == {50}
+
+
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32(train):
+    scratch = train("scratch", "--config_overrides", SMALL, "--max_steps", 1)
+    InfiniForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16).save_pretrained(scratch)
+    recipe = train_passkey.RecipeArguments([], model=str(scratch))
+    model = train_passkey.make_model(load_tokenizer(scratch), recipe)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 60])
