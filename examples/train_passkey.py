@@ -51,6 +51,8 @@ PROMPTS_IN_VOCABULARY = 300
 SHORT = 256
 # Of the grammar's texts, in words that stand in the filler.
 BORROWED_SHARE = 0.5
+# Tokens of a text in a wording of the grammar: the longest have about 120, of a tokenizer of 1024.
+SHORTEST_OF_GRAMMAR = 128
 # Tokens of the texts from which these words are.
 WORDS_FROM = 200_000
 # A stage is mastered by the mean loss of so many logs in a row.
@@ -131,6 +133,16 @@ class RecipeArguments:
             raise ValueError("--vocab_size is for the tokenizer of a model from scratch; a checkpoint has its own.")
         if "vocab_size" in config_fields(self.config_overrides):
             raise ValueError("The model has as many ids as its tokenizer: set --vocab_size.")
+        if not 0 <= self.release_stage < len(self.lengths):
+            raise ValueError(
+                f"--release_stage {self.release_stage} is none of the stages of --lengths, 0 to {len(self.lengths) - 1}, "
+                "so that gates would never be trained, nor writes pressed on."
+            )
+        if self.grammar_share > 0 and min(self.lengths) < SHORTEST_OF_GRAMMAR:
+            raise ValueError(
+                f"Texts of {min(self.lengths)} tokens are too short for some wordings of --grammar_share: start "
+                f"--lengths at {SHORTEST_OF_GRAMMAR}."
+            )
 
 
 class Curriculum(TrainerCallback):
@@ -328,13 +340,35 @@ def make_model(tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> I
     return InfiniForCausalLM(InfiniConfig(**{**MODEL, **special, "vocab_size": len(tokenizer), **overrides}))
 
 
+def refuse_options(arguments: InfiniTrainingArguments) -> None:
+    """Refuses what the curriculum would not go by."""
+    if arguments.resume_from_checkpoint is not None:
+        raise ValueError(
+            "The curriculum cannot be resumed in its midst: --model CHECKPOINT goes on with the checkpoint's weights, "
+            "and --lengths and --max_steps say with what."
+        )
+    expected = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+    if others := [f"--{name}" for name, value in expected.items() if getattr(arguments, name) != value]:
+        raise ValueError(
+            f"Leave out {' and '.join(others)}: batches are drawn one by one, as the model masters them. How much a "
+            "step reads is said by --tokens_per_step, and how much of it is run at once by --chunk_segments."
+        )
+    if arguments.world_size > 1:
+        raise ValueError(
+            "Each of several processes would draw the same texts: run one, with more --tokens_per_step if need be."
+        )
+
+
 def main() -> None:
     parser = HfArgumentParser((RecipeArguments, InfiniTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING)
     recipe, arguments = parser.parse_args_into_dataclasses()
+    refuse_options(arguments)
     set_seed(arguments.seed)
     texts = [document["text"] for document in load_documents(recipe.train_files)]
     tokenizer = load_tokenizer(recipe.model) if recipe.model else train_tokenizer(texts, recipe.vocab_size or 1024)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {recipe.model} has no EOS token, in which each answer ends: give it one.")
     text = with_stray_numbers("\n".join(texts), recipe.stray_numbers, np.random.default_rng(arguments.seed))
     fillers = [repeated_sentence(tokenizer), text_filler(tokenizer, "training texts", text)]
     # As the texts are written, and not with single spaces.

@@ -3,11 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from words import random_text
+from tiny import tiny_model
+from words import random_text, save_word_tokenizer
 
 from infini_transformers.evaluation.haystacks import repeated_sentence
 from infini_transformers.evaluation.loading import load_model, load_tokenizer
@@ -28,7 +30,7 @@ def train(tmp_path, monkeypatch):
 
     def run(output: str, *options):
         arguments = ["--train_files", tmp_path / "book.txt", "--output_dir", tmp_path / output, "--use_cpu"]
-        arguments += ["--tokens_per_step", 1024, "--lengths", 128, 512, "--logging_steps", 1]
+        arguments += ["--tokens_per_step", 1024, "--lengths", 128, 512, "--release_stage", 1, "--logging_steps", 1]
         arguments += [] if "--model" in options else ["--vocab_size", 400]
         monkeypatch.setattr(sys, "argv", ["train_passkey.py", *map(str, [*arguments, *options])])
         train_passkey.main()
@@ -88,7 +90,7 @@ def test_pressure_on_writes_starts_with_the_stage_and_ends_with_training(train, 
     assert weights == [0.25]
     assert not open_now
     train("free", *scratch, "--release_stage", 1, "--write_sparsity", 0)
-    train("early", *scratch, "--release_stage", 2, "--write_sparsity", 0.5, "--max_steps", 2)
+    train("early", *scratch, "--release_stage", 1, "--write_sparsity", 0.5, "--max_steps", 2)
     assert weights == [0.25]
 
 
@@ -101,7 +103,7 @@ def test_pressure_on_a_model_without_write_gates_is_refused_before_training(trai
 def test_the_whole_answer_is_labels_and_nothing_else(length, grammar_share):
     tokenizer = train_passkey.train_tokenizer([random_text(3000)], 400)
     recipe = train_passkey.RecipeArguments(
-        train_files=[], lengths=[length], tokens_per_step=16 * length, grammar_share=grammar_share
+        train_files=[], lengths=[length], release_stage=0, tokens_per_step=16 * length, grammar_share=grammar_share
     )
     model = train_passkey.make_model(tokenizer, recipe)
     filler = repeated_sentence(tokenizer)
@@ -147,6 +149,31 @@ def test_passages_are_learned_between_questions_in_segments_of_the_model(train, 
     assert logged == [2.0 + index for index, step in enumerate(steps) if not step[0]]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--resume_from_checkpoint", "last"), "--model CHECKPOINT goes on with the checkpoint's weights"),
+        (("--gradient_accumulation_steps", 2), "Leave out --gradient_accumulation_steps: .* by --tokens_per_step"),
+        (("--dataloader_num_workers", 1), "Leave out --dataloader_num_workers"),
+        (("--per_device_train_batch_size", 2), "Leave out --per_device_train_batch_size"),
+        (("--release_stage", 2), "--release_stage 2 is none of the stages of --lengths, 0 to 1"),
+        (("--release_stage", -1), "--release_stage -1 is none of the stages"),
+        (("--lengths", 96, 512, "--grammar_share", 0.1), "96 tokens are too short .* start --lengths at 128"),
+    ],
+)
+def test_what_the_curriculum_would_not_go_by_is_refused_before_training(train, options, message):
+    with pytest.raises(ValueError, match=message):
+        train("refused", "--config_overrides", SMALL, "--max_steps", 1, *options)
+
+
+def test_several_processes_are_refused():
+    arguments = train_passkey.InfiniTrainingArguments("out", use_cpu=True, per_device_train_batch_size=1)
+    train_passkey.refuse_options(arguments)
+    arguments = SimpleNamespace(**vars(arguments), world_size=2)
+    with pytest.raises(ValueError, match="would draw the same texts"):
+        train_passkey.refuse_options(arguments)
+
+
 def test_gates_keep_their_own_rate_from_stage_to_stage(train, monkeypatch):
     rates = []
 
@@ -169,6 +196,13 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(train):
     recipe = train_passkey.RecipeArguments([], model=str(scratch))
     model = train_passkey.make_model(load_tokenizer(scratch), recipe)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_a_tokenizer_without_an_end_is_refused(train, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "endless")
+    save_word_tokenizer(tmp_path / "endless")
+    with pytest.raises(ValueError, match="endless has no EOS token"):
+        train("refused", "--model", tmp_path / "endless", "--max_steps", 1)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 60])
