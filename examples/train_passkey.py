@@ -133,10 +133,11 @@ class RecipeArguments:
             raise ValueError("--vocab_size is for the tokenizer of a model from scratch; a checkpoint has its own.")
         if "vocab_size" in config_fields(self.config_overrides):
             raise ValueError("The model has as many ids as its tokenizer: set --vocab_size.")
-        if not 0 <= self.release_stage < len(self.lengths):
+        last_stage = len(self.lengths) - 1
+        if not 0 <= self.release_stage <= last_stage:
             raise ValueError(
-                f"--release_stage {self.release_stage} is none of the stages of --lengths, 0 to {len(self.lengths) - 1}, "
-                "so that gates would never be trained, nor writes pressed on."
+                f"--release_stage {self.release_stage} is none of the stages of --lengths, 0 to {last_stage}, so that "
+                "gates would never be trained, nor writes pressed on."
             )
         if self.grammar_share > 0 and min(self.lengths) < SHORTEST_OF_GRAMMAR:
             raise ValueError(
