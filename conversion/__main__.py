@@ -323,7 +323,8 @@ def card(
         file = folder / "README.md"
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists already. Pass --overwrite to replace it.")
-        if training is None and is_taught(Checkpoint(folder)):
+        is_applied = "memory" in (inspection.config.converted_from or {})
+        if training is None and not is_applied and is_taught(Checkpoint(folder)):
             training = "Its memory was taught since. How is not recorded here."
         model_card(
             inspection.config,

@@ -33,7 +33,8 @@ def load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     _require_dtype_and_device(options.get("dtype"), options.get("device_map"))
     if not is_gguf(source):
         require_place(source)
-        model, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+        model, found = loaded
         if missing := sorted(found["missing_keys"]):
             raise ValueError(
                 f"{source} lacks {missing[0]} ({len(missing)} weights in all): it is no whole causal language model."

@@ -29,7 +29,7 @@ from modeling_infini.cache_layer import InfiniCacheLayer
 from modeling_infini.memory import FEATURE_MAPS, MemoryState, apply_correction, delta_correction, linear_write
 
 from .by_position import describe
-from .loading import first_tokens, load_model, load_tokenizer, read_texts, segment_length_of
+from .loading import first_tokens, load_model, load_tokenizer, read_texts
 from .losses import Progress
 
 
@@ -378,8 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    segment_length_of(options.model)
     model = load_model(options.model, dtype=options.dtype, device_map=options.device)
+    if not hasattr(model.config, "segment_length"):
+        parser.error(f"{options.model} has no memory: it is no Infini-attention model")
     texts = read_texts(None if options.text is None else [options.text])
     ((name, ids),) = first_tokens(load_tokenizer(options.model), texts, options.tokens).items()
     with tqdm(total=ids.shape[1], unit="token", unit_scale=True, desc=name, file=sys.stderr) as progress:

@@ -327,7 +327,11 @@ def weights_digest(model: PreTrainedModel) -> str:
 def config_digest(model: PreTrainedModel) -> str:
     """By which files of trials know what else a model computes with: conversions of one base have the same weights."""
     config: Any = model.config
-    fields = config.memory_fields() if hasattr(config, "memory_fields") else config.to_diff_dict()
+    if hasattr(config, "memory_fields"):
+        fields = config.memory_fields()
+    else:
+        others = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
+        fields = {name: value for name, value in config.to_diff_dict().items() if name not in others}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

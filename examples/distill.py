@@ -57,6 +57,7 @@ from modeling_infini.training import (
     tokenize_documents,
     train_memory_alone,
 )
+from modeling_infini.training.trainer import RUN_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -347,6 +348,13 @@ def main() -> None:
     if recipe.check:
         return
     checkpoint = arguments.resume_from_checkpoint or last_whole_checkpoint(arguments.output_dir)
+    if checkpoint is not None and not (Path(checkpoint).absolute().parent / RUN_NAME).exists():
+        logger.warning(
+            "%s was written by an earlier version, and goes on with the options of this call. Its defaults were: %s.",
+            checkpoint,
+            "--max_steps 500 --learning_rate 1e-3 --chunk_segments 8 --sequence_length 8192 --tokens_per_step 8192 "
+            "--recall_share 0.2",
+        )
     if arguments.should_save:
         # Of the model, a checkpoint knows what has to be the same.
         asked = {name: value for name, value in asdict(recipe).items() if name not in ("model", "eval_files", "check")}

@@ -124,7 +124,7 @@ def train_tokenizer(documents, text_column: str, vocab_size: int) -> PreTrainedT
 def load_model(arguments: ModelArguments, documents, text_column: str, checkpoint: str | None = None):
     """The model and its tokenizer: of a run from scratch that goes on, that of its `checkpoint`."""
     if arguments.model is None:
-        if checkpoint is None:
+        if checkpoint is None or not (Path(checkpoint) / "tokenizer_config.json").exists():
             tokenizer = train_tokenizer(documents, text_column, arguments.vocab_size or 8192)
         else:
             # Trained anew on texts that have changed since, its ids would mean other words to the weights.

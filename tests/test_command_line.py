@@ -122,6 +122,12 @@ def test_a_card_says_whether_the_memory_was_taught(converted):
     succeed("card", converted, "--overwrite")
     assert untaught not in (converted / "README.md").read_text()
     assert "Its memory was taught since." in (converted / "README.md").read_text()
+    # One that was applied is known.
+    origin = json.loads((converted / "config.json").read_text())["converted_from"]
+    edit_config(converted, converted_from={**origin, "memory": {"sha256": "0" * 64}})
+    succeed("card", converted, "--overwrite")
+    assert "those of a memory that was trained by itself" in (converted / "README.md").read_text()
+    assert "was taught since" not in (converted / "README.md").read_text()
 
 
 def edit_config(folder, **fields):

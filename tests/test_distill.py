@@ -10,7 +10,7 @@ import pytest
 import torch
 from base_models import base_model
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import EVERY_OPTION, VOCABULARY, random_ids, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -354,6 +354,16 @@ def test_a_run_goes_on_with_what_it_was_started_with(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"was started with other arguments \(train_files, seed\)"):
         run(folder, monkeypatch, "distilled", "--max_steps", 2, "--train_files", folder / "more.txt", "--seed", 4)
     run(folder, monkeypatch, "distilled", "--max_steps", 2)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_warning(folder, monkeypatch, caplog):
+    output = run(folder, monkeypatch, "distilled", "--max_steps", 1, "--save_steps", 1)
+    (output / "recipe.json").unlink()
+    file = output / "checkpoint-1" / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    run(folder, monkeypatch, "distilled", "--max_steps", 2)
+    assert "was written by an earlier version" in caplog.text
+    assert (output / "recipe.json").exists()
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora_rank", 2, "--lora_layers", "1-1")], ids=["memory", "lora"])

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from base_models import base_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import MODES, config_fields, random_ids, relative_error, tiny_model
@@ -313,6 +314,14 @@ def test_command_line(tmp_path, capsys):
     assert len(found["read_change"][0]) == 2
     assert found["summary"]["effective_spans_mean"] <= 4
     assert (tmp_path / "docs" / "use.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_a_memory_is_refused(tmp_path, capsys):
+    base_model().save_pretrained(tmp_path / "base")
+    save_word_tokenizer(tmp_path / "base")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "base")])
+    assert "has no memory: it is no Infini-attention model" in capsys.readouterr().err
 
 
 def test_a_span_of_the_first_segment_alone_reads_nothing():

@@ -50,7 +50,7 @@ fi
 if ! done_before "$output/transferred"; then
     "$python" -m infini_transformers save-memory "$output/converted" "$output/transferred"
 fi
-if has memory_layers '\[\]'; then
+if has memory_layers '\[\]' && [[ " $* " != *" --lora_rank "* ]]; then
     echo "Slots alone help, and there is nothing to distil: infini convert $base with-memory --memory $output/transferred"
     exit
 fi

@@ -261,8 +261,10 @@ class DistillationTrainer(InfiniTrainer):
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with safe_open(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME, "pt") as file:
-            made_with = (file.metadata() or {}).get(FROZEN, self._frozen)
+        made_with, whole = self._frozen, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        if whole.is_file():
+            with safe_open(whole, "pt") as file:
+                made_with = (file.metadata() or {}).get(FROZEN, self._frozen)
         if made_with != self._frozen:
             raise ValueError(
                 f"{resume_from_checkpoint} was trained with other weights than this model has (another base or dtype, "
@@ -272,6 +274,9 @@ class DistillationTrainer(InfiniTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
         # As it was saved; Trainer would look for the files of PEFT.
         weights = load_file(Path(str(self.state.best_model_checkpoint)) / SAFE_WEIGHTS_NAME)
         model = self.accelerator.unwrap_model(self.model)

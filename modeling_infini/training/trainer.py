@@ -717,7 +717,9 @@ def record_run(
             "or train into another folder."
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / RUN_NAME).write_text(json.dumps(asked, indent=2))
+    unfinished = Path(folder) / f".{RUN_NAME}"
+    unfinished.write_text(json.dumps(asked, indent=2))
+    unfinished.replace(Path(folder) / RUN_NAME)
 
 
 def _whole_path(place: Any) -> Any:
