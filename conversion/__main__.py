@@ -266,7 +266,7 @@ def transfer(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Of the texts, at most. Default: 57,344, or nine windows of eight segments."),
+        typer.Option(help="Of the texts, at most. Default: 57,344, or nine windows of eight segments if more."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Of training, for each layer.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the choice of texts and the order of steps.")] = 0,

@@ -358,9 +358,7 @@ def _start_or_continue(file: Path, made_by: dict[str, str], fillers: Mapping[str
     if first != {name: made_by.get(name) for name in first}:
         raise ValueError(f"{file} holds trials of {first}, not of {made_by}: name another --output.")
     for row in rows:
-        if row.get("filler_digest", fillers.get(row["filler"])) != fillers.get(
-            row["filler"], row.get("filler_digest")
-        ):
+        if len({row.get("filler_digest"), fillers.get(row["filler"])} - {None}) > 1:
             raise ValueError(f"{file} holds trials of another text {row['filler']}: name another --output.")
     return rows
 
