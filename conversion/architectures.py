@@ -169,11 +169,12 @@ def require_known_distances(config: InfiniConfig) -> None:
         if config.is_sliding:
             longest = (longest - config.num_sink_tokens - config.num_memory_slots) // 2
         slots_left = config.max_position_embeddings - config.longest_distance + config.num_memory_slots
-        fewer = f"a num_memory_slots of at most {slots_left}, or " if slots_left >= 0 else ""
+        choices = [f"a num_memory_slots of at most {slots_left}"] if slots_left >= 0 else []
+        choices += [f"a segment_length of at most {longest}"] if longest >= max(1, config.num_sink_tokens) else []
         raise ValueError(
             f'With local_attention="{config.local_attention}", {reach} = {config.longest_distance} must not exceed '
-            f"the {config.max_position_embeddings} positions that the source was trained on. Choose {fewer}a "
-            f"segment_length of at most {max(1, longest)}."
+            f"the {config.max_position_embeddings} positions that the source was trained on. Choose "
+            f"{', or '.join(choices) or 'fewer slots and sinks'}."
         )
 
 

@@ -209,7 +209,7 @@ def _provenance(config: InfiniConfig, origin: dict[str, Any], base_model: str | 
     kind = f" (architecture `{origin['model_type']}`)" if "model_type" in origin else ""
     gates = origin.get("head_gates", f"started at the logit {config.head_gate_init_value:g}")
     if "memory" in origin:
-        gates = "those of a memory that was trained by itself"
+        gates = "those of a memory that was applied"
         if memory := origin["memory"].get("name"):
             gates += f", [{memory}](https://huggingface.co/{memory})"
     return f"The weights were converted from {name}{revision}{kind}. Gates: {gates}. {trained}"

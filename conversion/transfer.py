@@ -75,6 +75,7 @@ QUERY_STRIDE = 8
 
 LOGITS_AT_A_TIME = 512
 PROGRESS = ".transfer"
+ENDED = ".transfer-ended"
 # What a recorded argument is to a user.
 ARGUMENTS = {"fingerprint": "the base's weights", "ids": "texts or tokens", "memory": "the memory's configuration"}
 
@@ -218,6 +219,7 @@ def transfer(
         "seed": seed,
         "dtype": str(dtype),
     }
+    shutil.rmtree(folder / ENDED, ignore_errors=True)
     progress = _Progress(folder / PROGRESS, arguments)
     if (before := progress.hidden_states()) is not None:
         logger.warning("An unfinished run goes on: %d of %d layers are done.", before[0], config.num_hidden_layers)
@@ -239,7 +241,9 @@ def transfer(
     if not done.slot_layers:
         fields["num_memory_slots"] = 0
     replace_memory(folder, run.trained(done.memory_layers, done.slot_layers), fields)
-    shutil.rmtree(folder / PROGRESS)
+    # At once: a kill in the midst of the removal would leave hidden states without what they were made of.
+    os.replace(folder / PROGRESS, folder / ENDED)
+    shutil.rmtree(folder / ENDED)
     return done
 
 

@@ -13,11 +13,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 import modeling_infini  # noqa: F401  registers the model with the Auto classes
+from infini_transformers.conversion.checkpoints import read_json
 from infini_transformers.conversion.config_overrides import config_fields as config_fields
 from infini_transformers.conversion.gguf_files import GGUFFile, is_gguf
 from infini_transformers.conversion.small_files import tokenizer_of
+from infini_transformers.conversion.wrong_sources import what_it_holds
 from modeling_infini.modeling_infini import require_place
 
 from .resources import king_james_bible
@@ -71,9 +74,21 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def config_of(source: str | Path) -> Any:
-    """The configuration of the model in a folder, a `.gguf` file or on the Hub."""
+    """The configuration of the model in a folder, a `.gguf` file or on the Hub; of an adapter of PEFT, its base's."""
     require_place(source)
-    return GGUFFile(_gguf_path(source)).config if is_gguf(source) else AutoConfig.from_pretrained(source)
+    if is_gguf(source):
+        return GGUFFile(_gguf_path(source)).config
+    folder = Path(source)
+    if folder.is_dir() and not (folder / CONFIG_NAME).exists():
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            return config_of(read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"])
+        raise FileNotFoundError(
+            f"{source} has no {CONFIG_NAME}.{what_it_holds(path.name for path in folder.iterdir())}"
+        )
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise OSError(f"{source} is no folder or file, and no id of the Hub that can be read. ({error})") from error
 
 
 def segment_length_of(source: str | Path) -> int:

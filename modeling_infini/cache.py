@@ -453,8 +453,9 @@ class InfiniCache(Past, Cache):
         """
         model: Any = None
         if isinstance(config, nn.Module):
-            # What wraps it may not pass on its attributes.
-            model = next((module for module in config.modules() if hasattr(module, "weights_fingerprint")), None)
+            # By their classes: some wrappers have the attributes of what they wrap, others have not.
+            found = (module for module in config.modules() if hasattr(type(module), "weights_fingerprint"))
+            model = next(found, None)
             if model is None:
                 raise TypeError(f"{type(config).__name__} is no Infini-attention model, nor does it hold one.")
         own: InfiniConfig = config if model is None else model.config  # type: ignore[assignment]

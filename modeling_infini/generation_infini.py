@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.utils import logging
 
 from .cache import CACHE_NAME, InfiniCache, one_past, require_infini_cache
@@ -35,6 +36,14 @@ class InfiniGenerationMixin(GenerationMixin):
     def _has_unfinished_sequences(self, this_peer_finished, synced_gpus, device):
         self._runs_for_others = bool(synced_gpus and this_peer_finished)
         return super()._has_unfinished_sequences(this_peer_finished, synced_gpus, device)
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                # It would warn of texts beyond it, which are what this model is for.
+                criterion.max_position_embeddings = None
+        return criteria
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         for ids in (inputs, model_kwargs.get("input_ids")):
@@ -202,7 +211,15 @@ class InfiniGenerationMixin(GenerationMixin):
     def _warn_of_missing_bos(self, input_ids, attention_mask, cache) -> None:
         """A stream's first token stays visible as a sink: a base that was trained with BOS there is lost without."""
         bos = (self.config.converted_from or {}).get("starts_with")
-        if bos is None or (isinstance(cache, InfiniCache) and cache.get_seq_length() > 0):
+        if bos is None:
+            return
+        tokens_read = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
+        if tokens_read > 0:
+            if input_ids.shape[1] <= tokens_read and bool((input_ids[:, 0] == bos).any()):
+                logger.warning_once(
+                    f"The new ids start with the BOS token {bos}, but they go on with what the cache has read. Leave "
+                    "it out (add_special_tokens=False), unless another document starts there."
+                )
             return
         first = input_ids[:, 0]
         if attention_mask is not None and attention_mask.shape == input_ids.shape:

@@ -126,7 +126,7 @@ def test_a_card_says_whether_the_memory_was_taught(converted):
     origin = json.loads((converted / "config.json").read_text())["converted_from"]
     edit_config(converted, converted_from={**origin, "memory": {"sha256": "0" * 64}})
     succeed("card", converted, "--overwrite")
-    assert "those of a memory that was trained by itself" in (converted / "README.md").read_text()
+    assert "those of a memory that was applied" in (converted / "README.md").read_text()
     assert "was taught since" not in (converted / "README.md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their Python runs, their commands exist, their links lead somewhere."""
+"""The README, the pages of docs/ and the cards: Python runs (not the cards'), commands exist, links lead somewhere."""
 
 import argparse
 import ast
@@ -34,7 +34,8 @@ from infini_transformers.conversion.__main__ import app
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+CARDS = [*sorted((ROOT / "checkpoints").glob("*/README.md")), ROOT / "examples/space/README.md"]
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "notebooks/README.md", *CARDS]
 API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 REFERENCE = re.findall(r"^::: (\S+)", API, re.MULTILINE)
 

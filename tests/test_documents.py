@@ -362,6 +362,13 @@ def test_what_is_evaluated_on_is_no_split_that_is_trained_on(tmp_path, monkeypat
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_held_out("missing.txt")
 
+    def cannot_reach(name, **options):
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", cannot_reach)
+    with pytest.raises(FileNotFoundError, match=r"There is no file or folder books .*Couldn't reach"):
+        load_documents("books")
+
 
 def test_streams_are_balanced():
     rows = list(DocumentStreams(numbered([8, 1, 1, 1, 1, 1, 1, 1, 1]), 2, 4))

@@ -416,6 +416,24 @@ def test_logs_say_what_the_memory_does(tmp_path):
     assert (last.step, last.value) == (2, pytest.approx(shares[1].min().item()))
 
 
+@pytest.mark.parametrize("memory_layers", [[1], []])
+def test_layers_without_gates_are_not_in_the_logs_of_gates(tmp_path, memory_layers):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = tiny_model(memory_layers=memory_layers)
+    trainer = infini_trainer(model, tmp_path, documents(23, 20), report_to="tensorboard", max_steps=1)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    if memory_layers:
+        shares = model.local_shares()[1]
+        assert math.isclose(entry["local_share_mean"], shares.mean().item(), rel_tol=1e-6)
+        assert math.isclose(entry["local_share_max"], shares.max().item(), rel_tol=1e-6)
+    else:
+        assert not [name for name in entry if name.startswith("local_share")]
+    histograms = EventAccumulator(str(next(tmp_path.rglob("events*")).parent)).Reload().Tags()["histograms"]
+    assert histograms == [f"local_share/layer_{layer}" for layer in memory_layers]
+
+
 def test_trackio_gets_the_gates_too(tmp_path, monkeypatch):
     import trackio
 
@@ -517,8 +535,10 @@ def test_options_of_gates_that_are_not_trained_are_refused(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     infini_trainer(model, tmp_path)
     for name, value in (("gate_learning_rate", 0.1), ("gate_frozen_steps", 2), ("gate_weight_decay", 0.1)):
-        with pytest.raises(ValueError, match=f"{name} have no effect: no head gates are trained"):
+        with pytest.raises(ValueError, match=f"There is no effect of {name}: no head gates are trained"):
             infini_trainer(model, tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="no layer of this model has a memory"):
+        infini_trainer(tiny_model(memory_layers=[]), tmp_path, gate_learning_rate=0.1)
 
 
 class LossThatIsAMean(InfiniTrainer):

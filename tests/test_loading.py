@@ -1,11 +1,13 @@
 """Fields of a configuration on the command line: their types are those of InfiniConfig's annotations."""
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import random_ids, tiny_model
 
 from infini_transformers.evaluation.loading import config_fields, load_model, load_tokenizer, segment_length_of
-from modeling_infini import InfiniConfig
+from modeling_infini import InfiniConfig, InfiniForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -80,10 +82,28 @@ def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
         load_model(tmp_path / "whole")
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     for load in (load_model, load_tokenizer, segment_length_of):
         with pytest.raises(FileNotFoundError, match="There is no folder or file /path/to/llama"):
             load("/path/to/llama")
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer that can be loaded.*AutoTokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "no-model").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no-model has no config.json\. It is empty\."):
+        segment_length_of(tmp_path / "no-model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="my-model is no folder or file, and no id of the Hub that can be read"):
+        segment_length_of("my-model")
+
+
+def test_an_adapter_has_the_segments_of_its_base(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = InfiniForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert segment_length_of(tmp_path / "adapter") == base.config.segment_length
+    found, ids = load_model(tmp_path / "adapter"), random_ids(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, adapter.eval()(ids).logits)

@@ -668,7 +668,7 @@ class TestCard:
 
     def test_of_a_conversion_says_that_its_memory_was_trained(self, tmp_path, base, memory):
         convert_to_infini(base, tmp_path / "ours", memory=memory)
-        assert "Gates: those of a memory that was trained by itself" in (tmp_path / "ours" / "README.md").read_text()
+        assert "Gates: those of a memory that was applied" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def command(*arguments):
@@ -711,4 +711,4 @@ def test_from_the_hub(tmp_path, base, trained, memory, monkeypatch):
     assert fetched == {"memory.safetensors", "memory_config.json"}
     assert torch.equal(logits(loaded(tmp_path / "ours")), logits(loaded(trained)))
     card = (tmp_path / "ours" / "README.md").read_text()
-    assert f"trained by itself, [{USER}/llama-memory](https://huggingface.co/{USER}/llama-memory)" in card
+    assert f"a memory that was applied, [{USER}/llama-memory](https://huggingface.co/{USER}/llama-memory)" in card

@@ -1,5 +1,6 @@
 """What somebody gets wrong who has not read the docs: each message says what to do."""
 
+import copy
 import errno
 import json
 
@@ -98,11 +99,24 @@ def test_a_prompt_without_bos_is_named_where_the_tokenizer_adds_one(tmp_path, ca
     bare = tokenizer("hi there", return_tensors="pt", add_special_tokens=False)
     ids = {name: value % 31 for name, value in with_bos.items()}
     out = model.generate(**ids, max_new_tokens=2, return_dict_in_generate=True)
+    history = torch.cat([out.sequences, bare.input_ids.expand(2, -1) % 31], 1)
+    model.generate(history, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=2)
     # What goes on from a memory does not start a text.
     model.generate(bare.input_ids.expand(2, -1) % 31, past_key_values=out.past_key_values, max_new_tokens=2)
     assert "BOS" not in caplog.text
     model.generate(bare.input_ids % 31, max_new_tokens=2)
     assert ("does not start with the BOS token 1" in caplog.text) == adds_bos
+    memory = model.generate(bare.input_ids % 31, max_new_tokens=30, return_dict_in_generate=True).past_key_values
+    again = tokenizer("hi there", return_tensors="pt").input_ids % 31
+    model.generate(again, past_key_values=memory, max_new_tokens=2)
+    assert ("The new ids start with the BOS token 1, but they go on" in caplog.text) == adds_bos
+
+
+def test_texts_longer_than_the_base_was_trained_on_draw_no_warning(caplog):
+    logging.enable_propagation()
+    model = tiny_model(max_position_embeddings=16)
+    model.generate(random_ids(1, 20), max_new_tokens=2)
+    assert "exceeded the model's predefined maximum length" not in caplog.text
 
 
 @pytest.mark.parametrize("window", ["sliding", "segment"])
@@ -112,6 +126,9 @@ def test_a_window_beyond_the_positions_names_the_longest(tmp_path, window):
     with pytest.raises(ValueError, match=f"Choose a segment_length of at most {longest}"):
         InfiniForCausalLM.from_pretrained(tmp_path, segment_length=longest + 1, local_attention=window)
     InfiniForCausalLM.from_pretrained(tmp_path, segment_length=longest, local_attention=window)
+    if window == "sliding":
+        with pytest.raises(ValueError, match="Choose fewer slots and sinks"):
+            InfiniForCausalLM.from_pretrained(tmp_path, segment_length=40, num_memory_slots=60)
 
 
 FULL = [

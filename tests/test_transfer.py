@@ -1,7 +1,9 @@
 """Attention transfer: the memory learns, and nothing else changes; an interrupted run ends as one that was not."""
 
+import shutil
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +185,30 @@ def test_an_interrupted_run_goes_on(tmp_path, texts, keep_all, num_memory_slots)
     transfer(tmp_path / "other", [texts], steps=3)
     found, expected = loaded(folder).state_dict(), loaded(tmp_path / "other").state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("slots_stay", [True, False])
+def test_a_run_that_is_killed_as_it_tidies_up_has_ended(tmp_path, texts, keep_all, monkeypatch, slots_stay):
+    folder = converted(tmp_path, num_memory_slots=3)
+    if not slots_stay:
+        monkeypatch.setattr(module, "LEAST_MISSING", 9.0)
+
+    remove = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        if not (Path(path) / "arguments.json").exists():
+            return remove(path, *args, **kwargs)
+        (Path(path) / "arguments.json").unlink()
+        raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.shutil, "rmtree", killed)
+        with pytest.raises(InterruptedError):
+            transfer(folder, [texts], steps=3)
+    reported = []
+    transfer(folder, [texts], steps=4, seed=1, report=reported.append)
+    assert [layer.layer for layer in reported] == [0, 1]
+    assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
 def test_a_conversion_may_teach_its_memory_at_once(tmp_path, texts, keep_all):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_several_processes import SCRIPTS, torchrun
 from tiny import EVERY_OPTION_BUT_SLOTS, MODES, random_ids, tiny_config, tiny_model
@@ -381,6 +381,22 @@ class TestFile:
         read(other, 3, InfiniCache.from_pretrained(tmp_path, other.config, allow_other_weights=True))
         with pytest.raises(TypeError, match="Linear is no Infini-attention model"):
             InfiniCache.from_pretrained(tmp_path, nn.Linear(2, 2))
+
+    def test_goes_with_the_adapters_that_made_it(self, tmp_path):
+        adapters = lora(tiny_model())
+        read(adapters.base_model.model).save_pretrained(tmp_path / "adapters")
+        for given in (adapters, adapters.base_model, adapters.base_model.model):
+            read(adapters.base_model.model, 3, InfiniCache.from_pretrained(tmp_path / "adapters", given))
+        with adapters.disable_adapter():
+            with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+                InfiniCache.from_pretrained(tmp_path / "adapters", adapters)
+            InfiniCache.from_pretrained(tmp_path / "adapters", adapters, allow_other_weights=True)
+            read(adapters.base_model.model).save_pretrained(tmp_path / "base")
+            InfiniCache.from_pretrained(tmp_path / "base", adapters)
+        with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+            InfiniCache.from_pretrained(tmp_path / "base", adapters)
+        prompts = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        InfiniCache.from_pretrained(tmp_path / "base", prompts, allow_other_weights=True)
 
     def test_is_on_the_device_of_the_model(self, tmp_path):
         model = tiny_model()

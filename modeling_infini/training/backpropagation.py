@@ -47,7 +47,9 @@ def infini_module(model: nn.Module) -> Any:
     # By their classes, since wrappers have the attributes of what they wrap.
     found = next((module for module in model.modules() if hasattr(type(module), "new_cache")), None)
     if found is None:
-        raise TypeError(f"{type(model).__name__} is no Infini-attention model, nor does it hold one.")
+        raise TypeError(
+            f"{type(model).__name__} is no Infini-attention model, nor does it hold one: `infini convert` makes one."
+        )
     return found
 
 
@@ -210,7 +212,10 @@ def backpropagate(
     Raises:
         ValueError: if there are no labels, or they contradict `shift_labels`; if a number of segments is less than 1;
             if `model` learns prompts; without `compute_loss`, if an input is one that the model does not read or the
-            model's loss is not that of the next token; if rows go on with what `past_key_values` have not read.
+            model's loss is not that of the next token.
+
+    Warns:
+        of rows that go on with what `past_key_values` have not read, by a line of the log.
     """
     for name, count in (("chunk_segments", chunk_segments), ("detach_every_num_segments", detach_every_num_segments)):
         if count is not None and count < 1:

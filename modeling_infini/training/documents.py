@@ -80,7 +80,13 @@ def load_documents(
     if not files:
         if len(sources) > 1 or Path(sources[0]).is_dir():
             raise FileNotFoundError(f"No documents ({', '.join(BUILDERS)}) in {', '.join(map(str, sources))}.")
-        return datasets.load_dataset(str(sources[0]), split=split, streaming=streaming)
+        try:
+            return datasets.load_dataset(str(sources[0]), split=split, streaming=streaming)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(
+                f"There is no file or folder {sources[0]} (seen from {os.getcwd()}), and no dataset of that name "
+                f"on the Hub that can be read: {error}"
+            ) from error
 
     if others:
         warnings.warn(f"These files are not read: {', '.join(map(str, others))}.", stacklevel=2)

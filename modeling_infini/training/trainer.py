@@ -213,10 +213,10 @@ class InfiniTrainer(Trainer):
                 f"{' and '.join(of_groups)} are for the optimizer that the Trainer makes; set it in your own."
             )
         if of_gates and not trained_gates(self.model):
-            raise ValueError(
-                f"{' and '.join(of_gates)} have no effect: no head gates are trained. With PEFT, put head_gates into "
-                "modules_to_save."
-            )
+            why = "no head gates are trained. With PEFT, put head_gates into modules_to_save"
+            if not self._module.config.layers_with_memory:
+                why = "no layer of this model has a memory, and so a gate (memory_layers=[])"
+            raise ValueError(f"There is no effect of {' and '.join(of_gates)}: {why}.")
         optimizer = OptimizerNames(self.args.optim).value
         if "lomo" in optimizer or optimizer.endswith("layerwise"):
             raise ValueError(
@@ -601,11 +601,15 @@ class InfiniTrainer(Trainer):
 
     def _memory_logs(self, start_time: float) -> dict[str, float]:
         """A summary for every log; what each layer does goes to the trackers that the Trainer reports to."""
-        shares = self._module.local_shares().detach().float()
+        local_shares = self._module.local_shares().detach().float()
+        # The other layers have no gates.
+        shares = {index: local_shares[index] for index in self._module.config.layers_with_memory}
         layers: dict[str, float] = {}
-        for index, share in enumerate(shares):
+        summary: dict[str, float] = {}
+        for index, share in shares.items():
             layers |= {f"local_share_{name}/layer_{index}": v for name, v in _spread(share).items()}
-        summary = {f"local_share_{name}": value for name, value in _spread(shares).items()}
+        if shares:
+            summary = {f"local_share_{name}": v for name, v in _spread(torch.stack([*shares.values()])).items()}
         for name, norms in self._state_norms.items():
             # Each process knows those of its own rows.
             norms = self.accelerator.gather(torch.tensor([norms], device=self.args.device)).amax(0).tolist()
@@ -614,7 +618,7 @@ class InfiniTrainer(Trainer):
         self._report_layers(layers, shares)
         return summary | {"tokens_per_second": self._tokens_per_second(start_time)}
 
-    def _report_layers(self, layers: dict[str, float], shares: torch.Tensor) -> None:
+    def _report_layers(self, layers: dict[str, float], shares: dict[int, torch.Tensor]) -> None:
         trackers = tuple(get_reporting_integration_callbacks(self.args.report_to))
         for callback in self.callback_handler.callbacks:
             if not isinstance(callback, trackers):
@@ -623,12 +627,12 @@ class InfiniTrainer(Trainer):
             if not self.is_world_process_zero():
                 continue
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                for index, share in enumerate(shares):
+                for index, share in shares.items():
                     callback.tb_writer.add_histogram(f"local_share/layer_{index}", share, self.state.global_step)
             elif isinstance(callback, TrackioCallback):
                 import trackio
 
-                histograms = {f"local_share/layer_{i}": trackio.Histogram(s.tolist()) for i, s in enumerate(shares)}
+                histograms = {f"local_share/layer_{i}": trackio.Histogram(s.tolist()) for i, s in shares.items()}
                 trackio.log({**histograms, "train/global_step": self.state.global_step})
 
     def _tokens_per_second(self, start_time: float) -> float:
