@@ -219,7 +219,8 @@ def transfer(
         "seed": seed,
         "dtype": str(dtype),
     }
-    shutil.rmtree(folder / ENDED, ignore_errors=True)
+    for ended in folder.glob(f"{ENDED}-*"):
+        shutil.rmtree(ended, ignore_errors=True)
     progress = _Progress(folder / PROGRESS, arguments)
     if (before := progress.hidden_states()) is not None:
         logger.warning("An unfinished run goes on: %d of %d layers are done.", before[0], config.num_hidden_layers)
@@ -242,8 +243,9 @@ def transfer(
         fields["num_memory_slots"] = 0
     replace_memory(folder, run.trained(done.memory_layers, done.slot_layers), fields)
     # At once: a kill in the midst of the removal would leave hidden states without what they were made of.
-    os.replace(folder / PROGRESS, folder / ENDED)
-    shutil.rmtree(folder / ENDED)
+    ended = folder / f"{ENDED}-{uuid4().hex[:8]}"
+    os.replace(folder / PROGRESS, ended)
+    shutil.rmtree(ended)
     return done
 
 

@@ -1,7 +1,7 @@
 """What a folder or file is that holds no checkpoint that can be read, and what to do with it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
@@ -69,12 +69,12 @@ def require_no_adapter(names: Iterable[str], source: str) -> None:
             raise ValueError(f"{source} holds {what}.")
 
 
-def what_it_holds(names: Iterable[str]) -> str:
+def what_it_holds(names: Collection[str]) -> str:
     """The end of a message about files without configuration or weights: what they are instead, and what to do."""
     for pattern, what in INSTEAD.items():
         if found := _matching(names, pattern):
             return f" There is {found[0]}: it holds {what}."
-    return "" if any(True for _ in names) else " It is empty."
+    return "" if names else " It is empty."
 
 
 def _matching(names: Iterable[str], pattern: str) -> list[str]:

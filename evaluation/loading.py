@@ -74,20 +74,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def config_of(source: str | Path) -> Any:
-    """The configuration of the model in a folder, a `.gguf` file or on the Hub; of an adapter of PEFT, its base's."""
+    """The configuration of the model in a folder, a `.gguf` file or on the Hub; an adapter's folder has its base's."""
     require_place(source)
     if is_gguf(source):
         return GGUFFile(_gguf_path(source)).config
     folder = Path(source)
     if folder.is_dir() and not (folder / CONFIG_NAME).exists():
         if (folder / ADAPTER_CONFIG_NAME).is_file():
-            return config_of(read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"])
-        raise FileNotFoundError(
-            f"{source} has no {CONFIG_NAME}.{what_it_holds(path.name for path in folder.iterdir())}"
-        )
+            base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+            if not base or Path(base).resolve() == folder.resolve():
+                raise ValueError(f"{source} is an adapter of PEFT that does not name its base.")
+            return config_of(base)
+        names = [path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth)]
+        raise FileNotFoundError(f"{source} has no {CONFIG_NAME}.{what_it_holds(names)}")
     try:
         return AutoConfig.from_pretrained(source)
     except OSError as error:
+        if folder.exists():
+            raise
         raise OSError(f"{source} is no folder or file, and no id of the Hub that can be read. ({error})") from error
 
 

@@ -39,10 +39,10 @@ class InfiniGenerationMixin(GenerationMixin):
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for criterion in criteria:
+        for index, criterion in enumerate(criteria):
             if isinstance(criterion, MaxLengthCriteria):
-                # It would warn of texts beyond it, which are what this model is for.
-                criterion.max_position_embeddings = None
+                # With the positions, it warns of texts beyond them, which are what this model is for.
+                criteria[index] = MaxLengthCriteria(criterion.max_length)
         return criteria
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
@@ -211,20 +211,20 @@ class InfiniGenerationMixin(GenerationMixin):
     def _warn_of_missing_bos(self, input_ids, attention_mask, cache) -> None:
         """A stream's first token stays visible as a sink: a base that was trained with BOS there is lost without."""
         bos = (self.config.converted_from or {}).get("starts_with")
-        if bos is None:
-            return
-        tokens_read = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
-        if tokens_read > 0:
-            if input_ids.shape[1] <= tokens_read and bool((input_ids[:, 0] == bos).any()):
-                logger.warning_once(
-                    f"The new ids start with the BOS token {bos}, but they go on with what the cache has read. Leave "
-                    "it out (add_special_tokens=False), unless another document starts there."
-                )
+        tokens_read, length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0, input_ids.shape[1]
+        if bos is None or length == 0 or 0 < tokens_read < length:
             return
         first = input_ids[:, 0]
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
-            first = input_ids.gather(1, attention_mask.ne(0).int().argmax(1, keepdim=True))[:, 0]
-        if not bool((first == bos).all()):
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+            first = input_ids.gather(1, last_tokens(attention_mask, length).int().argmax(1, keepdim=True))[:, 0]
+        if tokens_read > 0:
+            if bool((first == bos).any()):
+                logger.warning_once(
+                    f"The new ids start with the BOS token {bos}, but they go on with what the cache has read. Leave "
+                    "it out (by add_special_tokens=False, or where a chat template has put it), unless another "
+                    "document starts there."
+                )
+        elif not bool((first == bos).all()):
             logger.warning_once(
                 f"The prompt does not start with the BOS token {bos}, which the base's tokenizer puts before every "
                 "text. Let the tokenizer add it (add_special_tokens=True), unless a chat template has."

@@ -366,7 +366,7 @@ def test_what_is_evaluated_on_is_no_split_that_is_trained_on(tmp_path, monkeypat
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", cannot_reach)
-    with pytest.raises(FileNotFoundError, match=r"There is no file or folder books .*Couldn't reach"):
+    with pytest.raises(ConnectionError, match=r"There is no file or folder books .*Couldn't reach"):
         load_documents("books")
 
 

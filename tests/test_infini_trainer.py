@@ -535,7 +535,7 @@ def test_options_of_gates_that_are_not_trained_are_refused(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     infini_trainer(model, tmp_path)
     for name, value in (("gate_learning_rate", 0.1), ("gate_frozen_steps", 2), ("gate_weight_decay", 0.1)):
-        with pytest.raises(ValueError, match=f"There is no effect of {name}: no head gates are trained"):
+        with pytest.raises(ValueError, match=f"Nothing can come of {name}: no head gates are trained"):
             infini_trainer(model, tmp_path, **{name: value})
     with pytest.raises(ValueError, match="no layer of this model has a memory"):
         infini_trainer(tiny_model(memory_layers=[]), tmp_path, gate_learning_rate=0.1)

@@ -92,6 +92,15 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     (tmp_path / "no-model").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no-model has no config.json\. It is empty\."):
         segment_length_of(tmp_path / "no-model")
+    (tmp_path / "no-model" / "checkpoint-3").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"There is checkpoint-3: it holds checkpoints of a training"):
+        segment_length_of(tmp_path / "no-model")
+    (tmp_path / "no-model" / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(ValueError, match="no-model is an adapter of PEFT that does not name its base"):
+        segment_length_of(tmp_path / "no-model")
+    (tmp_path / "no-model" / "config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        segment_length_of(tmp_path / "no-model")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="my-model is no folder or file, and no id of the Hub that can be read"):

@@ -103,6 +103,8 @@ def test_a_prompt_without_bos_is_named_where_the_tokenizer_adds_one(tmp_path, ca
     model.generate(history, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=2)
     # What goes on from a memory does not start a text.
     model.generate(bare.input_ids.expand(2, -1) % 31, past_key_values=out.past_key_values, max_new_tokens=2)
+    padded, mask = torch.tensor([[1, 1, 5], [7, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    model.generate(padded, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=2)
     assert "BOS" not in caplog.text
     model.generate(bare.input_ids % 31, max_new_tokens=2)
     assert ("does not start with the BOS token 1" in caplog.text) == adds_bos
@@ -112,9 +114,16 @@ def test_a_prompt_without_bos_is_named_where_the_tokenizer_adds_one(tmp_path, ca
     assert ("The new ids start with the BOS token 1, but they go on" in caplog.text) == adds_bos
 
 
+def test_no_new_ids_get_a_sentence_where_the_base_has_bos(tmp_path):
+    model = InfiniForCausalLM.from_pretrained(save_base(tmp_path, kind="replacing_spaces"), segment_length=N)
+    memory = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="no columns"):
+        model.generate(IDS[:, :0], past_key_values=memory, max_new_tokens=2)
+
+
 def test_texts_longer_than_the_base_was_trained_on_draw_no_warning(caplog):
     logging.enable_propagation()
-    model = tiny_model(max_position_embeddings=16)
+    model = tiny_model(max_position_embeddings=17)
     model.generate(random_ids(1, 20), max_new_tokens=2)
     assert "exceeded the model's predefined maximum length" not in caplog.text
 

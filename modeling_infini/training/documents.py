@@ -54,7 +54,8 @@ def load_documents(
         streaming: read as training goes, without a copy on disk.
 
     Raises:
-        FileNotFoundError: if `source` is neither files, nor a folder with some, nor looks like an id of the Hub.
+        FileNotFoundError: if `source` is neither files, nor a folder with some, nor the id of a dataset of the Hub.
+        ConnectionError: if it is neither files nor a folder, and the Hub cannot be asked.
         ValueError: if the files are of several kinds, or of one that is not read, or one is named twice; if another
             split of files is asked for than "train".
 
@@ -83,7 +84,8 @@ def load_documents(
         try:
             return datasets.load_dataset(str(sources[0]), split=split, streaming=streaming)
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(
+            kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
+            raise kind(
                 f"There is no file or folder {sources[0]} (seen from {os.getcwd()}), and no dataset of that name "
                 f"on the Hub that can be read: {error}"
             ) from error

@@ -215,8 +215,8 @@ class InfiniTrainer(Trainer):
         if of_gates and not trained_gates(self.model):
             why = "no head gates are trained. With PEFT, put head_gates into modules_to_save"
             if not self._module.config.layers_with_memory:
-                why = "no layer of this model has a memory, and so a gate (memory_layers=[])"
-            raise ValueError(f"There is no effect of {' and '.join(of_gates)}: {why}.")
+                why = "no layer of this model has a memory, and so none has gates (memory_layers=[])"
+            raise ValueError(f"Nothing can come of {' and '.join(of_gates)}: {why}.")
         optimizer = OptimizerNames(self.args.optim).value
         if "lomo" in optimizer or optimizer.endswith("layerwise"):
             raise ValueError(
