@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from .cache import CACHE_NAME, InfiniCache, one_past, require_infini_cache
@@ -44,6 +44,11 @@ class InfiniGenerationMixin(GenerationMixin):
                 # With the positions, it warns of texts beyond them, which are what this model is for.
                 criteria[index] = MaxLengthCriteria(criterion.max_length)
         return criteria
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs):
+        if (ended_rows := kwargs.get("ended_rows")) is not None:
+            stopping_criteria = ended_rows.watched(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         for ids in (inputs, model_kwargs.get("input_ids")):
@@ -258,17 +263,44 @@ class EndedRows:
     Which rows have ended, in the generate() that runs.
 
     Attributes:
-        eos_token_ids: what ends a row; `None`: nothing does.
+        eos_token_ids: what ends a beam; `None`: nothing does.
         prompt_length: where the generated tokens start.
+        verdicts: of sampling, what ended a row before its last token and with it, `(batch)` each; `None`: not watched.
     """
 
     def __init__(self, eos_token_ids: torch.Tensor | None):
         self.eos_token_ids = eos_token_ids
         self.prompt_length = 0
+        self.verdicts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+        """Criteria of sampling, whatever they are; they end rows, which then get filler, if one of them knows EOS."""
+        has_filler = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        return _WatchedCriteria(criteria, self) if has_filler else criteria
 
     def mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """0 for the filler that is fed to rows that have ended, `(batch, 1)`; `None` while all rows go on."""
-        if self.eos_token_ids is None or input_ids.shape[0] == 1:
+        if input_ids.shape[0] == 1:
             return None
-        has_ended = torch.isin(input_ids[:, self.prompt_length : -1], self.eos_token_ids).any(1, keepdim=True)
+        if self.verdicts is not None:
+            has_ended = self.verdicts[0].unsqueeze(1)
+        elif self.eos_token_ids is not None:
+            has_ended = torch.isin(input_ids[:, self.prompt_length : -1], self.eos_token_ids).any(1, keepdim=True)
+        else:
+            return None
         return ~has_ended if has_ended.any() else None
+
+
+class _WatchedCriteria(StoppingCriteriaList):
+    """Criteria that tell [`EndedRows`] what they say."""
+
+    def __init__(self, criteria: StoppingCriteriaList, ended_rows: EndedRows):
+        super().__init__(criteria)
+        self.ended_rows = ended_rows
+
+    def __call__(self, input_ids, scores, **kwargs):
+        ends = super().__call__(input_ids, scores, **kwargs)
+        verdicts = self.ended_rows.verdicts
+        before = torch.zeros_like(ends) if verdicts is None else verdicts[1]
+        self.ended_rows.verdicts = (before, before | ends)
+        return ends

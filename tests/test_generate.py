@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import MODES, VOCABULARY, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_infini import InfiniCache, InfiniForSequenceClassification
@@ -137,6 +138,34 @@ def test_rows_that_have_ended_read_no_filler(fields, delta):
     expected = generate(model, history, attention_mask=mask, use_cache=False)
     found = generate(model, history, attention_mask=mask, past_key_values=first.past_key_values)
     assert torch.equal(found, expected)
+
+
+class EndsRow(StoppingCriteria):
+    """Ends one row at a length, as stop strings do."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (torch.arange(len(input_ids)) == 1) & (input_ids.shape[1] >= 10)
+
+
+@all_modes
+def test_rows_that_other_criteria_have_ended_read_no_filler(fields):
+    model, ids = generator(fields), random_ids(3, 7)
+    options = {"stopping_criteria": StoppingCriteriaList([EndsRow()]), "return_dict_in_generate": True}
+    unused = sorted(set(range(31)) - set(generate(model, ids).flatten().tolist()))[0]
+    first = generate(model, ids, eos_token_id=unused, **options)
+    read = first.past_key_values.get_seq_length()
+    assert first.past_key_values.tokens_read.tolist() == [read, 10, read]
+    alone = model.new_cache()
+    with torch.no_grad():
+        model(first.sequences[1:2, :10], past_key_values=alone)
+    first.past_key_values.batch_select_indices(torch.tensor([1]))
+    new = random_ids(1, 4, seed=8)
+    with torch.no_grad():
+        found, expected = (model(new, past_key_values=cache).logits for cache in (first.past_key_values, alone))
+    torch.testing.assert_close(found, expected)
+    # Without EOS, transformers goes on with all rows.
+    whole = generate(model, ids, eos_token_id=None, **options)
+    assert whole.past_key_values.tokens_read.unique().numel() == 1
 
 
 @all_modes
