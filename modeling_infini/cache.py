@@ -124,8 +124,8 @@ class Past:
     def check_targets(self, labels: torch.Tensor | None, has_targets: bool, num_items_in_batch: Any) -> None:
         """Refuses targets whose loss would be another one than that of the sequence."""
 
-    def begin_call(self, layout: Layout, is_checkpointed: bool) -> Sequence[LayerPast | CheckpointedLayer]:
-        """What each layer goes on from; with `is_checkpointed`, a layer may run again."""
+    def begin_call(self, layout: Layout, may_run_again: bool) -> Sequence[LayerPast | CheckpointedLayer]:
+        """What each layer goes on from; with `may_run_again`, the backward pass may run a layer another time."""
         config = layout.config
         return [LayerPast(layer in config.layers_with_memory) for layer in range(config.num_hidden_layers)]
 
@@ -249,13 +249,13 @@ class InfiniCache(Past, Cache):
                 "not. Go on from a copy or a saved cache, or `reset()` this one and read again."
             )
 
-    def begin_call(self, layout, is_checkpointed):
+    def begin_call(self, layout, may_run_again):
         # Half-read until all layers have.
         self._is_reading = True
         self._before_step = None
         if torch.compiler.is_compiling() and isinstance(layout, DecodeLayout) and not torch.is_grad_enabled():
             self._before_step = [{} if layer.is_shared_with_graph else layer.states() for layer in self.layers]
-        return [CheckpointedLayer(layer) for layer in self.layers] if is_checkpointed else self.layers
+        return [CheckpointedLayer(layer) for layer in self.layers] if may_run_again else self.layers
 
     def finish_call(self, layout, length, layers):
         self.layers = [layer.after if isinstance(layer, CheckpointedLayer) else layer for layer in layers]
@@ -382,7 +382,7 @@ class InfiniCache(Past, Cache):
             ValueError: if nothing was read.
             RuntimeError: if the last call was interrupted.
         """
-        if not self.is_initialized:
+        if not self.is_initialized or self.get_seq_length() == 0:
             raise ValueError("The cache is empty: there is nothing to save before a model has read something.")
         self._require_whole()
         fingerprint = None if self.weights is None else self.weights.fingerprint

@@ -433,6 +433,12 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
         raise NotImplementedError("An InfiniCache is of constant size and is not offloaded.")
 
 
+LOSES_GRADIENTS = (
+    "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
+    'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values (use_cache=False).'
+)
+
+
 class CheckpointedLayer:
     """
     The past of a layer that gradient checkpointing runs again in the backward pass: each run starts from the state
@@ -444,6 +450,9 @@ class CheckpointedLayer:
         self.after: InfiniCacheLayer | None = None
 
     def update(self, states: TokenStates, layout: DecodeLayout | SegmentLayout) -> tuple[Window, MemoryState | None]:
+        # The call has gradients: without them here, a reentrant checkpoint runs the layer.
+        if not torch.is_grad_enabled():
+            raise ValueError(LOSES_GRADIENTS)
         self.after = copy.copy(self.before)
         # A record of its own: the call is recorded once, however often it runs.
         self.after.record = None if self.before.record is None else [*self.before.record]

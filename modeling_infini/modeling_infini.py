@@ -50,7 +50,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import CACHE_NAME, InfiniCache, Past, one_past
-from .cache_layer import LayerPast, TokenStates
+from .cache_layer import LOSES_GRADIENTS, LayerPast, TokenStates
 from .configuration_infini import SHARED_BY_HEADS, SHARED_OUT_BY_HEADS, InfiniConfig, is_infini_config
 from .fingerprint import WeightsId, name_of
 from .generation_infini import InfiniGenerationMixin
@@ -829,6 +829,12 @@ class InfiniModel(InfiniPreTrainedModel):
                 kept_from -= kept_from % piece_length
             starts = [*range(0, kept_from, piece_length), *range(kept_from, length, piece_length)]
             lengths = [end - start for start, end in zip(starts, [*starts[1:], length])]
+            if input_ids is not None:
+                # An id that is none in a later piece would leave the cache with what the earlier ones have read.
+                try:
+                    self.embed_tokens(torch.stack(input_ids.aminmax()))
+                except IndexError as error:
+                    raise IndexError(self._foreign_ids(input_ids)) from error
         past = past_key_values
         if past is None:
             past = Past() if len(starts) == 1 else self.new_cache()
@@ -924,7 +930,8 @@ class InfiniModel(InfiniPreTrainedModel):
             call["sliding_window"] = self.config.segment_length
 
         hidden_states = inputs_embeds
-        layers = past.begin_call(layout, self._is_checkpointed)
+        # Who wraps layers for checkpointing does not tell the model.
+        layers = past.begin_call(layout, torch.is_grad_enabled())
         for index, (decoder_layer, layer_past) in enumerate(zip(self.layers, layers)):
             call["writes_only"] = writes_only and index == len(layers) - 1
             hidden_states = decoder_layer(hidden_states, past=layer_past, **call)
@@ -946,10 +953,7 @@ class InfiniModel(InfiniPreTrainedModel):
             self._check_weights(cache, inputs_embeds)
         checkpointing = self.layers[0]._gradient_checkpointing_func if self._is_checkpointed else None
         if getattr(checkpointing, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
-                'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values.'
-            )
+            raise ValueError(LOSES_GRADIENTS)
 
     @torch.compiler.disable
     def _check_weights(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """P8: chunked and whole back-propagation give the gradients of the reference; truncation ends them where it says."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +20,16 @@ from tiny import (
     tiny_config,
     tiny_model,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn.functional import cross_entropy
 from transformers.integrations.neftune import activate_neftune
 
 from modeling_infini import InfiniForCausalLM, InfiniForTokenClassification, modeling_infini
+from modeling_infini.modeling_infini import InfiniDecoderLayer
 from modeling_infini.streams import targets
 from modeling_infini.training import backpropagate, backpropagation, loss_in_chunks
 from modeling_infini.training.backpropagation import chunk_lengths, infini_module, prepared_inputs
@@ -478,6 +486,43 @@ def test_bad_arguments_are_refused():
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant"):
         backpropagate(model, {**inputs, "labels": inputs["input_ids"]})
+
+
+def gradients_of_calls(model, ids, chunk_length):
+    model.zero_grad()
+    cache = model.new_cache()
+    sum(model(part, past_key_values=cache).logits.square().sum() for part in ids.split(chunk_length, 1)).backward()
+    return {name.replace("_checkpoint_wrapped_module.", ""): found for name, found in gradients(model).items()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_mem_delta_rule": True}, EVERY_OPTION], ids=["linear", "delta", "all"])
+def test_layers_that_others_wrap_for_checkpointing_keep_their_gradients(fields):
+    """As FSDP's activation checkpointing does, which does not tell the model."""
+    ids = random_ids(2, 23)
+    model = tiny_model(torch.float64, **fields).train()
+    expected = [gradients_of_calls(model, ids, length) for length in (1, 5, 23)]
+    _, whole = plain_gradients(model, input_ids=ids, labels=ids)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, InfiniDecoderLayer))
+    for length, right in zip((1, 5, 23), expected):
+        assert_same_gradients(gradients_of_calls(model, ids, length), right, 1e-9)
+    for run in (
+        lambda: model(ids, labels=ids).loss.backward(),
+        lambda: backpropagate(model, {"input_ids": ids, "labels": ids}, chunk_segments=2),
+    ):
+        model.zero_grad()
+        run()
+        found = {name.replace("_checkpoint_wrapped_module.", ""): of for name, of in gradients(model).items()}
+        assert_same_gradients(found, whole)
+
+
+def test_reentrant_wrappers_are_refused_where_they_lose_gradients():
+    model, ids = tiny_model().train(), random_ids(1, 12)
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+    is_layer = lambda module: isinstance(module, InfiniDecoderLayer)  # noqa: E731
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=is_layer)
+    with pytest.raises(ValueError, match="Reentrant gradient checkpointing loses the gradient"):
+        model(ids, labels=ids)
+    model(ids, labels=ids, use_cache=False).loss.backward()
 
 
 @pytest.mark.parametrize(

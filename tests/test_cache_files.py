@@ -243,6 +243,10 @@ def test_what_is_damaged_or_foreign_is_refused(tmp_path):
         InfiniCache.from_pretrained(tmp_path, model.config)
     with pytest.raises(ValueError, match="The cache is empty"):
         InfiniCache(model.config).save_pretrained(tmp_path)
+    forgotten = read(model, 9)
+    forgotten.reset()
+    with pytest.raises(ValueError, match="The cache is empty"):
+        forgotten.save_pretrained(tmp_path)
     read(model, 9).save_pretrained(tmp_path)
     whole = file.read_bytes()
     fields, tensors = parts(file)

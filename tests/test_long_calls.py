@@ -221,3 +221,16 @@ def test_padding_has_the_same_logits_in_a_piece_of_one_column(short_pieces):
         expected = model(ids, attention_mask=mask).logits
         short_pieces()
         torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_id_that_is_none_leaves_the_cache_as_it_was(short_pieces):
+    model, ids = model_of(InfiniForCausalLM), random_ids(1, LENGTH)
+    expected = model(ids).logits
+    short_pieces()
+    cache, wrong = model.new_cache(), ids.clone()
+    wrong[0, -1] = model.config.vocab_size
+    with torch.no_grad():
+        with pytest.raises(IndexError, match="the tokenizer is another model's"):
+            model(wrong, past_key_values=cache)
+        assert not cache.get_seq_length()
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)

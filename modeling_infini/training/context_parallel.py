@@ -194,7 +194,7 @@ class ContextParallel(Past):
             "output_attentions out."
         )
 
-    def begin_call(self, layout, is_checkpointed):
+    def begin_call(self, layout, may_run_again):
         config = layout.config
         return [PieceOfLayer(layer in config.layers_with_memory, self) for layer in range(config.num_hidden_layers)]
 
