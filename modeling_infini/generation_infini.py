@@ -40,7 +40,7 @@ class InfiniGenerationMixin(GenerationMixin):
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for index, criterion in enumerate(criteria):
-            if isinstance(criterion, MaxLengthCriteria):
+            if type(criterion) is MaxLengthCriteria:
                 # With the positions, it warns of texts beyond them, which are what this model is for.
                 criteria[index] = MaxLengthCriteria(criterion.max_length)
         return criteria
@@ -190,7 +190,7 @@ class InfiniGenerationMixin(GenerationMixin):
             elif ended_rows is not None and attention_mask is None and next_sequence_length == 1:
                 attention_mask = ended_rows.mask(input_ids)
         if is_first_iteration and inputs_embeds is None:
-            self._warn_of_missing_bos(input_ids, attention_mask, cache)
+            self._warn_of_bos(input_ids, attention_mask, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -213,16 +213,20 @@ class InfiniGenerationMixin(GenerationMixin):
             inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs
 
-    def _warn_of_missing_bos(self, input_ids, attention_mask, cache) -> None:
-        """A stream's first token stays visible as a sink: a base that was trained with BOS there is lost without."""
+    def _warn_of_bos(self, input_ids, attention_mask, cache) -> None:
+        """
+        A stream's first token stays visible as a sink: a base that was trained with BOS there is lost without, and
+        has seen none in the midst of a text.
+        """
         bos = (self.config.converted_from or {}).get("starts_with")
-        tokens_read, length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0, input_ids.shape[1]
-        if bos is None or length == 0 or 0 < tokens_read < length:
+        past_length = cache.get_seq_length() if isinstance(cache, InfiniCache) else 0
+        length = input_ids.shape[1]
+        if bos is None or length == 0 or 0 < past_length < length:
             return
         first = input_ids[:, 0]
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
             first = input_ids.gather(1, last_tokens(attention_mask, length).int().argmax(1, keepdim=True))[:, 0]
-        if tokens_read > 0:
+        if past_length > 0:
             if bool((first == bos).any()):
                 logger.warning_once(
                     f"The new ids start with the BOS token {bos}, but they go on with what the cache has read. Leave "
@@ -265,7 +269,8 @@ class EndedRows:
     Attributes:
         eos_token_ids: what ends a beam; `None`: nothing does.
         prompt_length: where the generated tokens start.
-        verdicts: of sampling, what ended a row before its last token and with it, `(batch)` each; `None`: not watched.
+        verdicts: of sampling, which rows had ended before their last token, and which have with it, `(batch)` each;
+            `None`: no criteria are watched.
     """
 
     def __init__(self, eos_token_ids: torch.Tensor | None):
@@ -274,7 +279,7 @@ class EndedRows:
         self.verdicts: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-        """Criteria of sampling, whatever they are; they end rows, which then get filler, if one of them knows EOS."""
+        """The criteria of sampling; watched if one of them knows EOS, since the rows that they end get filler then."""
         has_filler = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         return _WatchedCriteria(criteria, self) if has_filler else criteria
 

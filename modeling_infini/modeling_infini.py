@@ -938,10 +938,6 @@ class InfiniModel(InfiniPreTrainedModel):
         past.finish_call(layout, inputs_embeds.shape[1], layers)
         return hidden_states
 
-    @property
-    def _is_checkpointed(self) -> bool:
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
     def _check_cache(self, cache: InfiniCache, inputs_embeds: torch.Tensor) -> None:
         # A configuration may have been changed since the cache was made; a graph is not made anew for that.
         if cache.config is not self.config or not torch.compiler.is_compiling():
@@ -951,7 +947,9 @@ class InfiniModel(InfiniPreTrainedModel):
         has_read_more = cache.tokens_read is not None and inputs_embeds.shape[1] > 1
         if not torch.compiler.is_compiling() or (has_read_more and not torch.compiler.is_exporting()):
             self._check_weights(cache, inputs_embeds)
-        checkpointing = self.layers[0]._gradient_checkpointing_func if self._is_checkpointed else None
+        # Before anything is read. A layer that others wrap finds out when it runs.
+        is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        checkpointing = self.layers[0]._gradient_checkpointing_func if is_checkpointed else None
         if getattr(checkpointing, "keywords", {}).get("use_reentrant"):
             raise ValueError(LOSES_GRADIENTS)
 

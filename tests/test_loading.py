@@ -1,4 +1,4 @@
-"""Fields of a configuration on the command line: their types are those of InfiniConfig's annotations."""
+"""What a command line names: fields of a configuration, models, adapters and tokenizers, there or not."""
 
 import pytest
 import torch

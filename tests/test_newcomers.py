@@ -12,6 +12,7 @@ from test_memory_weights import OPTIONS
 from tiny import random_ids, tiny_model
 from tokenizers_of_bases import save_base
 from transformers import AutoTokenizer, BatchEncoding
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from infini_transformers.conversion import apply_memory, convert_to_infini, load_memory, save_memory
@@ -124,7 +125,10 @@ def test_no_new_ids_get_a_sentence_where_the_base_has_bos(tmp_path):
 def test_texts_longer_than_the_base_was_trained_on_draw_no_warning(caplog):
     logging.enable_propagation()
     model = tiny_model(max_position_embeddings=17)
+    own = MaxLengthCriteria(25, max_position_embeddings=17)
     model.generate(random_ids(1, 20), max_new_tokens=2)
+    found = model.generate(random_ids(1, 20), max_new_tokens=9, stopping_criteria=StoppingCriteriaList([own]))
+    assert (found.shape[1], own.max_position_embeddings) == (25, 17)
     assert "exceeded the model's predefined maximum length" not in caplog.text
 
 
