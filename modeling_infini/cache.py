@@ -212,7 +212,7 @@ class InfiniCache(Past, Cache):
         # Tensors made in inference mode cannot be changed or saved for autograd outside of it.
         if (
             not torch.compiler.is_compiling()
-            and any(state.is_inference() for state in self.state_dict().values())
+            and any(state.is_inference() for state in self.saved_tensors().values())
             and not torch.is_inference_mode_enabled()
         ):
             self.counters, self.angle_table = self.counters.fork(), None

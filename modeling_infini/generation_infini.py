@@ -138,6 +138,12 @@ class InfiniGenerationMixin(GenerationMixin):
             model_kwargs = {CACHE_NAME: SimpleNamespace(is_compileable=True)}
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        if generation_config.is_assistant:
+            # The ids hold what the target has generated, among it pad_token_id: no padding.
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2])
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # Inputs no longer than the cache are new: generate() takes them so where the mask covers the history as well.
         cache = model_kwargs.get(CACHE_NAME)

@@ -425,7 +425,8 @@ class InfiniAttention(nn.Module):
             `(G, heads, query_length, window)`, if the backend has them.
         """
         if self.config.qk_norm:
-            keys = self.k_norm(keys)
+            # Under autocast, a norm with float32 weights gives float32.
+            keys = self.k_norm(keys).to(values.dtype)
         states = TokenStates(keys, values)
         if self.has_memory:
             states = self.memory.token_states(hidden_states, keys, values)

@@ -193,7 +193,7 @@ def _restarts_of_documents(
         if tokens_read is not None and not is_start_known:
             first = number.gather(1, (number != 0).long().argmax(1, keepdim=True))
             refuse_unless(
-                ((previous[:, :1] > 0) | (first <= 1) | (tokens_read == 0).unsqueeze(1)).all(),
+                ((previous[:, :1] > 0) | (first == 0) | (tokens_read == 0).unsqueeze(1)).all(),
                 "attention_mask numbers packed documents (its values are above 1), but it does not cover what the "
                 "cache has read, so that nobody can tell whether the first token goes on with the last document. "
                 "Pass the mask of the whole history, or position_ids that start at 0 in each document.",

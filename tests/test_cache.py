@@ -341,6 +341,17 @@ def test_rows_selected_in_inference_mode_go_on_outside():
     assert cache.get_seq_length() == 10
 
 
+def test_rows_of_a_cache_made_in_inference_mode_go_on_outside():
+    model, ids = tiny_model(), random_ids(2, 10)
+    expected, _ = feed(model, ids)
+    with torch.inference_mode():
+        _, cache = feed(model, ids[:, :7])
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    found, _ = feed(model, ids.flip(0)[:, 7:], cache, cuts=(1,))
+    found.sum().backward()
+    torch.testing.assert_close(found.flip(0), expected[:, 7:], atol=1e-4, rtol=1e-4)
+
+
 def test_a_checkpointed_call_is_recorded_once():
     model, ids = tiny_model(torch.float64, local_attention="sliding", segment_length=8), random_ids(1, 12)
     expected, cache = model(ids).logits[:, 8:], InfiniCache(model.config)

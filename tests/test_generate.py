@@ -89,6 +89,11 @@ def test_prompt_lookup_and_assisted_decoding_change_no_token(fields, delta):
     with torch.no_grad():
         near.lm_head.weight.add_(0.02 * torch.randn(near.lm_head.weight.shape))
     assert torch.equal(generate(model, ids, assistant_model=near), expected)
+    # No token that the target generates is padding to the assistant.
+    for pad_token_id in expected[0, 18:].unique().tolist():
+        model.generation_config.pad_token_id = near.generation_config.pad_token_id = pad_token_id
+        whole = torch.ones_like(ids)
+        assert torch.equal(generate(model, ids, attention_mask=whole, assistant_model=near), expected)
     fields = {name: getattr(model.config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
     llama = LlamaForCausalLM(LlamaConfig(intermediate_size=8, num_hidden_layers=1, **fields)).eval()
     llama.generation_config.update(num_assistant_tokens=3, num_assistant_tokens_schedule="constant")

@@ -227,6 +227,20 @@ def test_under_autocast_the_memory_stays_in_float32(fields, delta):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("fields", MODES)
+def test_under_autocast_a_cache_is_saved_and_goes_on(fields, tmp_path):
+    # The norms of Qwen3 have float32 weights, and so give float32.
+    model, ids = tiny_model(qk_norm=True, **fields), random_ids(2, 17)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model(ids[:, :13]).past_key_values
+        cache.save_pretrained(tmp_path)
+        expected = model(ids[:, 13:], past_key_values=cache).logits
+        loaded = InfiniCache.from_pretrained(tmp_path, model)
+        assert torch.equal(model(ids[:, 13:], past_key_values=loaded).logits, expected)
+    with torch.no_grad(), pytest.raises(ValueError, match="bfloat16 keys, but the model computes in torch.float32"):
+        model(ids[:, :2], past_key_values=cache)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_under_autocast_cuts_do_not_change_the_memory(delta):
     model, ids, memories = tiny_model(use_mem_delta_rule=delta, num_hidden_layers=1), random_ids(1, 23), []

@@ -318,6 +318,9 @@ def test_numbers_of_documents_need_the_mask_of_what_was_read():
         cache = model(ids[:, :6], attention_mask=numbers[:, :6]).past_key_values
         with pytest.raises(ValueError, match="does not cover what the cache has read"):
             model(ids[:, 6:], attention_mask=numbers[:, 6:], past_key_values=cache)
+        # A new batch, numbered from 1: its first document may be another than the last that was read.
+        with pytest.raises(ValueError, match="does not cover what the cache has read"):
+            model(ids[:, 6:], attention_mask=numbers[:, 6:] - 1, past_key_values=cache)
         positions = torch.tensor([[2, 3, 4, 5, 0, 1]])
         found = model(ids[:, 6:], attention_mask=numbers[:, 6:], position_ids=positions, past_key_values=cache)
     assert relative_error(found.logits, expected) < 1e-5
