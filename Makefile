@@ -14,7 +14,7 @@ demo: $(DEMO_INSTALLED)
 
 test: lint
 	@echo "All tests, two at a time: some 25 minutes. make test-fast leaves out the slow ones."
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The promises, at small sizes: in the files that mark a test as core, so that no other is imported.
 test-core: $(INSTALLED)
@@ -96,11 +96,15 @@ gpu-benchmark: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_check --output gpu-check.json
 
+# The tests start many processes. pip has compiled nothing, and Python does not where PYTHONDONTWRITEBYTECODE is set:
+# each of them would compile PyTorch and transformers anew. Some files are templates, which nobody can compile.
+#
 # Triton interprets the kernels of a GPU, in a process of its own: a PyTorch for CPUs has none, and no other test needs it.
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo "Installing in $(VENV) what the tests and the notebooks need: some 220 distributions, a few minutes."
 	$(PIP) --editable ".[demo,notebooks,test]"
 	$(PIP) --no-deps --target $(VENV)/triton triton==3.6.0
+	$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib $(VENV)/triton || true
 	touch $@
 
 # PyPI's torch for Linux brings CUDA, 3 GB. That of PyTorch's own index does not, and is taken where it can be reached.

@@ -237,7 +237,7 @@ def test_under_autocast_a_cache_is_saved_and_goes_on(fields, tmp_path):
         expected = model(ids[:, 13:], past_key_values=cache).logits
         loaded = InfiniCache.from_pretrained(tmp_path, model)
         assert torch.equal(model(ids[:, 13:], past_key_values=loaded).logits, expected)
-    with torch.no_grad(), pytest.raises(ValueError, match="bfloat16 keys, but the model computes in torch.float32"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"bfloat16 keys, but the model computes in torch\.float32"):
         model(ids[:, :2], past_key_values=cache)
 
 
