@@ -96,8 +96,9 @@ gpu-benchmark: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_check --output gpu-check.json
 
-# The tests start many processes. pip has compiled nothing, and Python does not where PYTHONDONTWRITEBYTECODE is set:
-# each of them would compile PyTorch and transformers anew. Some files are templates, which nobody can compile.
+# The tests start many processes. What the demo installs is not compiled, and Python compiles nothing for good where
+# PYTHONDONTWRITEBYTECODE is set: each process would compile PyTorch and transformers anew. Some files are templates,
+# which nobody can compile.
 #
 # Triton interprets the kernels of a GPU, in a process of its own: a PyTorch for CPUs has none, and no other test needs it.
 $(INSTALLED): $(DEMO_INSTALLED)

@@ -415,6 +415,9 @@ def write_weights(folder: Path, shapes: dict[str, torch.Tensor], weights: Weight
     files = _shards(shapes, max_shard_size)
     if len(files) > 1 and (of_memory := [name for name in shapes if is_memory_weight(name)]):
         files = _shards({name: shapes[name] for name in shapes if name not in of_memory}, max_shard_size)
+        if SAFE_WEIGHTS_NAME in files:
+            # By that name, it would be read instead of the index beside it.
+            files = {SAFE_WEIGHTS_NAME.replace(".", "-00001-of-00001."): files[SAFE_WEIGHTS_NAME]}
         files[MEMORY_SHARD.format("")] = of_memory
     total = sum(shape.nbytes for shape in shapes.values())
     with logging.tqdm(total=total, desc="Writing weights", unit="B", unit_scale=True) as progress:

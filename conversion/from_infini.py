@@ -23,7 +23,7 @@ from .checkpoints import (
     shard_size,
     write_weights,
 )
-from .memory_weights import first_change, memory_digest
+from .memory_weights import at_least_float32, first_change, memory_digest
 from .small_files import (
     copy_files,
     load_tokenizer,
@@ -120,7 +120,8 @@ def _require_no_loss(checkpoint: Checkpoint, config: InfiniConfig) -> None:
     """Passes a memory as it starts, and one that was applied and is published by itself."""
     names = [name for name in checkpoint.shapes if is_memory_weight(name)]
     applied = (config.converted_from or {}).get("memory")
-    if applied and memory_digest({name: checkpoint.read(name) for name in names}) == applied.get("sha256"):
+    weights = {name: at_least_float32(checkpoint.read(name)) for name in names} if applied else {}
+    if applied and memory_digest(weights) == applied.get("sha256"):
         return
     if (name := first_change(names, checkpoint.read, config)) is not None:
         raise ValueError(

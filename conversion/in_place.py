@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_infini import InfiniConfig
 from modeling_infini.configuration_infini import code_files, copy_whole
@@ -33,6 +33,7 @@ from .checkpoints import (
     write_json,
 )
 from .memory_weights import MemoryWeights, at_least_float32, initial_memory_weights, memory_shapes, require_fitting
+from .small_files import generation_fields, refused_generation_fields
 
 
 # Files that this module has written, by their names.
@@ -68,7 +69,8 @@ def replace_memory(
     the folder holds the old model or the new one: what counts is which files config.json names.
 
     The base's weights stay byte for byte, in the same files, but for those that are in one file with weights of the
-    memory: after the first call none is.
+    memory, or in the one file of a model without: after the first call none is. What `generate()` cannot follow with
+    fewer tokens in a segment is left out of generation_config.json, and kept in `converted_from`.
 
     Args:
         folder: an Infini-attention checkpoint on this machine.
@@ -85,6 +87,9 @@ def replace_memory(
     checkpoint = Checkpoint(folder)
     config = _with_fields(checkpoint.infini_config, fields)
     origin = {name: value for name, value in (config.converted_from or {}).items() if name != "memory"}
+    generation = generation_fields(checkpoint)
+    if refused := refused_generation_fields(generation, config, former=checkpoint.infini_config):
+        origin["generation_config"] = origin.get("generation_config", {}) | refused
     config.converted_from = origin | ({} if applied is None else {"memory": applied}) or None
     memory = _complete(checkpoint, config, weights)
     former = {SAFE_WEIGHTS_NAME, *checkpoint.safetensors}
@@ -110,6 +115,11 @@ def replace_memory(
         for file in code_files(Path(hidden)):
             copy_whole(file, folder)
         final = read_json(Path(hidden) / CONFIG_NAME)
+        if refused:
+            # Before the switch: the old model does without, and the new one cannot do with them.
+            kept = {name: value for name, value in generation.items() if name not in refused}
+            write_json(Path(hidden) / GENERATION_CONFIG_NAME, kept)
+            os.replace(Path(hidden) / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
         switched = Path(hidden) / "switched.json"
         write_json(switched, final | {WEIGHTS_FIELD: index})
         os.replace(switched, folder / CONFIG_NAME)
@@ -153,7 +163,7 @@ def _complete(
 
 def _write_files(checkpoint: Checkpoint, memory: dict[str, torch.Tensor], token: str) -> dict[str, str]:
     """
-    Writes the memory, and anew what was in one file with a memory.
+    Writes the memory, and anew what was in one file with a memory, or in the one file of a model without.
 
     Returns:
         The file of each weight.
@@ -163,7 +173,9 @@ def _write_files(checkpoint: Checkpoint, memory: dict[str, torch.Tensor], token:
         with safe_open(checkpoint.folder / file, "pt") as content:
             metadata, names = content.metadata(), list(content.keys())
             of_base = [name for name in names if not is_memory_weight(FORMER_NAMES.rename_source_key(name)[0])]
-            if of_base and len(of_base) < len(names):
+            # By that name, it would be read instead of the index beside it.
+            is_read_alone = bool(memory) and file == SAFE_WEIGHTS_NAME
+            if of_base and (len(of_base) < len(names) or is_read_alone):
                 file = f"model-{number:05}-{token}.safetensors"
                 save_file({name: content.get_tensor(name) for name in of_base}, checkpoint.folder / file, metadata)
         file_of |= dict.fromkeys(of_base, file)

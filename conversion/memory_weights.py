@@ -112,7 +112,7 @@ class MemoryWeights:
             raise ValueError(f"{holder} lacks {missing[0]}, which its configuration asks for: it is no whole model.")
         taken = {name: at_least_float32(read(name)) for name in expected}
         require_fitting(taken, expected, holder)
-        known = {name: origin[name] for name in ORIGIN_FIELDS if name in origin}
+        known = {name: _as_text(origin[name]) for name in ORIGIN_FIELDS if origin.get(name)}
         of_base = {"fingerprint": fingerprint, "config": base_fields(config), **known}
         return cls({name: getattr(config, name) for name in MEMORY_OPTIONS}, of_base, taken)
 
@@ -305,6 +305,7 @@ def load_memory(model: nn.Module, memory: "str | os.PathLike | MemoryWeights") -
     with torch.no_grad():
         for name, weight in memory.weights.items():
             weights[name].copy_(weight)
+    own.config.converted_from = {**(own.config.converted_from or {}), "memory": memory.as_origin}
 
 
 def memory_digest(weights: dict[str, torch.Tensor]) -> str:
@@ -321,8 +322,7 @@ def memory_shapes(config: InfiniConfig) -> dict[str, torch.Size]:
     for layer in sorted(with_memory | with_slots):
         kind = (layer in with_memory, layer in with_slots)
         if kind not in of_kind:
-            with torch.device("meta"):
-                parameters = InfiniAttention(config, layer).named_parameters(".self_attn")
+            parameters = _attention(config, layer).named_parameters(".self_attn")
             of_kind[kind] = {name: weight.shape for name, weight in parameters if is_memory_weight(name)}
         shapes |= {f"model.layers.{layer}{name}": shape for name, shape in of_kind[kind].items()}
     return shapes
@@ -331,8 +331,7 @@ def memory_shapes(config: InfiniConfig) -> dict[str, torch.Size]:
 def initial_memory_weights(config: InfiniConfig, layer: int) -> dict[str, torch.Tensor]:
     """What the parameters of a layer's memory start with, by their names in the model: by the layer's own seed."""
     prefix = f"model.layers.{layer}.self_attn."
-    with torch.device("meta"):
-        attention = InfiniAttention(config, layer)
+    attention = _attention(config, layer)
     of_model = InfiniPreTrainedModel(config)
     weights: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
@@ -345,14 +344,30 @@ def initial_memory_weights(config: InfiniConfig, layer: int) -> dict[str, torch.
     return {name: at_least_float32(weight) for name, weight in weights.items()}
 
 
+def _attention(config: InfiniConfig, layer: int) -> InfiniAttention:
+    """A layer's attention without weights; in float32, whatever the default is."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("meta"):
+            return InfiniAttention(config, layer)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def first_change(names: Iterable[str], read: Callable[[str], torch.Tensor], config: InfiniConfig) -> str | None:
-    """The first of a memory's weights that differs from what it starts with; `None`: nothing was taught or set."""
+    """
+    The first of a memory's weights that differs from what it starts with, also if it was rounded to 16 bits since;
+    `None`: nothing was taught or set.
+    """
     initial: dict[str, torch.Tensor] = {}
     for layer in range(config.num_hidden_layers):
         initial |= initial_memory_weights(config, layer)
     for name in names:
-        weight = read(name)
-        if name not in initial or not torch.equal(initial[name].to(weight.dtype), weight):
+        weight, start = read(name), initial.get(name)
+        if start is None or not any(
+            torch.equal(at_first.to(weight.dtype), weight) for at_first in (start, start.bfloat16(), start.half())
+        ):
             return name
     return None
 
@@ -407,6 +422,11 @@ def _plain_model(model: Any) -> tuple[Any, InfiniConfig]:
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def _as_text(value: Any) -> str:
+    """Of what a card says in YAML: a licence may be a list or a number there."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -85,6 +85,8 @@ def copy_files(checkpoint: Checkpoint, folder: Path, back: bool = False) -> None
             left_out |= reason
         elif name == (SOURCE_CARD if back else CARD):
             _copy(checkpoint.folder / name, folder / (CARD if back else SOURCE_CARD))
+        elif name == SOURCE_CARD and not back:
+            left_out[name] = "a conversion keeps its source's card by this name"
         elif name in of_model and not back:
             raise ValueError(f"The source's {name} has the name of a code file of the converted model. Rename it.")
         elif name not in (*TRANSLATED_FILES, *of_model):
@@ -234,6 +236,10 @@ def restored_settings(checkpoint: Checkpoint, limit: int) -> dict[str, Any]:
         # Conversions by earlier versions record the limit alone.
         limit = origin.get("model_max_length", limit)
         own = {"model_max_length": limit, "max_len": None} if _has_tokenizer(checkpoint.folder) else {}
+    for name in LIMIT_FIELDS:
+        if settings.get(name) not in (None, VERY_LARGE_INTEGER):
+            # One that was set since.
+            own = {**own, name: settings[name]}
     return {name: value for name, value in (settings | own).items() if name not in own or own[name] is not None}
 
 
@@ -316,8 +322,29 @@ def generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     return GenerationConfig.from_pretrained(checkpoint.folder, CONFIG_NAME, _from_model_config=True).to_diff_dict()
 
 
-def refused_generation_fields(fields: dict[str, Any], config: InfiniConfig) -> dict[str, Any]:
-    """Those of a source's generation configuration that a converted model cannot follow; a warning names them."""
+def refused_generation_fields(
+    fields: dict[str, Any], config: InfiniConfig, former: InfiniConfig | None = None
+) -> dict[str, Any]:
+    """
+    Those of a source's generation configuration that a converted model cannot follow; a warning names them.
+
+    Args:
+        former: that of a conversion which follows the fields so far: what it could not follow either is the user's.
+    """
+    found = _beyond(fields, config)
+    if former is not None:
+        found = {name: value for name, value in found.items() if name not in _beyond(fields, former)}
+    if found:
+        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        logger.warning(
+            "Left out of generation_config.json, since a memory of constant size cannot follow them: %s. They are "
+            "kept in converted_from for the way back.",
+            listed,
+        )
+    return found
+
+
+def _beyond(fields: dict[str, Any], config: InfiniConfig) -> dict[str, Any]:
     longest = config.segment_length
     proposes_too_much = (fields.get("num_assistant_tokens") or NUM_ASSISTANT_TOKENS) > longest
     refused = {
@@ -330,15 +357,7 @@ def refused_generation_fields(fields: dict[str, Any], config: InfiniConfig) -> d
         **{name: (fields.get(name) or 0) > longest for name in PROPOSAL_FIELDS},
         "assistant_early_exit": fields.get("assistant_early_exit") is not None and proposes_too_much,
     }
-    found = {name: value for name, value in fields.items() if refused.get(name)}
-    if found:
-        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
-        logger.warning(
-            "Left out of generation_config.json, since a memory of constant size cannot follow them: %s. They are "
-            "kept in converted_from for the way back.",
-            listed,
-        )
-    return found
+    return {name: value for name, value in fields.items() if refused.get(name)}
 
 
 def restored_generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:

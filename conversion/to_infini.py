@@ -45,7 +45,7 @@ from .small_files import (
     write_fields,
     write_tokenizer,
 )
-from .transfer import require_texts
+from .transfer import FIELDS, require_texts
 from .transfer import transfer as attention_transfer
 from .wrong_sources import what_weights_they_are
 
@@ -139,6 +139,12 @@ def convert_to_infini(
         if memory is not None or head_gates is not None:
             raise ValueError(
                 "transfer teaches memory and gates anew. Leave out either transfer, or memory and head_gates."
+            )
+        own = FIELDS | dict.fromkeys(("memory_layers", "slot_layers", "head_gate_init_value"))
+        if chosen := [name for name in own if options.get(name) not in (None, own[name])]:
+            raise ValueError(
+                f"transfer decides on {chosen[0]} itself, and finds the layers that a memory helps. Leave out either "
+                f"transfer or {chosen[0]}."
             )
         transfer = [transfer] if isinstance(transfer, (str, os.PathLike)) else transfer
         if absent := [path for path in transfer if not Path(path).exists()]:
@@ -287,7 +293,7 @@ def _gate_weights(config: InfiniConfig, head_gates: HeadGates | None) -> torch.T
     """`(layers, heads)`, float32."""
     shape = (config.num_hidden_layers, config.num_attention_heads)
     if head_gates is None:
-        return torch.full(shape, config.head_gate_init_value / config.head_gate_scale)
+        return torch.full(shape, config.head_gate_init_value / config.head_gate_scale, dtype=torch.float32)
     where = "head_gates"
     layers: Any = head_gates
     form = f"a list of {shape[0]} layers, each a number or a list of {shape[1]} numbers, one per head"
@@ -351,9 +357,12 @@ def _base_weights(
             shapes[name] = source if dtype is None else source.to(dtype)
             weights[name] = partial(checkpoint.read, name)
     if missing := sorted(set(expected) - set(shapes)):
+        name, here = missing[0], found.get(missing[0])
+        asked = "" if here is None else f" ({tuple(here.shape)}; config.json says {tuple(expected[name].shape)})"
         raise ValueError(
             f"The checkpoint is incomplete: {len(missing)} weights are missing or of another shape, such as "
-            f"{missing[0]}. It must be that of a whole causal language model.{what_weights_they_are(found)}"
+            f"{name}{asked}. It must be that of a whole causal language model.{what_weights_they_are(found)} If "
+            "transformers loads it without a warning, save_pretrained of the loaded model makes one that is whole."
         )
     if found:
         raise ValueError(

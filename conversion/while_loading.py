@@ -14,7 +14,7 @@ from transformers.utils import logging
 from modeling_infini import InfiniConfig, InfiniPreTrainedModel
 
 from .architectures import FILE_FIELDS, MEMORY_OPTIONS, RETURN_FIELDS, WINDOW_FIELDS, infini_config, require_supported
-from .checkpoints import MEMORY_WEIGHT, Checkpoint, saved_dtype
+from .checkpoints import MEMORY_WEIGHT, Checkpoint, cast, saved_dtype
 from .memory_weights import initial_memory_weights
 from .to_infini import Conversion, source_origin
 
@@ -89,6 +89,9 @@ def load_base(
             setattr(made, name, value)
     dtype = next((kwargs[name] for name in ("dtype", "torch_dtype") if kwargs.get(name) is not None), "auto")
     conversion = Conversion.of(checkpoint, made, saved_dtype(dtype))
+    if saved_dtype(dtype) == torch.float16:
+        for name, read in conversion.weights.items():
+            cast(name, read(), torch.float16)
     if kwargs.get("quantization_config") is not None and any(getattr(made, name) for name in LINEAR_OPTIONS):
         raise ValueError(
             "A base with linear layers of the memory cannot be quantized while it is converted: they have no weights "

@@ -43,6 +43,7 @@ from jinja2.exceptions import TemplateError
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -128,16 +129,28 @@ class Body(BaseModel):
         return {name: value for name, value in body.items() if name not in cls.unserved}
 
 
+def _whole(text: str) -> str:
+    """Clients that cut a text may leave half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text holds half of a character (a surrogate), where it was cut") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     unserved = UNSERVED_OF_MESSAGES
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
         Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
     ]
 
@@ -215,7 +228,8 @@ class StopWhenSet(StoppingCriteria):
 
 def sampling_options(request: ChatRequest) -> dict:
     """Options of generate(); what the request leaves open is as in the model's generation configuration."""
-    if request.temperature == 0:
+    # The best token is certain there, and logits that are divided by less become infinite.
+    if request.temperature is not None and request.temperature < 1e-5:
         return {"do_sample": False}
     options = {"temperature": request.temperature, "top_p": request.top_p}
     options = {name: value for name, value in options.items() if value is not None}
@@ -317,6 +331,9 @@ class Engine:
         except TemplateError as error:
             raise ApiError(400, f"The model's chat template refuses the messages: {error}", "messages") from None
         if goes_on:
+            if LAST_ANSWER not in text:
+                message = "The model's chat template leaves earlier answers out, so that no session can go on with it."
+                raise ApiError(400, message, "session")
             text = text.partition(LAST_ANSWER)[2]
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if ids.shape[1] == 0:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .cache_layer import CheckpointedLayer, InfiniCacheLayer, LayerPast, TokenStates
 from .configuration_infini import InfiniConfig, is_infini_config
-from .fingerprint import WeightsId
+from .fingerprint import WeightsId, hooks_of
 from .local_attention import Angles
 from .streams import DecodeLayout, Layout, plan_call, plan_segments, streams_of_call
 
@@ -407,8 +407,6 @@ class InfiniCache(Past, Cache):
             temporary.replace(folder / CACHE_FILE)
         finally:
             temporary.unlink(missing_ok=True)
-        for file in _files_of_earlier_formats(folder):
-            file.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors `(batch, ...)` of the cache by name, without what is recorded for [`~InfiniCache.crop`]."""
@@ -496,8 +494,7 @@ class InfiniCache(Past, Cache):
 
 def device_of(module: nn.Module) -> Any:
     """Where a module computes: between its calls, accelerate may keep its weights elsewhere, and none in them."""
-    hook = getattr(module, "_hf_hook", None)
-    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    places = (getattr(hook, "execution_device", None) for hook in hooks_of(module))
     return next((place for place in places if place is not None), next(module.parameters()).device)
 
 
@@ -520,7 +517,7 @@ def read_cache(folder: Path, config: InfiniConfig) -> tuple[str | None, dict[str
     """
     file = folder / CACHE_FILE
     if not file.is_file():
-        if _files_of_earlier_formats(folder):
+        if (folder / "infini_cache.json").is_file():
             raise ValueError(f"The cache in {folder} has an earlier format, of several files. {REMEDY}")
         raise FileNotFoundError(
             f"{folder} holds no saved cache: there is no {CACHE_FILE}. Name a folder that "
@@ -580,10 +577,6 @@ def digest_of(text: str, tensors: dict[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _files_of_earlier_formats(folder: Path) -> list[Path]:
-    return [*folder.glob("infini_cache.json"), *folder.glob("infini_cache-*.safetensors")]
 
 
 def one_past(past_key_values, cache) -> Any:

@@ -120,7 +120,7 @@ class MemoryScan(NamedTuple):
     Attributes:
         memories: before, between and after the segments of each stream, `(R, S + 1, kv_heads, ...)`.
         added: what the linear rule adds for each segment, `(R, S, kv_heads, ...)`.
-        corrections: what the delta rule takes, `(R, S, kv_heads, head_dim, head_dim)`; `None`: the linear rule.
+        corrections: what the delta rule takes, `(R, S, kv_heads, key_dim, key_dim)`; `None`: the linear rule.
     """
 
     memories: MemoryState
@@ -190,13 +190,13 @@ class LayerPast:
         return MemoryScan(MemoryState(matrices, normalisers), added, corrections)
 
     def first_normaliser(self, added: torch.Tensor, layout: SegmentLayout) -> torch.Tensor:
-        """z of each stream before the call `(R, kv_heads, head_dim)`, to which the segments add `(R, S, ...)`."""
+        """z of each stream before the call `(R, kv_heads, key_dim)`, to which the segments add `(R, S, ...)`."""
         return torch.zeros_like(added[:, 0])
 
     def first_matrix(
         self, added: torch.Tensor, corrections: torch.Tensor | None, layout: SegmentLayout
     ) -> torch.Tensor:
-        """M of each stream before the call, `(R, kv_heads, head_dim, head_dim)`; the others as [`memory.scan`]'s."""
+        """M of each stream before the call, `(R, kv_heads, key_dim, head_dim)`; the others as [`memory.scan`]'s."""
         return torch.zeros_like(added[:, 0])
 
 
@@ -434,8 +434,8 @@ class InfiniCacheLayer(LayerPast, CacheLayerMixin):
 
 
 LOSES_GRADIENTS = (
-    "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Call "
-    'gradient_checkpointing_enable({"use_reentrant": False}), or train without past_key_values (use_cache=False).'
+    "Reentrant gradient checkpointing loses the gradient of what is read into past_key_values. Set "
+    '"use_reentrant": False in its options, or train without past_key_values (use_cache=False).'
 )
 
 

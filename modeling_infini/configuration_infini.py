@@ -286,9 +286,14 @@ class InfiniConfig(LlamaConfig):
         """
         fields = {name: getattr(self, name) for name in MEMORY_FIELDS} | self.projection_biases
         fields |= {"memory_layers": self.layers_with_memory, "slot_layers": self.layers_with_slots}
+        rope_parameters = dict(self.rope_parameters)
+        if rope_parameters.get("rope_type") == "yarn" and rope_parameters.get("factor") is None:
+            # As transformers has it.
+            original = rope_parameters["original_max_position_embeddings"]
+            rope_parameters["factor"] = self.max_position_embeddings / original
         fields["rope_parameters"] = {
             name: value
-            for name, value in self.rope_parameters.items()
+            for name, value in rope_parameters.items()
             # `type` is the older name of `rope_type`, kept beside it.
             if value is not None and name != "type" and not (name in ROPE_DEFAULTS and value == ROPE_DEFAULTS[name])
         }
@@ -371,18 +376,14 @@ class InfiniConfig(LlamaConfig):
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} must be between 0 and segment_length={self.segment_length}."
             )
-        if self.num_sink_tokens > 0 and not self.is_sliding:
-            raise ValueError(
-                f'num_sink_tokens={self.num_sink_tokens} needs local_attention="sliding"; with '
-                f'local_attention="{self.local_attention}" it must be 0.'
-            )
         if self.num_memory_slots < 0:
             raise ValueError(f"num_memory_slots={self.num_memory_slots} must be at least 0.")
-        if self.num_memory_slots > 0 and not self.is_sliding:
-            raise ValueError(
-                f'num_memory_slots={self.num_memory_slots} needs local_attention="sliding"; with '
-                f'local_attention="{self.local_attention}" it must be 0.'
-            )
+        for name in ("num_sink_tokens", "num_memory_slots"):
+            if (value := getattr(self, name)) > 0 and not self.is_sliding:
+                raise ValueError(
+                    f'{name}={value} needs local_attention="sliding"; with local_attention="{self.local_attention}" '
+                    "it must be 0."
+                )
         for name in ("memory_layers", "slot_layers"):
             layers = getattr(self, name)
             if layers is not None and any(not 0 <= a < b for a, b in pairwise([*layers, self.num_hidden_layers])):
@@ -422,6 +423,12 @@ class InfiniConfig(LlamaConfig):
             raise ValueError(
                 f'rope_type="{rope_type}" is not supported: its angles depend on more than the distance within a '
                 f"window. Supported: {', '.join(SUPPORTED_ROPE_TYPES)}."
+            )
+        partial = (self.rope_parameters or {}).get("partial_rotary_factor")
+        if rope_type != "default" and partial not in (None, 1):
+            raise ValueError(
+                f'partial_rotary_factor={partial} is not supported with rope_type="{rope_type}": heads are rotated as '
+                "a whole."
             )
         if rope_type == "dynamic" and self.longest_distance > self.max_position_embeddings:
             raise ValueError(

@@ -6,7 +6,7 @@ change it. Training changes nearly all elements of what it trains, but single ro
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -182,10 +182,15 @@ def _adapted_weights(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tens
                 yield from _weights(part, name) if isinstance(part, nn.Module) else [(name, part, False)]
 
 
+def hooks_of(module: nn.Module) -> Sequence[Any]:
+    """What accelerate runs before and after a module, if anything."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
 def _offloaded(module: nn.Module) -> Any:
     """The weights of `module` by name where accelerate keeps them on a CPU or a disk, between its calls."""
-    hook = getattr(module, "_hf_hook", None)
-    maps = (getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,)))
+    maps = (getattr(hook, "weights_map", None) for hook in hooks_of(module))
     return next((weights for weights in maps if weights is not None), None)
 
 

@@ -106,10 +106,6 @@ class InfiniGenerationMixin(GenerationMixin):
         owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
         return getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False
-
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         # Guidance goes on from the last column of the negative prompt, or of the prompt if there is none.
         if generation_config.guidance_scale not in (None, 1):

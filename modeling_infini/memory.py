@@ -17,6 +17,7 @@ from functools import wraps
 from typing import NamedTuple
 
 import torch
+from transformers.utils.generic import maybe_autocast
 
 
 class MemoryState(NamedTuple):
@@ -36,9 +37,7 @@ def without_autocast(function: Callable) -> Callable:
 
     @wraps(function)
     def wrapper(tensor: torch.Tensor, *args):
-        if not torch.is_autocast_enabled(tensor.device.type):
-            return function(tensor, *args)
-        with torch.autocast(tensor.device.type, enabled=False):
+        with maybe_autocast(tensor.device.type, enabled=False):
             return function(tensor, *args)
 
     return wrapper

@@ -29,7 +29,12 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, QuestionAnsweringModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
@@ -594,7 +599,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    # Servers ask for it before they put their own attention over paged keys into a model: that would hold no memory.
+    _supports_attention_backend = False
     _supports_context_parallel = False
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer, "attentions": InfiniAttention}
 
@@ -605,6 +611,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
                 "from_pretrained(folder, segment_length=...) converts a checkpoint; for a new model, make an "
                 "InfiniConfig(hidden_size=..., segment_length=..., ...)."
             )
+        # from_pretrained sets fields that it is given after the configuration was validated.
+        config.validate_architecture()
         if (new_weights := vars(config).pop("_new_weights", None)) is not None:
             self._keys_to_ignore_on_load_missing = {new_weights}
         super().__init__(config, *args, **kwargs)
@@ -633,11 +641,6 @@ class InfiniPreTrainedModel(PreTrainedModel):
                 "infini-transformers, the package that this code comes from."
             ) from error
         return load_base(cls, super().from_pretrained, source, model_args, config, kwargs)
-
-    @classmethod
-    def is_backend_compatible(cls) -> bool:
-        # Asked by vLLM before it puts its own attention over paged keys into a model: that would hold no memory.
-        return False
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
@@ -1108,7 +1111,29 @@ class InfiniForSequenceClassification(BaseModelByAutoModel, GenericForSequenceCl
         return super().forward(input_ids, attention_mask, *args, **kwargs)
 
 
-class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel): ...
+class InfiniForTokenClassification(BaseModelByAutoModel, GenericForTokenClassification, InfiniPreTrainedModel):
+    @can_return_tuple
+    @functools.wraps(GenericForTokenClassification.forward)
+    def forward(  # type: ignore[override]
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs,
+    ):
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        logits, loss = outputs.logits, None
+        if labels is not None:
+            labels = labels.to(logits.device)
+            if attention_mask is not None:
+                # Padding is of no class.
+                labels = labels.masked_fill(~last_tokens(attention_mask, labels.shape[1]).to(labels.device), -100)
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class InfiniForQuestionAnswering(BaseModelByAutoModel, GenericForQuestionAnswering, InfiniPreTrainedModel):

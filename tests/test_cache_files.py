@@ -292,7 +292,7 @@ def test_an_interrupted_save_leaves_the_old_cache(tmp_path, monkeypatch):
     assert InfiniCache.from_pretrained(tmp_path, InfiniConfig.from_dict(model.config.to_dict())).get_seq_length() == 12
 
 
-def test_a_cache_of_an_earlier_format_is_refused_and_replaced(tmp_path):
+def test_a_cache_of_an_earlier_format_is_refused_and_left_alone(tmp_path):
     model = tiny_model()
     (tmp_path / "infini_cache.json").write_text('{"format": "infini_cache", "format_version": 2}')
     save_file({"tokens_read": torch.ones(1)}, tmp_path / "infini_cache-0123456789abcdef.safetensors")
@@ -300,8 +300,9 @@ def test_a_cache_of_an_earlier_format_is_refused_and_replaced(tmp_path):
         ValueError, match=r"has an earlier format, of several files.*read the text again with the model"
     ):
         InfiniCache.from_pretrained(tmp_path, model.config)
+    # It may be anybody's copy, by its name.
     read(model, 9).save_pretrained(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["infini_cache.safetensors"]
+    assert len(list(tmp_path.iterdir())) == 3
     assert InfiniCache.from_pretrained(tmp_path, model.config).get_seq_length() == 9
 
 

@@ -5,10 +5,10 @@ from dataclasses import fields
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny import EVERY_OPTION, tiny_config
+from tiny import EVERY_OPTION, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from modeling_infini import InfiniConfig
+from modeling_infini import InfiniConfig, InfiniForCausalLM, InfiniForTokenClassification
 
 
 FLOATS = ("head_gate_init_value", "head_gate_scale", "memory_eps", "memory_norm_init_scale")
@@ -148,6 +148,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
             {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}},
         ),
         ({"max_position_embeddings": 64}, {"max_position_embeddings": 128}),
+        ({"rope_parameters": {**YARN, "factor": None}, "max_position_embeddings": 64}, {"rope_parameters": YARN}),
     ],
 )
 def test_memory_fields_are_equal_where_models_are(one, other):
@@ -155,6 +156,29 @@ def test_memory_fields_are_equal_where_models_are(one, other):
     assert one.memory_fields() == other.memory_fields() == json.loads(json.dumps(other.memory_fields()))
     assert InfiniConfig.from_dict(json.loads(one.to_json_string())).memory_fields() == one.memory_fields()
     one.require_same_memory(other.memory_fields(), "The cache")
+
+
+@pytest.mark.parametrize("changed", [{"num_sink_tokens": 30}, {"segment_length": 0}, {"memory_layers": [5]}])
+def test_fields_that_loading_changes_are_validated(tmp_path, changed):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        InfiniForCausalLM.from_pretrained(tmp_path, **changed)
+    # What an attention backend cannot give is said by transformers, when it is asked for.
+    for kind in (InfiniForCausalLM, InfiniForTokenClassification):
+        assert kind.from_pretrained(tmp_path, output_attentions=True, local_attention="sliding").config.is_sliding
+        assert kind(tiny_config(output_attentions=True)).config.output_attentions
+
+
+def test_yarn_without_a_factor_follows_the_positions():
+    rope = {"rope_parameters": {**YARN, "factor": None}}
+    fields = [tiny_config(**rope, max_position_embeddings=count).memory_fields() for count in (64, 4096)]
+    assert [field["rope_parameters"]["factor"] for field in fields] == [2, 128]
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_heads_that_are_rotated_in_part_are_refused(rope_type):
+    with pytest.raises(StrictDataclassError, match=r"partial_rotary_factor=0\.5 is not supported"):
+        tiny_config(rope_parameters={**YARN, "rope_type": rope_type, "partial_rotary_factor": 0.5})
 
 
 def test_a_file_of_the_users_own_around_a_checkpoint_is_left_as_it_is(tmp_path):

@@ -12,7 +12,11 @@ from modeling_infini import (
     InfiniForSequenceClassification,
     InfiniForTokenClassification,
     InfiniModel,
+    InfiniPreTrainedModel,
+    InfiniTrainer,
 )
+from modeling_infini.generation_infini import InfiniGenerationMixin
+from modeling_infini.training.distillation import DistillationTrainer
 
 
 MODELS = [
@@ -46,8 +50,6 @@ def test_modules_that_are_kept_in_float32_exist(kind, option, tmp_path):
 
 
 def test_generate_makes_no_dynamic_cache_and_drafts_are_taken_back():
-    assert not InfiniForCausalLM._supports_default_dynamic_cache()
-    assert not InfiniForCausalLM.is_backend_compatible()
     # transformers refuses assisted decoding for models that say they are stateful.
     assert not InfiniForCausalLM._is_stateful
     model, ids = tiny_model(), random_ids(1, 9)
@@ -55,3 +57,25 @@ def test_generate_makes_no_dynamic_cache_and_drafts_are_taken_back():
     assert type(cache) is type(model.new_cache())
     assert all(layer.is_croppable for layer in cache.layers)
     assert not cache.is_compileable
+
+
+# Methods with a leading underscore that are ours alone. All others stand in for hooks of transformers.
+OWN = {
+    InfiniGenerationMixin: "_has_soft_prompt _warn_of_bos",
+    InfiniPreTrainedModel: "",
+    InfiniForCausalLM: "",
+    InfiniTrainer: "_backpropagate _check_arguments _check_dataset _equally_long _is_set "
+    "_loss_and_outputs _loss_is_a_sum _memory_folder _memory_logs _module _overrides_loss _ready _refuse_unread "
+    "_remove_checkpoint _remove_older_checkpoints _report_layers _runs_in_chunks _sum_and_outputs _tokens_per_second "
+    "_with_targets",
+    DistillationTrainer: "",
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_hooks_of_transformers_have_the_names_that_ours_have(kind):
+    """One that is renamed there would never be called, and generation or training would be wrong without a word."""
+    foreign = [vars(parent) for parent in kind.__mro__ if not parent.__module__.startswith("modeling_infini")]
+    members = {name: getattr(kind, name) for name in vars(kind) if re.match(r"_[a-z]", name)}
+    methods = {name for name, value in members.items() if callable(value) or isinstance(value, property)}
+    assert {name for name in methods if not any(name in of for of in foreign)} == set(OWN[kind].split())

@@ -211,6 +211,21 @@ def edit(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e-9])
+def test_values_that_float16_does_not_hold_are_refused_as_by_a_conversion(tmp_path, factor):
+    base = base_model()
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight *= factor
+    base.save_pretrained(tmp_path / "base")
+    options = {"segment_length": N, "dtype": torch.float16}
+    for convert in (
+        lambda: InfiniForCausalLM.from_pretrained(tmp_path / "base", **options),
+        lambda: convert_to_infini(tmp_path / "base", tmp_path / "ours", **options),
+    ):
+        with pytest.raises(ValueError, match=r"up_proj\.weight"):
+            convert()
+
+
 REFUSED = {
     "mixture of experts": ({"num_local_experts": 8}, "mixture of experts"),
     "another type": ({"model_type": "gpt2"}, 'Cannot convert a model of type "gpt2"'),

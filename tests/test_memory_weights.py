@@ -133,6 +133,89 @@ def test_a_memory_goes_from_one_conversion_to_another(tmp_path, variant, dtype, 
     assert torch.equal(logits(running), logits(model))
 
 
+def test_a_memory_goes_into_a_single_file_without_one(tmp_path, base, trained, memory):
+    convert_to_infini(base, tmp_path / "without", segment_length=N, memory_layers=[])
+    for _ in range(2):
+        apply_memory(tmp_path / "without", memory)
+        assert torch.equal(logits(loaded(tmp_path / "without")), logits(loaded(trained)))
+        assert base_bytes(tmp_path / "without") == base_bytes(trained)
+
+
+def test_a_base_that_fits_a_shard_alone_has_its_memory_beside_it(tmp_path, base, trained, memory):
+    size = sum(weight.nbytes for weight in load_file(base / "model.safetensors").values())
+    convert_to_infini(base, tmp_path / "other", memory=memory, max_shard_size=size)
+    files = {file.name for file in (tmp_path / "other").glob("*.safetensors")}
+    assert files == {"model-00001-of-00001.safetensors", "model-memory.safetensors"}
+    assert torch.equal(logits(loaded(tmp_path / "other")), logits(loaded(trained)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_memory_is_known_as_the_applied_one_is(tmp_path, base, dtype):
+    options = {"segment_length": N, "dtype": dtype, **OPTIONS}
+    convert_to_infini(base, tmp_path / "trained-here", **options)
+    # Of values that bfloat16 holds, in which some of the memory's weights are saved.
+    train(loaded(tmp_path / "trained-here")).to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    memory = save_memory(tmp_path / "rounded", tmp_path / "memory")
+    convert_to_infini(base, tmp_path / "other", **options)
+    model = loaded(tmp_path / "other")
+    load_memory(model, memory)
+    assert model.config.converted_from["memory"] == MemoryWeights.load(memory).as_origin
+    model.save_pretrained(tmp_path / "saved")
+    # What is published by itself is no loss.
+    convert_from_infini(tmp_path / "saved", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [("license: [mit, apache-2.0]", "mit, apache-2.0"), ("license: other\nlicense_name: 2.0", "other")],
+)
+def test_a_licence_that_is_no_text_becomes_one(tmp_path, base, card, licence):
+    (base / "README.md").write_text(f"---\n{card}\n---\n")
+    convert_to_infini(base, tmp_path / "other", segment_length=N)
+    train(loaded(tmp_path / "other")).save_pretrained(tmp_path / "trained")
+    save_memory(tmp_path / "trained", tmp_path / "memory")
+    assert MemoryWeights.load(tmp_path / "memory").base["license"] == licence
+
+
+def test_what_generate_cannot_follow_is_left_out_when_the_segments_become_shorter(tmp_path, base, memory):
+    options = {"prompt_lookup_num_tokens": N + 1, "max_new_tokens": 5}
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    convert_to_infini(base, tmp_path / "other", segment_length=2 * N)
+    file = tmp_path / "other" / "generation_config.json"
+    # What the user has added is left alone.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_length": 500}))
+    apply_memory(tmp_path / "other", memory)
+    assert json.loads(file.read_text())["max_length"] == 500
+    model = loaded(tmp_path / "other")
+    assert (model.generation_config.prompt_lookup_num_tokens, model.generation_config.max_new_tokens) == (None, 5)
+    model.generate(random_ids(1, 4).repeat(1, 9))
+    convert_from_infini(tmp_path / "other", tmp_path / "back")
+    restored = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert {name: restored[name] for name in options} == options
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_that_were_rounded_since_are_not_trained(tmp_path, base, dtype):
+    options = {"segment_length": N, "head_gate_init_value": 1.3, "memory_norm_init_scale": 1.3}
+    convert_to_infini(base, tmp_path / "other", **options)
+    loaded(tmp_path / "other").to(dtype).save_pretrained(tmp_path / "rounded")
+    loaded(tmp_path / "rounded").save_pretrained(tmp_path / "again")
+    convert_from_infini(tmp_path / "again", tmp_path / "back")
+
+
+def test_the_default_dtype_changes_no_conversion(tmp_path, base):
+    options = {"segment_length": N, "head_gate_init_value": 1.3, "memory_norm_init_scale": 1.3}
+    convert_to_infini(base, tmp_path / "other", **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        convert_to_infini(base, tmp_path / "default", **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("other", "default"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 class TestFingerprint:
     def test_is_that_of_the_base_in_any_form(self, tmp_path):
         model = base_model("llama-tied-head_dim")

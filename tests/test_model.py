@@ -351,6 +351,27 @@ def test_answers_stand_in_the_text_and_not_in_its_padding(fields):
     assert torch.equal(loss, found.loss)
 
 
+@pytest.mark.parametrize("fields", MODES, ids=["segment", "sliding", "sinks"])
+def test_padding_is_of_no_class(fields):
+    model = randomize(AutoModelForTokenClassification.from_config(tiny_config(**fields))).eval()
+    ids, classes, lengths = random_ids(2, 13), random_ids(2, 13) % 2, [13, 7]
+    mask = (torch.arange(13) < torch.tensor(lengths).unsqueeze(1)).long()
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, labels=classes)
+        assert torch.equal(model(ids, mask, None, None, None, classes).loss, found.loss)
+        loss, logits = model(ids, attention_mask=mask, labels=classes, return_dict=False)
+        assert torch.equal(loss, found.loss)
+        assert torch.equal(logits, found.logits)
+        for wrong in (mask[:, None, None], mask[:, :5]):
+            with pytest.raises(ValueError, match="attention_mask"):
+                model(ids, attention_mask=wrong, labels=classes)
+        alone = [
+            model(ids[row : row + 1, :length], labels=classes[row : row + 1, :length]).loss * length
+            for row, length in enumerate(lengths)
+        ]
+    assert relative_error(found.loss, sum(alone) / sum(lengths)) < 1e-5
+
+
 def test_attention_in_both_directions_is_refused():
     with pytest.raises(ValueError, match="is_causal=False is not supported"):
         tiny_model()(random_ids(1, 7), is_causal=False)

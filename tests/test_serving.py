@@ -1,5 +1,6 @@
 """examples/serve.py, asked by OpenAI's own client: it answers as generate() does, and its sessions remember."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_type_hints
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -253,6 +256,29 @@ def test_without_a_template_a_text_starts_as_the_tokenizer_starts_it(folder, add
         assert (in_session.usage.prompt_tokens, alone.usage.prompt_tokens) == (4, 1 + 9 + 4)
         with pytest.raises(openai.BadRequestError, match="The messages are empty"):
             ask(client, "")
+
+
+def test_a_template_without_earlier_answers_has_no_sessions(folder):
+    engine = make_engine(folder, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with running(engine) as client:
+        open_session(client, "book")
+        ask(client, random_text(4), "book")
+        with pytest.raises(openai.BadRequestError, match="leaves earlier answers out"):
+            ask(client, random_text(4), "book")
+
+
+@pytest.mark.parametrize("content", ["w3 \ud800", [{"type": "text", "text": "\udc00"}]])
+def test_half_a_character_is_refused(client, content):
+    # As JavaScript writes it.
+    body = json.dumps({"model": "infini", "messages": [{"role": "user", "content": content}]})
+    with pytest.raises(HTTPError) as refusal:
+        urlopen(Request(f"{client.base_url}chat/completions", body.encode(), {"Content-Type": "application/json"}))
+    assert (refusal.value.code, b"half of a character" in refusal.value.read()) == (400, True)
+
+
+def test_a_temperature_near_0_is_greedy(client, engine):
+    text = random_text(7)
+    assert text_of(ask(client, text, temperature=1e-40)) == generated(engine, text)
 
 
 def test_a_template_writes_its_bos_token_itself(folder):

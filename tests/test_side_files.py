@@ -93,6 +93,7 @@ def test_every_file_comes_back(tmp_path, base):
 def test_what_is_left_out_is_named(tmp_path, base, warnings):
     add_files(base, {**LEFT_OUT, ".git/objects/ab": b"", ".cache/huggingface/x": b"", "parts/__pycache__/x.pyc": b""})
     (base / ".env").write_text("HF_TOKEN=secret")
+    (base / "README.source.md").write_text("Of an earlier source.")
     (base / "gone.txt").symlink_to(base / "nowhere")
     both_ways(base)
     assert files_of(tmp_path / "ours") >= KEPT.keys()
@@ -100,7 +101,7 @@ def test_what_is_left_out_is_named(tmp_path, base, warnings):
     (line,) = [line for line in warnings() if line.startswith("Not copied")]
     for name in (
         *("pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "training_args.bin", "original/", "onnx/"),
-        *("custom_generate/", ".git/", ".cache/", "parts/__pycache__/", ".env", "gone.txt"),
+        *("custom_generate/", ".git/", ".cache/", "parts/__pycache__/", ".env", "gone.txt", "README.source.md"),
     ):
         assert f"{name} (" in line
     assert " model.safetensors (" not in line

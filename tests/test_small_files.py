@@ -56,6 +56,14 @@ class TestTokenizer:
         for file in ("tokenizer.json", "chat_template.jinja"):
             assert (tmp_path / "again" / file).read_bytes() == (base_folder / file).read_bytes()
 
+    def test_keeps_a_limit_that_was_set_since(self, tmp_path, base_folder, tokenizer):
+        convert(base_folder)
+        ours = AutoTokenizer.from_pretrained(tmp_path / "ours")
+        ours.model_max_length = 4096
+        ours.save_pretrained(tmp_path / "ours")
+        convert_from_infini(tmp_path / "ours", tmp_path / "again")
+        assert AutoTokenizer.from_pretrained(tmp_path / "again").model_max_length == 4096
+
     def test_keeps_its_special_tokens_both_ways(self, tmp_path, base_folder, tokenizer):
         tokenizer.add_special_tokens({"bos_token": "a", "eos_token": "b", "pad_token": "<pad>"})
         tokenizer.save_pretrained(base_folder)

@@ -38,8 +38,8 @@ class Served:
         del self.llm
         gc.collect()
 
-    def answers(self, prompts: list[list[int]], adapter: LoRARequest | None = None, **sampling) -> list:
-        """vLLM's outputs for prompts that are there at once."""
+    def answers(self, prompts: list[list[int]], adapter: LoRARequest | list | None = None, **sampling) -> list:
+        """vLLM's outputs for prompts that are there at once, with one adapter for all, or one for each."""
         prompts = [{"prompt_token_ids": ids} for ids in prompts]
         return self.llm.generate(prompts, greedy(**sampling), lora_request=adapter, use_tqdm=False)
 

@@ -31,12 +31,21 @@ def engine_config(folder: str, **settings):
         ({"tensor_parallel_size": 4}, "num_key_value_heads=2"),
         ({"runner": "pooling"}, "Pooling"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config"),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+        ({"mamba_cache_dtype": "float16"}, "mamba_cache_dtype=float16"),
+        ({"mamba_ssm_cache_dtype": "float16"}, "mamba_ssm_cache_dtype=float16"),
     ],
 )
 def test_what_cannot_be_served_is_refused(folder, settings, name):
     with pytest.raises(ValueError, match=rf"InfiniForCausalLM cannot be served so.*{name}"):
         engine_config(folder, **settings)
+
+
+@pytest.mark.parametrize("overrides", [{"num_sink_tokens": 30}, {"segment_length": 0}, {"memory_layers": [5]}])
+def test_overrides_that_contradict_each_other_are_refused(folder, overrides):
+    with pytest.raises(ValueError, match=next(iter(overrides))):
+        engine_config(folder, hf_overrides=overrides)
 
 
 def test_texts_are_longer_than_the_positions_of_the_base(folder):

@@ -24,13 +24,18 @@ class InfiniSettings(MambaModelConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Raises ValueError for what the model cannot do; the message names it."""
+        try:
+            # vLLM sets fields that it is given after the configuration was validated.
+            vllm_config.model_config.hf_config.validate_architecture()
+        except ValueError as error:
+            raise ValueError(f"{ARCHITECTURE} cannot be served so. {error}") from error
         if (reason := next(_refusals(vllm_config), None)) is not None:
             raise ValueError(f"{ARCHITECTURE} cannot be served so. {reason}")
         super().verify_and_update_config(vllm_config)
 
 
 def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
-    parallel, cache_dtype = vllm_config.parallel_config, vllm_config.cache_config.cache_dtype
+    parallel = vllm_config.parallel_config
     kv_heads, processes = vllm_config.model_config.hf_config.num_key_value_heads, parallel.tensor_parallel_size
     if vllm_config.speculative_config is not None:
         yield "Tokens that are not accepted cannot be taken out of a memory: leave out speculative_config."
@@ -48,5 +53,9 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield "Pooling was not tried: leave out runner and convert."
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors were not tried with memories: leave out kv_transfer_config."
-    if cache_dtype != "auto":
-        yield f"kv_cache_dtype={cache_dtype}: keys are kept in the dtype of the model, and M and z in float32."
+    if vllm_config.cache_config.kv_offloading_size is not None:
+        yield "Pages of memories were not tried elsewhere than in the GPU: leave out kv_offloading_size."
+    for name in ("cache_dtype", "mamba_cache_dtype", "mamba_ssm_cache_dtype"):
+        if (dtype := getattr(vllm_config.cache_config, name)) != "auto":
+            setting = "kv_cache_dtype" if name == "cache_dtype" else name
+            yield f"{setting}={dtype}: keys are kept in the dtype of the model, and M and z in float32."

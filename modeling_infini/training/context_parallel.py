@@ -2,12 +2,13 @@
 Context parallelism: one sequence over several ranks, a piece of whole segments on each.
 
 All that a piece needs of the tokens before it is what a cache would hold at its start: M and z, the last segment of
-the piece on its left, and the sinks. So that is all that is exchanged, per layer and KV head (d = head_dim):
+the piece on its left, and the sinks. So that is all that is exchanged, per layer and KV head (d = head_dim, k =
+memory_key_dim):
 
-    z      z_start = sum of the z of the ranks before                    d       numbers from each rank
-    M      linear  M_start = sum of the M of the ranks before            d * d
+    z      z_start = sum of the z of the ranks before                    k       numbers from each rank
+    M      linear  M_start = sum of the M of the ranks before            k * d
            delta   a piece maps M to M + B - C M; M_start = the maps of
-                   the ranks before, one after the other, of 0       2 * d * d
+                   the ranks before, one after the other, of 0      k * (d + k)
     window N keys and N values from the left neighbour to the right  2 * N * d   (`"sliding"`)
     sinks  keys and values of the first tokens, from rank 0 to all   2 * num_sink_tokens * d
 
