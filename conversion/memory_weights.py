@@ -21,6 +21,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import logging
 
 from modeling_infini import InfiniConfig, InfiniPreTrainedModel
@@ -346,13 +347,8 @@ def initial_memory_weights(config: InfiniConfig, layer: int) -> dict[str, torch.
 
 def _attention(config: InfiniConfig, layer: int) -> InfiniAttention:
     """A layer's attention without weights; in float32, whatever the default is."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("meta"):
-            return InfiniAttention(config, layer)
-    finally:
-        torch.set_default_dtype(default)
+    with local_torch_dtype(torch.float32), torch.device("meta"):
+        return InfiniAttention(config, layer)
 
 
 def first_change(names: Iterable[str], read: Callable[[str], torch.Tensor], config: InfiniConfig) -> str | None:

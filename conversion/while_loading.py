@@ -90,6 +90,7 @@ def load_base(
     dtype = next((kwargs[name] for name in ("dtype", "torch_dtype") if kwargs.get(name) is not None), "auto")
     conversion = Conversion.of(checkpoint, made, saved_dtype(dtype))
     if saved_dtype(dtype) == torch.float16:
+        # A conversion looks at what float16 does to a weight as it writes it; here nothing else would.
         for name, read in conversion.weights.items():
             cast(name, read(), torch.float16)
     if kwargs.get("quantization_config") is not None and any(getattr(made, name) for name in LINEAR_OPTIONS):

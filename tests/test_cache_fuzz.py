@@ -228,7 +228,7 @@ def fuzz(folder: Path, mutations: int, seed: int = 0) -> Counter:
     return outcomes
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutations_load_or_are_refused(tmp_path, count):
     outcomes = fuzz(tmp_path, count)
     assert outcomes["ValueError"] > count / 2

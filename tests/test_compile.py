@@ -95,9 +95,10 @@ def test_what_generate_cannot_compile_is_not():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, ALL], ids=["delta", "all"])
 @fresh_cache()
-def test_inductor_computes_texts_gradients_and_decode_steps():
-    model, ids = compact_model(**ALL).train(), random_ids(2, 3 * N + 2)
+def test_inductor_computes_texts_gradients_and_decode_steps(fields):
+    model, ids = compact_model(**fields).train(), random_ids(2, 3 * N + 2)
     expected = model(ids, labels=ids, use_cache=False)
     gradients = torch.autograd.grad(expected.loss, list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True)

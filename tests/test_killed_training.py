@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).parent / "killed_training.py"
     ("trainer", "strategy", "kills"),
     [
         ("InfiniTrainer", "checkpoint", 3),
-        pytest.param("InfiniTrainer", "checkpoint", 20, marks=pytest.mark.slow),
-        pytest.param("Trainer", "every_save", 20, marks=pytest.mark.slow),
+        pytest.param("InfiniTrainer", "checkpoint", 50, marks=pytest.mark.slow),
+        pytest.param("Trainer", "every_save", 50, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_kill_leaves_resumes_and_what_was_pushed_loads(tmp_path, monkeypatch, trainer, strategy, kills):

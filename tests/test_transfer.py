@@ -336,7 +336,7 @@ def test_texts_that_are_too_short_leave_no_conversion(tmp_path, texts):
     options = {"local_attention": "segment", "transfer": [texts]}
     with pytest.raises(ValueError, match="three segments are needed"):
         convert_to_infini(tmp_path / "base", tmp_path / "ours", segment_length=30, **options)
-    for name, value in {"memory_layers": [1], "memory_feature_map": "elu", "token_gates": False}.items():
+    for name, value in {"memory_layers": [1], "memory_feature_map": "elu", "head_gate_init_value": 1.0}.items():
         with pytest.raises(ValueError, match=f"transfer decides on {name} itself"):
             convert_to_infini(
                 tmp_path / "base", tmp_path / "ours", segment_length=N, transfer=[texts], **{name: value}

@@ -214,8 +214,7 @@ def backpropagate(
         ValueError: if there are no labels, or they contradict `shift_labels`; if a number of segments is less than 1;
             if `model` learns prompts; if an input needs gradients, and there are several chunks; without
             `compute_loss`, if an input is one that the model does not read or the model's loss is not that of the
-            next token. Rows that go on with what `past_key_values` have not read get a
-            warning in the log.
+            next token. Rows that go on with what `past_key_values` have not read get a warning in the log.
     """
     for name, count in (("chunk_segments", chunk_segments), ("detach_every_num_segments", detach_every_num_segments)):
         if count is not None and count < 1:
